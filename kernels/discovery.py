@@ -1,0 +1,44 @@
+"""Plug-ins are found by their file names: one file in a folder is one plug-in.
+
+A method, a format, a search strategy and an evaluator are modules that define one agreed function
+(``compress``, ``pack``, ``search`` …); the other modules of the folder are shared code and do not
+define it. Nothing is registered by hand. Modules whose names begin with an underscore are private
+to one plug-in and never imported from here: they may need what is not installed everywhere.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+
+class UnknownName(LookupError):
+    """A plug-in was asked for by a name that no file has; the message lists the known names."""
+
+
+@cache
+def plugins(package: str, marker: str) -> dict[str, ModuleType]:
+    """Modules of ``package`` that define ``marker``, by file name, in alphabetical order.
+
+    Args:
+        package: import name of a folder, such as ``moesaic.methods``.
+        marker: name of the function that makes a module a plug-in of this kind.
+    """
+    folder = importlib.import_module(package)
+    found: dict[str, ModuleType] = {}
+    for info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
+        if info.ispkg or info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{package}.{info.name}")
+        if hasattr(module, marker):
+            found[info.name] = module
+    return found
+
+
+def plugin(package: str, marker: str, name: str) -> ModuleType:
+    """The plug-in ``name`` of ``package``; raises :class:`UnknownName` with the known names."""
+    known = plugins(package, marker)
+    if name not in known:
+        kind = package.rpartition(".")[2]
+        raise UnknownName(f"unknown name {name!r} in {kind}: known are {', '.join(known)}")
+    return known[name]

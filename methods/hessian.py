@@ -1,0 +1,95 @@
+"""Factorised Hessians: what error feedback needs to know about a site's inputs.
+
+For the layer error tr(E H Eᵀ), E = W - Ŵ and H = sum x xᵀ, write H = M D Mᵀ with M *upper*
+unit-triangular and D diagonal. Then tr(E H Eᵀ) = sum_j D_j ‖(E M)_j‖², and (E M)_j = e_j + c_j with
+c_j = sum_{k<j} e_k M_kj: once the inputs before j are fixed, the best value of column j, the ones
+after it being free, is w_j + c_j. This is GPTQ's update: M is the inverse of the unit-scaled upper
+Cholesky factor of H⁻¹ (QuIP, 2307.13304, theorem 6). In this form nothing is inverted, one
+Cholesky is enough, and rounding errors do not build up, since e_k is always taken from W itself.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Factorised Hessians of ``E`` experts (a linear is one expert).
+
+    Attributes:
+        feedback: float32 ``[E, in, in]``, strictly lower: row j holds M_kj for k < j, inputs in
+            processing order.
+        order: int64 ``[E, in]``, input processed at each position; None where as they stand.
+        weight: float32 ``[E, in]``, diagonal of H over the mean of its live entries, dead ones 1.
+        dead: bool ``[E, in]``, inputs that were always zero.
+        blind: bool ``[E]``, experts whose inputs are all dead: nothing is known, H = I.
+        damp: float64 ``[E]``, what was added to the diagonal, relative to the mean live entry.
+    """
+
+    feedback: Tensor
+    order: Tensor | None
+    weight: Tensor
+    dead: Tensor
+    blind: Tensor
+    damp: Tensor
+
+
+def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
+    """Factorises ``hessian`` ``[E, in, in]`` in float64, all experts at once.
+
+    The mean over live inputs scales the damping, so that neither the number of tokens nor the
+    number of dead inputs changes it. Where a Hessian is not positive definite with ``damp``, the
+    damping of that expert grows tenfold until it is: look at ``Factor.damp``.
+
+    Args:
+        damp: what to add to the diagonal, relative to its mean.
+        descending: process inputs by falling diagonal (act-order) instead of as they stand.
+
+    Raises:
+        ValueError: the Hessian has NaN, infinite or negative diagonal entries.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
+    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
+        raise ValueError("the Hessian has NaN or infinite entries")
+    if (diagonal < 0).any():
+        raise ValueError("the Hessian has negative diagonal entries: it is no sum of x xᵀ")
+    dead = diagonal == 0
+    blind = dead.all(-1)
+    mean = torch.where(blind, 1.0, diagonal.sum(-1) / (~dead).sum(-1).clamp(min=1))
+    weight = torch.where(dead, 1.0, diagonal / mean[:, None])
+
+    # Torch factorises into lower · upper; the reversed matrix gives upper · lower.
+    if descending:
+        order = diagonal.argsort(-1, descending=True, stable=True)
+        index = order.flip(-1)
+        rows = hessian.gather(1, index[:, :, None].expand(hessian.shape))
+        system = rows.gather(2, index[:, None, :].expand(hessian.shape)).double()
+        ordered = weight.gather(1, index)
+    else:
+        order = None
+        system = hessian.flip(-1, -2).double()
+        ordered = weight.flip(-1)
+    system.div_(mean[:, None, None])
+    lower, final = _cholesky(system, ordered, damp)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).clone()
+    feedback = lower.mT.div_(pivots[..., None]).float().flip(-1, -2)
+    feedback.diagonal(dim1=-2, dim2=-1).zero_()
+    return Factor(feedback, order, weight.float(), dead, blind, final)
+
+
+def _cholesky(system: Tensor, diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """Lower factors of ``system`` ``[E, n, n]`` with ``diagonal + damping``, and the damping."""
+    damps = diagonal.new_full((len(system),), damp)
+    system.diagonal(dim1=-2, dim2=-1).copy_(diagonal + damp)
+    lower, info = torch.linalg.cholesky_ex(system)
+    while (failed := info.nonzero().flatten()).numel():
+        damps[failed] *= 10
+        if not math.isfinite(float(damps.max())):
+            raise ValueError("the Hessian stays indefinite whatever is added to its diagonal")
+        again = system[failed]
+        again.diagonal(dim1=-2, dim2=-1).copy_(diagonal[failed] + damps[failed, None])
+        lower[failed], info[failed] = torch.linalg.cholesky_ex(again)
+    return lower, damps

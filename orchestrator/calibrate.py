@@ -1,0 +1,545 @@
+"""Calibration: the dense model walks its blocks once, and statistics of every site are summed.
+
+The sequences are cut into *shards*, fixed by the recipe. A range of shards belongs to a worker,
+which takes it from block to block: hidden states in, statistics and hidden states out, both as
+files, so that any other worker can go on from there. Statistics of shards are summed along a fixed
+binary tree over the shards. A worker sums the whole subtrees that its range covers and the rest is
+summed when all ranges have passed the block: the order of additions, and so every bit of the
+result, is the same for any number of workers.
+
+After the last block the reverse pass goes back, one recomputed block at a time, for a few sequences
+of every shard, and sums squared gradients of every member's outputs. Labels are drawn from the
+model's own distribution, so that the sum is a Fisher information and not an error of the model.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.experts import observing
+from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.store import Store, code_digest, digest, write_atomically
+from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+
+Node = tuple[int, int]
+SiteStats = dict[str, Stats]
+_SEPARATOR = "|"
+# Rows of logits in float32 at a time in the loss of the reverse pass.
+_LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Everything that fixes the statistics of one walk over the blocks; plain data for workers.
+
+    Attributes:
+        model, dtype, trust_remote_code: what to open.
+        fingerprint: digest of the checkpoint's contents.
+        ids: file with the token ids ``[sequences, length]``.
+        ids_digest: digest of the tokens.
+        sequences, shards, batch: how the tokens are cut.
+        needs: statistics that are wanted at every site.
+        experts: ``routed`` or ``all``.
+        gradients: sequences per shard for the reverse pass; 0 for none.
+        seed: of the labels drawn in the reverse pass.
+        store: root of the store.
+        prefixes: with ``propagate``, for every block the digest of what the plan made of the blocks
+            before it; empty where inputs come from the dense model.
+    """
+
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    fingerprint: str
+    ids: str
+    ids_digest: str
+    sequences: int
+    shards: int
+    batch: int
+    needs: tuple[str, ...]
+    experts: str
+    gradients: int
+    seed: int
+    store: str
+    prefixes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Digest of everything that fixes the hidden states and the statistics."""
+        inputs = {
+            "model": self.fingerprint,
+            "dtype": self.dtype,
+            "ids": self.ids_digest,
+            "cut": [self.sequences, self.shards, self.batch],
+            "needs": sorted(self.needs),
+            "experts": self.experts,
+            "code": code_digest(
+                "orchestrator/calibrate.py",
+                "orchestrator/streaming.py",
+                "orchestrator/experts.py",
+                "orchestrator/family.py",
+            ),
+        }
+        return digest(inputs)
+
+    def stats_key(self, block: int) -> str:
+        return digest([self.key, "stats", block, *self.prefixes[block : block + 1]])
+
+    def gradients_key(self, block: int) -> str:
+        return digest([self.key, "gradients", self.gradients, self.seed, block])
+
+    def shard_rows(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last sequence of a shard."""
+        return (
+            shard * self.sequences // self.shards,
+            (shard + 1) * self.sequences // self.shards,
+        )
+
+    def scratch(self) -> Path:
+        """Folder of unfinished work: hidden states, partial sums."""
+        return Store(Path(self.store)).scratch(digest([self.key, self.prefixes]))
+
+
+def ranges(shards: int, workers: int) -> list[Node]:
+    """Contiguous ranges of shards, one per worker, none empty."""
+    count = min(shards, workers)
+    return [(w * shards // count, (w + 1) * shards // count) for w in range(count)]
+
+
+def covered(node: Node, span: Node) -> list[Node]:
+    """The largest nodes of the summation tree below ``node`` that lie inside ``span``."""
+    low, high = node
+    if span[0] <= low and high <= span[1]:
+        return [node]
+    if high <= span[0] or span[1] <= low:
+        return []
+    middle = (low + high) // 2
+    return covered((low, middle), span) + covered((middle, high), span)
+
+
+def tree_sum(node: Node, leaf: Callable[[Node], SiteStats | None]) -> SiteStats:
+    """Sum over ``node`` along the tree; ``leaf`` gives the sum of a node if it has it."""
+    found = leaf(node)
+    if found is not None:
+        return found
+    low, high = node
+    middle = (low + high) // 2
+    total = tree_sum((low, middle), leaf)
+    other = tree_sum((middle, high), leaf)
+    for name, stats in total.items():
+        for statistic, value in stats.sums.items():
+            value += other[name][statistic]
+    return total
+
+
+def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
+    """Writes ``name|statistic`` tensors."""
+    tensors = {
+        f"{name}{_SEPARATOR}{statistic}": value.cpu().contiguous()
+        for name, entry in stats.items()
+        for statistic, value in entry.sums.items()
+    }
+    save_file(tensors, path)
+
+
+def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:
+    """Reads what :func:`save_stats` wrote, for the names that ``only`` accepts."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name, _, statistic = key.rpartition(_SEPARATOR)
+            if only(name):
+                sums.setdefault(name, {})[statistic] = file.get_tensor(key)
+    return {name: Stats(entry) for name, entry in sums.items()}
+
+
+class StatisticsObserver:
+    """Sums what is wanted of every site's inputs."""
+
+    def __init__(self, units: list[Unit], needs: tuple[str, ...], device: str) -> None:
+        self.stats: SiteStats = {}
+        for unit in units:
+            for member, site in unit.sites.items():
+                *batch, _, width = unit.shapes[member]
+                shapes = {
+                    "tokens": (torch.int64, batch),
+                    "hessian": (torch.float32, [*batch, width, width]),
+                    "abs": (torch.float32, [*batch, width]),
+                }
+                sums = {
+                    need: torch.zeros(shapes[need][1], dtype=shapes[need][0], device=device)
+                    for need in {*needs, "tokens"}
+                }
+                self.stats.setdefault(site, Stats(sums))
+
+    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
+        sums = self.stats[site].sums
+        x = x.detach().reshape(-1, x.shape[-1])
+
+        def target(name: str) -> Tensor:
+            return sums[name] if expert is None else sums[name][expert]
+
+        target("tokens").add_(x.shape[0])
+        wide = x.float()
+        if "hessian" in sums:
+            target("hessian").addmm_(wide.T, wide)
+        if "abs" in sums:
+            target("abs").add_(wide.abs().sum(0))
+
+    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
+        """Not wanted in the forward pass."""
+
+
+class GradientObserver:
+    """Sums squared gradients of every member's outputs, as the reverse pass brings them."""
+
+    def __init__(self, units: list[Unit], device: str) -> None:
+        self.stats: SiteStats = {}
+        for unit in units:
+            for member, shape in unit.shapes.items():
+                *batch, out, _ = shape
+                self.stats[f"{unit.name}{_SEPARATOR}{member}"] = Stats(
+                    {
+                        "grad_tokens": torch.zeros(batch, dtype=torch.int64, device=device),
+                        "grad_sq": torch.zeros([*batch, out], device=device),
+                    }
+                )
+
+    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
+        """Not wanted in the reverse pass."""
+
+    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
+        sums = self.stats[f"{unit}{_SEPARATOR}{member}"].sums
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            index = ... if expert is None else expert
+            sums["grad_tokens"][index] += rows.shape[0]
+            sums["grad_sq"][index] += rows.float().square().sum(0)
+
+        y.register_hook(add)
+
+
+def _load(path: Path) -> Tensor | None:
+    """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("value").clone()
+    except FileNotFoundError:
+        return None
+
+
+def _save(path: Path, value: Tensor) -> None:
+    def write(temporary: Path) -> None:
+        save_file({"value": value.cpu().contiguous()}, temporary)
+
+    write_atomically(path, write)
+
+
+def _ids(walk: Walk, shard: int) -> Tensor:
+    low, high = walk.shard_rows(shard)
+    with safe_open(walk.ids, framework="pt") as file:
+        return file.get_slice("ids")[low:high].long()
+
+
+def _hidden_path(walk: Walk, block: int, shard: int) -> Path:
+    return walk.scratch() / f"hidden-{block:04d}-{shard:04d}.safetensors"
+
+
+def _boundary_path(walk: Walk, block: int, shard: int) -> Path:
+    return walk.scratch() / f"boundary-{block:04d}-{shard:04d}.safetensors"
+
+
+def _node_path(walk: Walk, what: str, block: int, node: Node) -> Path:
+    return walk.scratch() / f"{what}-{block:04d}-{node[0]:04d}-{node[1]:04d}.safetensors"
+
+
+def _model(state: WorkerState, walk: Walk) -> StreamedModel:
+    model: StreamedModel = state.model(walk.model, walk.dtype, walk.trust_remote_code)
+    return model
+
+
+def _batches(walk: Walk, hidden: Tensor) -> Iterator[Tensor]:
+    yield from hidden.split(walk.batch)
+
+
+@torch.no_grad()
+def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
+    """Hidden states of a shard before ``block``, from memory, a file, or an earlier file onwards.
+
+    Returns:
+        ``[sequences of the shard, length, hidden]`` on the CPU.
+    """
+    kept = state.take(("hidden", walk.key, walk.prefixes, block, shard))
+    if kept is not None:
+        return kept
+    model = _model(state, walk)
+    start = block
+    hidden = _load(_hidden_path(walk, start, shard))
+    while hidden is None and start > 0:
+        if walk.prefixes:
+            raise RunError(f"the hidden states before block {block} of shard {shard} are missing")
+        start -= 1
+        hidden = _load(_hidden_path(walk, start, shard))
+    if hidden is None:
+        ids = _ids(walk, shard)
+        hidden = torch.cat(
+            [model.embed(part.to(model.device)).cpu() for part in ids.split(walk.batch)]
+        )
+    for index in range(start, block):
+        module = model.load_block(index)
+        hidden = torch.cat(
+            [
+                model.run_block(index, module, x.to(model.device)).cpu()
+                for x in _batches(walk, hidden)
+            ]
+        )
+    return hidden
+
+
+@torch.no_grad()
+def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
+    """Takes the shards of ``span`` through a dense block: statistics and hidden states out.
+
+    Returns:
+        ``seconds`` and ``peak_bytes`` of the worker.
+    """
+    plan = Walk(**walk)
+    started = time.monotonic()
+    nodes = covered((0, plan.shards), span)
+    advanced = all(_hidden_path(plan, block + 1, s).exists() for s in range(*span))
+    if not (advanced and all(_node_path(plan, "stats", block, n).exists() for n in nodes)):
+        model = _model(state, plan)
+        module = model.load_block(block)
+
+        def shard_stats(shard: int) -> SiteStats:
+            observer = StatisticsObserver(_units(model, block), plan.needs, model.device)
+            with observing(model, block, module, observer, experts=plan.experts):
+                _advance(state, plan, block, shard, module)
+            return observer.stats
+
+        _sum_nodes(plan, "stats", block, nodes, shard_stats)
+    return _finished(plan, block, span, started)
+
+
+@torch.no_grad()
+def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
+    """Statistics of a dense block for the shards of ``span``; hidden states stay before it."""
+    plan = Walk(**walk)
+    started = time.monotonic()
+    nodes = covered((0, plan.shards), span)
+    if not all(_node_path(plan, "stats", block, node).exists() for node in nodes):
+        model = _model(state, plan)
+        module = model.load_block(block)
+
+        def shard_stats(shard: int) -> SiteStats:
+            hidden = _hidden(state, plan, block, shard)
+            _save(_hidden_path(plan, block, shard), hidden)
+            observer = StatisticsObserver(_units(model, block), plan.needs, model.device)
+            with observing(model, block, module, observer, experts=plan.experts):
+                for x in _batches(plan, hidden):
+                    model.run_block(block, module, x.to(model.device))
+            return observer.stats
+
+        _sum_nodes(plan, "stats", block, nodes, shard_stats)
+    return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
+
+
+@torch.no_grad()
+def advance(
+    state: WorkerState, walk: dict[str, Any], block: int, span: Node, pieces: Mapping[str, str]
+) -> dict[str, Any]:
+    """Takes the shards of ``span`` through a block made of ``pieces`` (unit → file)."""
+    plan = Walk(**walk)
+    started = time.monotonic()
+    if not all(_hidden_path(plan, block + 1, s).exists() for s in range(*span)):
+        model = _model(state, plan)
+        module = model.load_block(block, replaced=dense_members(pieces))
+        for shard in range(*span):
+            _advance(state, plan, block, shard, module)
+    return _finished(plan, block, span, started)
+
+
+def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The weights that pieces stand for: unit → member → ``[*batch, out, in]``."""
+    return {
+        unit: {member: tensor.dense() for member, tensor in read_piece(Path(path)).items()}
+        for unit, path in pieces.items()
+    }
+
+
+def _units(model: StreamedModel, block: int) -> list[Unit]:
+    return [unit for unit in model.units() if unit.block == block]
+
+
+def _sum_nodes(
+    walk: Walk,
+    what: str,
+    block: int,
+    nodes: list[Node],
+    shard_stats: Callable[[int], SiteStats],
+) -> None:
+    """Sums every node from its shards, in order, and writes it."""
+
+    def leaf(node: Node) -> SiteStats | None:
+        return None if node[1] - node[0] > 1 else shard_stats(node[0])
+
+    for node in nodes:
+        sums = tree_sum(node, leaf)
+        path = _node_path(walk, what, block, node)
+        write_atomically(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
+
+
+def _advance(
+    state: WorkerState, walk: Walk, block: int, shard: int, module: torch.nn.Module
+) -> None:
+    """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
+    model = _model(state, walk)
+    hidden = _hidden(state, walk, block, shard)
+    _keep_boundary(walk, block, shard, hidden)
+    after = torch.cat(
+        [model.run_block(block, module, x.to(model.device)).cpu() for x in _batches(walk, hidden)]
+    )
+    if not torch.isfinite(after).all():
+        raise RunError(
+            f"block {block}: its output has NaN or Inf values in {model.dtype};"
+            " try compute.dtype: float32"
+        )
+    _save(_hidden_path(walk, block + 1, shard), after)
+    state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
+    if block + 1 == model.blocks:
+        _keep_boundary(walk, block + 1, shard, after)
+
+
+def _finished(walk: Walk, block: int, span: Node, started: float) -> dict[str, Any]:
+    """Drops hidden states that no resume needs: the block before the one just passed."""
+    if block > 0:
+        for shard in range(*span):
+            _hidden_path(walk, block - 1, shard).unlink(missing_ok=True)
+    return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
+
+
+def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
+    if walk.gradients:
+        path = _boundary_path(walk, block, shard)
+        if not path.exists():
+            _save(path, hidden[: walk.gradients])
+
+
+def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> dict[str, Any]:
+    """Sums the nodes of a block into its entry of the store, and removes them.
+
+    Args:
+        what: ``stats`` or ``gradients``.
+    """
+    plan = Walk(**walk)
+    root: Node = (0, plan.shards)
+    used: list[Path] = []
+
+    def leaf(node: Node) -> SiteStats | None:
+        path = _node_path(plan, what, block, node)
+        if not path.exists():
+            if node[1] - node[0] == 1:
+                raise RunError(f"block {block}: the {what} of shard {node[0]} are missing")
+            return None
+        used.append(path)
+        loaded = load_stats(path)
+        for stats in loaded.values():
+            stats.sums = {name: value.clone() for name, value in stats.sums.items()}
+        return loaded
+
+    total = tree_sum(root, leaf)
+    for site, stats in total.items():
+        for name, value in stats.sums.items():
+            if not torch.isfinite(value).all():
+                raise RunError(f"{site}: its {name} is not finite; try compute.dtype: float32")
+    key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
+    tokens = {site: stats["tokens"].tolist() for site, stats in total.items() if "tokens" in stats}
+    store = Store(Path(plan.store))
+    store.put(what, key, lambda p: save_stats(p, total), {"tokens": tokens, "block": block})
+    for path in used:
+        path.unlink(missing_ok=True)
+    return {"tokens": tokens}
+
+
+def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """d(−log p(label)) / d(hidden), summed over tokens, labels drawn from the model itself."""
+    gradients = []
+    for rows in hidden.reshape(-1, hidden.shape[-1]).split(_LOGIT_ROWS):
+        leaf = rows.detach().to(model.device).requires_grad_(True)
+        with torch.enable_grad():
+            logits = model.logits(leaf[None])[0].float()
+            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+            loss = torch.nn.functional.cross_entropy(
+                logits, labels[:, 0].to(logits.device), reduction="sum"
+            )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradients.append(gradient.cpu())
+    return torch.cat(gradients).view_as(hidden)
+
+
+def _gradient_path(walk: Walk, block: int, shard: int) -> Path:
+    return walk.scratch() / f"gradient-{block:04d}-{shard:04d}.safetensors"
+
+
+def _required(path: Path, what: str, shard: int) -> Tensor:
+    found = _load(path)
+    if found is None:
+        raise RunError(
+            f"{path}: the {what} of shard {shard} are missing; run the same command again"
+        )
+    return found
+
+
+def _output_gradient(model: StreamedModel, walk: Walk, block: int, shard: int) -> Tensor:
+    """Gradient at the output of ``block``: from the block after it, or from the loss."""
+    if block + 1 < model.blocks:
+        return _required(_gradient_path(walk, block + 1, shard), "gradients", shard)
+    hidden = _required(_boundary_path(walk, model.blocks, shard), "last hidden states", shard)
+    generator = torch.Generator().manual_seed(walk.seed * 1_000_003 + shard)
+    return _loss_gradient(model, hidden, generator)
+
+
+def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
+    """Takes gradients of the shards of ``span`` back through ``block``.
+
+    Returns:
+        ``seconds`` and ``peak_bytes`` of the worker.
+    """
+    plan = Walk(**walk)
+    started = time.monotonic()
+    nodes = covered((0, plan.shards), span)
+    returned = all(_gradient_path(plan, block, s).exists() for s in range(*span))
+    if not (returned and all(_node_path(plan, "gradients", block, n).exists() for n in nodes)):
+        model = _model(state, plan)
+        module = model.load_block(block).requires_grad_(False)
+
+        def shard_stats(shard: int) -> SiteStats:
+            hidden = _required(_boundary_path(plan, block, shard), "hidden states", shard)
+            outer = _output_gradient(model, plan, block, shard)
+            observer = GradientObserver(_units(model, block), model.device)
+            before = []
+            with torch.enable_grad(), observing(model, block, module, observer):
+                for x, gradient in zip(hidden.split(1), outer.split(1), strict=True):
+                    x = x.to(model.device).requires_grad_(True)
+                    y = model.run_block(block, module, x)
+                    (inner,) = torch.autograd.grad(y, x, gradient.to(model.device))
+                    before.append(inner.cpu())
+            _save(_gradient_path(plan, block, shard), torch.cat(before))
+            return observer.stats
+
+        _sum_nodes(plan, "gradients", block, nodes, shard_stats)
+    for shard in range(*span):
+        _gradient_path(plan, block + 2, shard).unlink(missing_ok=True)
+        _boundary_path(plan, block + 2, shard).unlink(missing_ok=True)
+    return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}

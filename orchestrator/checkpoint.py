@@ -1,0 +1,286 @@
+"""A model folder of safetensors files, read one tensor at a time.
+
+Only the headers are kept in memory. :meth:`Checkpoint.read` copies the bytes of one tensor out of
+its file by plain positioned reads: a memory map would keep touched pages resident for as long as
+any tensor that views it lives, and the bound on memory (one block) would be lost.
+
+Everything that can be wrong with a folder is found before the first weight is read and answered
+with a :class:`UserError`. Shard names from the index must stay inside the folder as written;
+symbolic links are followed, because the folders of the Hugging Face cache consist of them and an
+index cannot create one.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.orchestrator.digests import file_digest
+from moesaic.orchestrator.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# The safetensors library refuses longer headers, too.
+MAX_HEADER_BYTES = 100_000_000
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: ``begin`` is an absolute offset in ``file``, in bytes."""
+
+    file: Path
+    begin: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Checkpoint:
+    """A folder with ``config.json`` and ``model.safetensors`` or an index and its shards.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UserError: the folder, its configuration, its index or the header of a shard is wrong.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such model folder")
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        _refuse_quantized(self.path, self.config)
+        self.files = _weight_files(self.path)
+        self._entries: dict[str, Entry] = {}
+        for file in self.files:
+            for name, entry in _read_header(file).items():
+                if name in self._entries:
+                    first = self._entries[name].file.name
+                    raise UserError(f"{file}: tensor {name} is in {first} as well")
+                self._entries[name] = entry
+        self._check_index()
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name).nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """The tensor ``name``, copied from its file.
+
+        Args:
+            out: where to put it: a contiguous CPU tensor of the same shape; of another dtype, the
+                values are converted. A new tensor without it.
+
+        Raises:
+            UserError: the file has become shorter since its header was read.
+        """
+        entry = self._entry(name)
+        direct = out is not None and out.dtype == entry.dtype and out.is_contiguous()
+        target = out if out is not None and direct else torch.empty(entry.shape, dtype=entry.dtype)
+        if target.shape != entry.shape:
+            raise ValueError(f"{name} has shape {entry.shape}, not {tuple(target.shape)}")
+        if entry.nbytes:
+            raw = memoryview(target.view(-1).view(torch.uint8).numpy())
+            with open(entry.file, "rb", buffering=0) as stream:
+                stream.seek(entry.begin)
+                _fill(stream, raw, entry, name)
+        return target if out is None or direct else out.copy_(target)
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raises a :class:`UserError` that names the tensor if a value is NaN or infinite."""
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        # NaN spreads through minimum and maximum, and neither makes a mask as large as the tensor.
+        low, high = torch.aminmax(wide)
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            file = self._entry(name).file
+            count = int((~torch.isfinite(wide)).sum())
+            raise UserError(
+                f"{file}: tensor {name} has {count} values of {tensor.numel()} that are NaN or "
+                "infinite"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content: ``config.json`` and every byte of every shard, 32 hex digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for file in [self.path / "config.json", *self.files]:
+            digest.update(json.dumps([file.name, file_digest(file)]).encode())
+        return digest.hexdigest()
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise KeyError(f"{self.path} has no tensor {name}")
+        return self._entries[name]
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX
+        if self.files == [self.path / SINGLE]:
+            return
+        promised = _read_json(index)["weight_map"]
+        for name, shard in promised.items():
+            if name not in self._entries or self._entries[name].file != self.path / shard:
+                raise UserError(f"{index}: tensor {name} is not in {shard}")
+
+
+def _fill(stream: Any, raw: memoryview, entry: Entry, name: str) -> None:
+    done = 0
+    while done < len(raw):
+        count = stream.readinto(raw[done:])
+        if not count:
+            raise UserError(f"{entry.file}: ends inside tensor {name}; copy the file again")
+        done += count
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a model folder needs it")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise UserError(
+        f"{folder / 'config.json'}: quantization_config says that the model is already quantized "
+        f"({kind}); give the original checkpoint in 16 or 32 bits"
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model: the single file, else the shards of the index."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+        if pickled:
+            raise UserError(
+                f"{folder}: weights in pickle files ({pickled[0]}) are refused, because loading "
+                "one can run any code; convert them to safetensors"
+            )
+        raise UserError(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
+    index = folder / INDEX
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: key weight_map must map tensor names to file names")
+    shards = set(weight_map.values())
+    for shard in shards:
+        pure = PurePosixPath(shard) if isinstance(shard, str) else None
+        if pure is None or pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
+            raise UserError(
+                f"{index}: {shard!r} is not a name of a .safetensors file inside the folder"
+            )
+        if not (folder / shard).is_file():
+            raise UserError(f"{index}: names {shard}, which is not in the folder")
+    return [folder / shard for shard in sorted(shards)]
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file; its tensors must tile the rest of the file exactly."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise UserError(f"{file}: truncated: {size} bytes are no safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise UserError(
+                f"{file}: header of {length} bytes, limit {MAX_HEADER_BYTES} bytes: "
+                "no safetensors file"
+            )
+        if 8 + length > size:
+            raise UserError(f"{file}: truncated: header of {length} bytes, file of {size} bytes")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{file}: header is not readable as JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: header must be a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+    _check_extent(file, size, 8 + length, entries)
+    return entries
+
+
+def _entry(file: Path, name: str, info: Any, data_begin: int) -> Entry:
+    try:
+        dtype, shape = info["dtype"], tuple(info["shape"])
+        begin, end = info["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: header entry of tensor {name} is incomplete") from error
+    if dtype not in DTYPES:
+        raise UserError(f"{file}: tensor {name} has dtype {dtype}; known: {', '.join(DTYPES)}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise UserError(f"{file}: tensor {name} has an illegal shape or offset")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        raise UserError(
+            f"{file}: tensor {name} of shape {list(shape)} needs {nbytes} bytes, "
+            f"its offsets give {end - begin}"
+        )
+    return Entry(file, data_begin + begin, nbytes, shape, DTYPES[dtype])
+
+
+def _check_extent(file: Path, size: int, data_begin: int, entries: dict[str, Entry]) -> None:
+    position = data_begin
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if entry.begin != position:
+            raise UserError(f"{file}: tensor {name} overlaps another one or leaves a gap")
+        position += entry.nbytes
+    if position > size:
+        raise UserError(
+            f"{file}: truncated: the header says {position} bytes, the file has {size}; "
+            "copy or download it again"
+        )
+    if position < size:
+        raise UserError(f"{file}: {size - position} bytes behind the last tensor")

@@ -1,0 +1,162 @@
+"""Evaluation on held-out text: perplexity, and the KL divergence from the dense model.
+
+The KL is exact over the vocabulary. The dense side is remembered as final hidden states, which are
+a hundred times smaller than logits; the output head turns them into logits again, a few rows at a
+time. Sequences are independent: a range of them goes through all blocks in one task.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesaic.orchestrator.calibrate import dense_members
+from moesaic.orchestrator.store import Store, code_digest, digest
+from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+
+# Rows of logits in float32 at a time.
+_LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The held-out text and the model that it is judged with; plain data for workers."""
+
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    fingerprint: str
+    ids: str
+    ids_digest: str
+    batch: int
+    store: str
+
+    def key(self, pieces: Mapping[str, str]) -> str:
+        """Digest of everything that a score depends on; ``pieces`` is unit → key of its piece."""
+        return digest(
+            {
+                "model": self.fingerprint,
+                "dtype": self.dtype,
+                "ids": self.ids_digest,
+                "batch": self.batch,
+                "pieces": dict(pieces),
+                "code": code_digest("orchestrator/evaluate.py", "orchestrator/streaming.py"),
+            }
+        )
+
+    def hidden_key(self, rows: Sequence[int]) -> str:
+        return digest([self.key({}), "hidden", list(rows)])
+
+
+@torch.no_grad()
+def evaluate_rows(
+    state: WorkerState, judge: dict[str, Any], rows: tuple[int, int], pieces: Mapping[str, str]
+) -> dict[str, Any]:
+    """Scores of the sequences ``rows`` under the model made of ``pieces`` (unit → file).
+
+    With no pieces the model is the dense one, and its final hidden states are remembered for the
+    KL of the others.
+
+    Returns:
+        ``nll`` and ``kl``: sums over each sequence in nats; ``tokens``: predicted tokens of a
+        sequence; ``correct``: tokens whose most probable prediction was right; ``seconds`` spent in
+        blocks; ``peak_bytes``.
+    """
+    plan = Judge(**judge)
+    model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
+    with safe_open(plan.ids, framework="pt") as file:
+        ids = file.get_slice("ids")[rows[0] : rows[1]].long()
+    hidden = [model.embed(part.to(model.device)) for part in ids.split(plan.batch)]
+    block_of = {unit.name: unit.block for unit in model.units()}
+    seconds = 0.0
+    for index in range(model.blocks):
+        own = {unit: path for unit, path in pieces.items() if block_of[unit] == index}
+        module = model.load_block(index, replaced=dense_members(own))
+        started = time.monotonic()
+        hidden = [model.run_block(index, module, x) for x in hidden]
+        seconds += time.monotonic() - started
+    final = torch.cat(hidden)
+    store = Store(Path(plan.store))
+    if not pieces:
+        dense = final
+        store.put("hidden", plan.hidden_key(rows), lambda p: save_file({"value": final.cpu()}, p))
+    else:
+        dense = _dense_hidden(store, plan, rows).to(model.device)
+    sums = [_sequence(model, *row, same=not pieces) for row in zip(final, dense, ids, strict=True)]
+    return {
+        "nll": [row[0] for row in sums],
+        "kl": [row[1] for row in sums],
+        "correct": [row[2] for row in sums],
+        "tokens": ids.shape[1] - 1,
+        "seconds": seconds,
+        "peak_bytes": peak_memory_bytes(),
+    }
+
+
+def _dense_hidden(store: Store, judge: Judge, rows: Sequence[int]) -> Tensor:
+    with safe_open(store.path("hidden", judge.hidden_key(rows)), framework="pt") as file:
+        return file.get_tensor("value")
+
+
+def _sequence(
+    model: StreamedModel, hidden: Tensor, dense: Tensor, ids: Tensor, same: bool
+) -> tuple[float, float, int]:
+    """(Σ −log p(next), Σ KL(dense ‖ this), correct predictions) of one sequence ``[length, H]``."""
+    nll = kl = 0.0
+    correct = 0
+    targets = ids[1:].to(hidden.device)
+    for start in range(0, len(targets), _LOGIT_ROWS):
+        stop = min(start + _LOGIT_ROWS, len(targets))
+        log_q = model.logits(hidden[None, start:stop])[0].float().log_softmax(-1)
+        wanted = targets[start:stop, None]
+        nll -= float(log_q.gather(1, wanted).double().sum())
+        correct += int((log_q.argmax(-1, keepdim=True) == wanted).sum())
+        if not same:
+            log_p = model.logits(dense[None, start:stop])[0].float().log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+    return nll, kl, correct
+
+
+def score(
+    parts: Sequence[Mapping[str, Any]], source: Sequence[int], labels: Sequence[str]
+) -> dict[str, Any]:
+    """One plan's score from the parts of all its sequences, in order.
+
+    Returns:
+        ``perplexity``, ``kl`` (nats per token), ``accuracy`` (share of next tokens predicted
+        right), ``tokens_per_second`` (of one worker, in the blocks), ``peak_memory_bytes`` and
+        ``sources``: perplexity and kl of every text source.
+    """
+    nll = [value for part in parts for value in part["nll"]]
+    kl = [value for part in parts for value in part["kl"]]
+    correct = sum(value for part in parts for value in part["correct"])
+    tokens = parts[0]["tokens"]
+    sources = {}
+    for index, label in enumerate(labels):
+        rows = [row for row, origin in enumerate(source) if origin == index]
+        if rows:
+            sources[label] = _means([nll[r] for r in rows], [kl[r] for r in rows], tokens)
+    return {
+        **_means(nll, kl, tokens),
+        "accuracy": correct / (tokens * len(nll)),
+        "tokens_per_second": (tokens + 1) * len(nll) / max(sum(p["seconds"] for p in parts), 1e-9),
+        "peak_memory_bytes": max(part["peak_bytes"] for part in parts),
+        "sources": sources,
+    }
+
+
+def _means(nll: Sequence[float], kl: Sequence[float], tokens: int) -> dict[str, float]:
+    count = tokens * len(nll)
+    mean = math.fsum(nll) / count
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "kl": math.fsum(kl) / count,
+    }

@@ -1,0 +1,160 @@
+"""A model family says what a model type calls its parts. It is data: ``families/<type>.yaml``.
+
+All names are relative to the block unless said otherwise. A pattern may match nothing in some
+block (dense blocks of a Mixture-of-Experts model, a query that is not factorised), but every
+tensor on disk must match exactly one pattern, and every parameter that transformers' module wants
+must come from exactly one tensor; :mod:`moesaic.orchestrator.layout` checks both.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moesaic.orchestrator.errors import UserError
+
+FOLDER = Path(__file__).parent / "families"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Linears(_Strict):
+    """Linear layers that read the same activations.
+
+    Attributes:
+        site: name of those activations.
+        linears: module paths. A linear is one unit; its bias, if it has one, is kept as it is.
+        fused: name of the one layer that serving engines make of them; empty if they do not.
+    """
+
+    site: str
+    linears: list[str] = Field(min_length=1)
+    fused: str = ""
+
+
+class Bank(_Strict):
+    """The experts of a block: members gate and up ``[E, I, H]`` and down ``[E, H, I]``.
+
+    On disk there is either a matrix per expert (``gate``, ``up``, ``down`` with ``{expert}``) or
+    one tensor for all of them (``gate_up`` and ``down`` without).
+
+    Attributes:
+        name: what the unit is called.
+        module: path of the module that holds ``gate_up_proj`` and ``down_proj``.
+        transposed: the fused tensors are ``[E, in, out]``.
+        interleaved: rows of the fused gate_up are gate 0, up 0, gate 1 … instead of gates first.
+        kept: parameters of the experts that are no matrices (biases), kept as they are.
+    """
+
+    name: str
+    module: str
+    gate: str = ""
+    up: str = ""
+    gate_up: str = ""
+    down: str
+    transposed: bool = False
+    interleaved: bool = False
+    kept: list[str] = []
+
+    @property
+    def fused(self) -> bool:
+        """Whether one tensor holds all experts."""
+        return bool(self.gate_up)
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> "Bank":
+        single = {"gate": self.gate, "up": self.up}
+        if self.fused and any(single.values()):
+            raise ValueError("give gate and up, or gate_up, not both")
+        if not self.fused and not all("{expert}" in name for name in (*single.values(), self.down)):
+            raise ValueError("gate, up and down must contain {expert} (or give gate_up)")
+        if not self.fused and (self.transposed or self.interleaved):
+            raise ValueError("transposed and interleaved are for fused tensors (gate_up)")
+        return self
+
+
+class Family(_Strict):
+    """What a model type calls its parts.
+
+    Attributes:
+        model_type: as in ``config.json``; the name of the file.
+        embed: path of the embedding, from the top.
+        norm: path of the last norm, from the top.
+        head: path of the output layer, from the top; absent on disk where it is tied.
+        block: prefix of a block with ``{block}``, on disk and in the module tree alike.
+        attention, mlp, shared_experts: linears of each part.
+        experts: the expert bank, if the model type has one.
+        kept: everything else in a block, kept as it is: norms, routers, sinks …
+        renames: name on disk → name in the module, for kept tensors where they differ.
+        unused: tensors on disk that the module does not want, copied unread.
+        extra_blocks: whether blocks behind the last one (multi-token prediction) may be on disk;
+            they are copied unread.
+    """
+
+    model_type: str
+    embed: str
+    norm: str
+    head: str
+    block: str
+    attention: list[Linears]
+    mlp: list[Linears] = []
+    experts: Bank | None = None
+    shared_experts: list[Linears] = []
+    kept: list[str]
+    renames: dict[str, str] = {}
+    unused: list[str] = []
+    extra_blocks: bool = False
+
+    def parts(self) -> list[tuple[str, Linears]]:
+        """All groups of linears with the name of their part, in model order."""
+        return [
+            *(("attention", group) for group in self.attention),
+            *(("mlp", group) for group in self.mlp),
+            *(("shared_experts", group) for group in self.shared_experts),
+        ]
+
+
+def families() -> list[str]:
+    """Known model types, in alphabetical order."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+@cache
+def load_family(model_type: str) -> Family:
+    """The family of ``model_type``.
+
+    Raises:
+        UserError: the type is unknown, or its file is wrong.
+    """
+    if model_type not in families():
+        raise UserError(
+            f"unknown model type {model_type!r}: known are {', '.join(families())}\n"
+            f"to add a family, put a file {model_type}.yaml that names its parts into {FOLDER}"
+        )
+    file = FOLDER / f"{model_type}.yaml"
+    try:
+        return Family(model_type=model_type, **_resolved(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: key {key}: {first['msg']}") from error
+
+
+def _resolved(file: Path) -> dict[str, Any]:
+    """The file's keys over those of the family that it ``extends``; a key is replaced whole."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a mapping")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if parent == file.stem or parent not in families():
+        raise UserError(f"{file}: key extends: {parent!r} is none of {', '.join(families())}")
+    return {**_resolved(FOLDER / f"{parent}.yaml"), **content}

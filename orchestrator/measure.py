@@ -1,0 +1,253 @@
+"""Measuring: every unit compressed by every candidate, once, into the store.
+
+A *job* is all units of one block that read the same site, with all chains that are still missing:
+they share the statistics and their factorisation. A finished pair of unit and chain is an entry
+``pieces`` (the compressed tensors) and an entry ``errors`` (the error of every output row); both
+are named by the digest of what went into them, so that a search never waits for a compression that
+was done before, by whatever run.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesaic.kernels.tensor import CompressedTensor
+from moesaic.methods.base import Chain, Event, Spec, Stats, Unit, method_module
+from moesaic.orchestrator.calibrate import load_stats
+from moesaic.orchestrator.checkpoint import check_finite
+from moesaic.orchestrator.pieces import write_piece
+from moesaic.orchestrator.store import Entry, Store, code_digest, digest
+from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+from moesaic.search.base import Measurement
+
+# Experts of a bank whose errors are computed at a time: bounds the float32 copies.
+_ERROR_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """Units of one site and the chains that each still needs; plain data for workers.
+
+    Attributes:
+        units: names, in model order.
+        missing: unit → [(chain as (method, options) pairs, key of its entries)].
+        stats: file of the block's statistics.
+        needs: statistics to read.
+    """
+
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    block: int
+    units: tuple[str, ...]
+    missing: Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
+    stats: str
+    needs: tuple[str, ...]
+    store: str
+
+
+def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
+    """Statistics that the chains want, and those that every measurement wants."""
+    wanted = {"tokens", "hessian"}
+    for chain in chains:
+        for spec in chain:
+            wanted |= method_module(spec.method).NEEDS
+    return tuple(sorted(wanted))
+
+
+def piece_key(fingerprint: str, unit: str, chain: Chain, stats_key: str) -> str:
+    """Digest of everything that a piece and its errors depend on."""
+    return digest(
+        {
+            "model": fingerprint,
+            "unit": unit,
+            "chain": [[spec.method, spec.options] for spec in chain],
+            "stats": stats_key,
+            "code": code_digest("kernels", "methods", "orchestrator/measure.py"),
+        }
+    )
+
+
+def row_errors(weight: Tensor, other: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared output error of every row, and of the row itself, summed over the tokens of H.
+
+    Args:
+        weight, other: ``[*batch, out, in]``.
+        hessian: Σ x xᵀ ``[*batch, in, in]``.
+
+    Returns:
+        diag(ΔW H ΔWᵀ) and diag(W H Wᵀ), float32 ``[*batch, out]`` each.
+    """
+    batch = hessian.shape[:-2]
+    pieces = []
+    step = max(
+        1, _ERROR_BYTES // (4 * hessian.shape[-1] * max(hessian.shape[-1], weight.shape[-2]))
+    )
+    for index in range(0, batch[0] if batch else 1, step):
+        rows = slice(index, index + step) if batch else ...
+        dense, h = weight[rows].float(), hessian[rows].float()
+        delta = dense - other[rows].float()
+        pieces.append([((x @ h) * x).sum(-1).clamp_min(0) for x in (delta, dense)])
+    if not batch:
+        return pieces[0][0], pieces[0][1]
+    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+
+def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
+    """Compresses what the job lacks, writes the entries.
+
+    Returns:
+        ``measured``: [(unit, key, seconds)] and ``peak_bytes``.
+    """
+    plan = Job(**job)
+    model = state.model(plan.model, plan.dtype, plan.trust_remote_code)
+    units = [unit for unit in model.units() if unit.name in plan.units]
+    sites = {site for unit in units for site in unit.sites.values()}
+    stats = load_stats(Path(plan.stats), lambda site: site in sites)
+    weights = {unit.name: _read(model, unit, state.device) for unit in units}
+    _move(stats, state.device)
+    chains: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+    for unit, wanted in plan.missing.items():
+        for links, key in wanted:
+            chains.setdefault(tuple((m, o) for m, o in links), {})[unit] = key
+    measured = []
+    for links, keys in chains.items():
+        chain = tuple(Spec(method, options) for method, options in links)
+        todo = [unit for unit in units if unit.name in keys]
+        rowwise = all(method_module(spec.method).ROWWISE for spec in chain)
+        for together in [todo] if rowwise else [[unit] for unit in todo]:
+            started = time.monotonic()
+            compressed, events = _apply(chain, together, weights, stats)
+            seconds = (time.monotonic() - started) / len(together)
+            for unit in together:
+                members = compressed[unit.name]
+                _write(plan, unit, keys[unit.name], members, weights, stats, seconds, events)
+                measured.append((unit.name, keys[unit.name], seconds))
+    return {"measured": measured, "peak_bytes": peak_memory_bytes()}
+
+
+def _read(model: Any, unit: Unit, device: str) -> dict[str, Tensor]:
+    members = {name: tensor.to(device) for name, tensor in model.read_unit(unit).items()}
+    for member, tensor in members.items():
+        check_finite(f"{unit.name} ({member})", tensor)
+    return members
+
+
+def _move(stats: Mapping[str, Stats], device: str) -> None:
+    for entry in stats.values():
+        entry.sums = {name: value.to(device) for name, value in entry.sums.items()}
+
+
+def _apply(
+    chain: Chain,
+    units: Sequence[Unit],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    stats: Mapping[str, Stats],
+) -> tuple[dict[str, dict[str, CompressedTensor]], list[Event]]:
+    """Runs a chain on the members of units together; members are named ``unit|member``."""
+    (spec,) = chain
+    members = {f"{u.name}|{m}": weights[u.name][m] for u in units for m in u.shapes}
+    sites = {f"{u.name}|{m}": stats[site] for u in units for m, site in u.sites.items()}
+    result = method_module(spec.method).compress(members, sites, spec.parsed())
+    compressed = {u.name: {m: result.members[f"{u.name}|{m}"] for m in u.shapes} for u in units}
+    return compressed, result.events
+
+
+def _write(
+    job: Job,
+    unit: Unit,
+    key: str,
+    members: Mapping[str, CompressedTensor],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    stats: Mapping[str, Stats],
+    seconds: float,
+    events: Sequence[Event],
+) -> None:
+    """Writes both entries of a pair; the piece last, because it stands for the pair."""
+    store = Store(Path(job.store))
+    rows: dict[str, Tensor] = {}
+    for member, tensor in members.items():
+        site = stats[unit.sites[member]]
+        error, norm = row_errors(weights[unit.name][member], tensor.dense(), site["hessian"])
+        rows |= {f"error|{member}": error.cpu(), f"norm|{member}": norm.cpu()}
+        rows[f"tokens|{member}"] = site["tokens"].cpu()
+    own = [e for e in events if e.unit in ("", unit.name) or e.unit.startswith(f"{unit.name}|")]
+    metadata = {
+        "unit": unit.name,
+        "bytes": sum(tensor.nbytes for tensor in members.values()),
+        "seconds": seconds,
+        "events": [
+            {"kind": e.kind, "message": e.message, "unit": unit.name, "value": e.value} for e in own
+        ],
+    }
+    store.put("errors", key, lambda p: save_file(rows, p))
+    store.put("pieces", key, lambda p: write_piece(p, members, {"unit": unit.name}), metadata)
+
+
+def predicted_loss(
+    errors: Path, gradients: Mapping[str, Stats] | None, unit: Unit, all_tokens: int
+) -> tuple[float, float | None]:
+    """Error and predicted loss of a finished pair.
+
+    The loss is the second-order estimate of the KL to the dense model, in nats per token:
+
+        ½ · Σ_rows E[g²] · E[(Δw·x)²]
+
+    with the output gradient g and the input x taken as independent (K-FAC, Martens & Grosse 2015,
+    section 3, with the diagonal of the gradients' factor). Expectations are over the tokens that a
+    member saw; for an expert the share of tokens routed to it is a further factor.
+
+    Args:
+        errors: an ``errors`` entry.
+        gradients: ``unit|member`` → sums, or None where none were collected.
+        unit: the unit.
+        all_tokens: tokens of the reverse pass; a member that is not an expert saw them all.
+
+    Returns:
+        (Σ ‖ΔW x‖² / Σ ‖W x‖², predicted loss or None).
+    """
+    total = norm = loss = 0.0
+    with safe_open(errors, framework="pt") as file:
+        for member in unit.shapes:
+            error = file.get_tensor(f"error|{member}").double()
+            tokens = file.get_tensor(f"tokens|{member}").double().clamp_min(1)
+            total += float(error.sum())
+            norm += float(file.get_tensor(f"norm|{member}").double().sum())
+            if gradients is None:
+                continue
+            stats = gradients[f"{unit.name}|{member}"]
+            # Σg² over all tokens of the reverse pass: the share that was routed here is included.
+            weight = stats["grad_sq"].double() / all_tokens
+            loss += 0.5 * float((weight * error / tokens[..., None]).sum())
+    return total / max(norm, 1e-30), None if gradients is None else loss
+
+
+def to_measurement(
+    unit: Unit,
+    chain: Chain,
+    piece: Entry,
+    errors: Entry,
+    gradients: Mapping[str, Stats] | None,
+    all_tokens: int,
+) -> Measurement:
+    """What a search needs to know of a finished pair."""
+    error, score = predicted_loss(errors.path, gradients, unit, all_tokens)
+    counts: dict[str, int] = {}
+    for event in piece.metadata["events"]:
+        counts[event["kind"]] = counts.get(event["kind"], 0) + 1
+    return Measurement(
+        unit=unit.name,
+        chain=chain,
+        bytes=int(piece.metadata["bytes"]),
+        error=error,
+        score=score,
+        seconds=float(piece.metadata["seconds"]),
+        events=counts,
+    )

@@ -1,0 +1,216 @@
+"""Ray actors that do the work, and the loop that keeps them busy.
+
+A :class:`Task` names a function of this package and its arguments; workers call it with their
+:class:`~moesaic.orchestrator.worker.WorkerState` first. Tasks are idempotent: they read files and
+write files, so a task whose worker died is simply given to another one. One task is in flight per
+worker, which bounds memory; the rest waits in the driver, ordered by priority. A finished task may
+bring new ones, so that one loop runs a whole stage, or several that overlap.
+"""
+
+import heapq
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.recipe import Compute
+
+_ATTEMPTS = 4
+_START_SECONDS = 300.0
+_POLL_SECONDS = 1.0
+# Threads that sleep instead of spinning: with another process busy, spinning threads make a
+# worker several times slower. Every new matrix shape costs oneDNN milliseconds once: remember many.
+_WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass
+class Task:
+    """One call on a worker.
+
+    Attributes:
+        function: ``module:name`` of a function in ``moesaic.orchestrator``.
+        arguments: its keyword arguments, plain data and paths.
+        label: what a person would call it, for progress and errors.
+        priority: smaller runs first.
+        affinity: worker that holds what the task needs in memory, if it matters.
+        done: called in the driver with the result; returns the tasks that can start now.
+    """
+
+    function: str
+    arguments: Mapping[str, Any]
+    label: str
+    priority: tuple[int, ...] = (0,)
+    affinity: int | None = None
+    done: Callable[[Any], Iterable["Task"]] = lambda result: ()
+    attempts: int = field(default=0, compare=False)
+
+
+def connect(compute: Compute) -> bool:
+    """Joins the cluster the recipe or RAY_ADDRESS names, or starts Ray on this machine.
+
+    Returns:
+        whether a local Ray was started (and should be stopped at the end).
+
+    Raises:
+        RunError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return False
+    address = compute.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            return False
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        return True
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray"
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{where} cannot be reached or started: {reason}") from error
+
+
+class Pool:
+    """Long-lived workers of equal size on whatever the cluster has."""
+
+    def __init__(self, compute: Compute) -> None:
+        resources = ray.cluster_resources()
+        total_cpus, total_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
+        self.cpus = compute.cpus_per_worker
+        self.gpus = compute.gpus_per_worker
+        if self.gpus is None:
+            self.gpus = 1.0 if total_gpus >= 1 else 0.0
+        fitting = total_cpus // self.cpus
+        if self.gpus:
+            fitting = min(fitting, int(total_gpus / self.gpus))
+        self.size = compute.workers or max(fitting, 1)
+        if self.size > fitting:
+            raise UserError(
+                f"compute: {self.size} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
+                f" fit the cluster ({total_cpus} CPU, {total_gpus:g} GPU: at most {fitting})"
+            )
+        self.workers: list[Any] = [self._start() for _ in range(self.size)]
+        self.replaced = 0
+        self._await_ready(self.workers)
+
+    def _start(self) -> Any:
+        from moesaic.orchestrator.worker import Worker
+
+        environment = {**_WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
+        options = {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "runtime_env": {"env_vars": environment},
+        }
+        return ray.remote(Worker).options(**options).remote(self.cpus)
+
+    def _await_ready(self, workers: list[Any]) -> None:
+        try:
+            ray.get([worker.ready.remote() for worker in workers], timeout=_START_SECONDS)
+        except GetTimeoutError:
+            raise RunError(
+                f"{len(workers)} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU did not start"
+                f" within {_START_SECONDS:.0f} s: is the cluster busy?"
+            ) from None
+        except RayTaskError as error:
+            raise RunError(f"a worker failed to start: {error.cause}") from error
+
+    def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
+        """Runs tasks, and those that finished tasks bring, until none is left.
+
+        Args:
+            tasks: what can start now.
+            tick: called about once a second with the labels of what is running.
+
+        Raises:
+            UserError, RunError: as raised by a task, or when a task killed its worker repeatedly.
+        """
+        order = itertools.count()
+        waiting: list[tuple[tuple[int, ...], int, Task]] = []
+        for task in tasks:
+            heapq.heappush(waiting, (task.priority, next(order), task))
+        running: dict[Any, tuple[int, Task]] = {}
+        idle = set(range(self.size))
+        last_tick = 0.0
+        try:
+            while waiting or running:
+                self._dispatch(waiting, idle, running)
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
+                for reference in ready:
+                    worker, task = running.pop(reference)
+                    idle.add(worker)
+                    for new in self._finish(reference, worker, task):
+                        heapq.heappush(waiting, (new.priority, next(order), new))
+                if tick is not None and time.monotonic() - last_tick > _POLL_SECONDS:
+                    last_tick = time.monotonic()
+                    tick([task.label for _, task in running.values()])
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=False)
+
+    def _dispatch(
+        self,
+        waiting: list[tuple[tuple[int, ...], int, Task]],
+        idle: set[int],
+        running: dict[Any, tuple[int, Task]],
+    ) -> None:
+        """Gives every idle worker the first waiting task, its own first where that is as urgent."""
+        passed = []
+        while waiting and idle:
+            item = heapq.heappop(waiting)
+            task = item[2]
+            wanted = task.affinity
+            if wanted is not None and wanted not in idle:
+                passed.append(item)  # what it needs lies in the memory of a busy worker
+                continue
+            worker = min(idle) if wanted is None else wanted
+            idle.discard(worker)
+            reference = self.workers[worker].call.remote(task.function, dict(task.arguments))
+            running[reference] = (worker, task)
+        for item in passed:
+            heapq.heappush(waiting, item)
+
+    def _finish(self, reference: Any, worker: int, task: Task) -> Iterable[Task]:
+        try:
+            result = ray.get(reference)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError | RunError):
+                raise cause from error
+            raise RunError(f"{task.label}: {type(cause).__name__}: {cause}") from error
+        except RayActorError as error:
+            task.attempts += 1
+            if task.attempts >= _ATTEMPTS:
+                raise RunError(
+                    f"{task.label}: its worker died {task.attempts} times (out of memory?);"
+                    " finished work is kept, run the same command again"
+                ) from error
+            self._replace(worker)
+            return [task]
+        return task.done(result)
+
+    def _replace(self, worker: int) -> None:
+        ray.kill(self.workers[worker])
+        self.workers[worker] = self._start()
+        self._await_ready([self.workers[worker]])
+        self.replaced += 1
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self.workers:
+            ray.kill(worker)

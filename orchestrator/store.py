@@ -1,0 +1,214 @@
+"""The content-addressed folder of finished pieces.
+
+An entry is a file named by the hash of everything that went into it, and beside it a small JSON
+*seal* with the file's size and digest. The seal is written last, so an entry without one does not
+exist; an entry whose file does not match its seal is removed and made again. Files are written
+under a temporary name in the same folder, flushed to disk and renamed: any number of writers on one
+file system may make the same entry at the same time, and the last rename wins with the same bytes.
+
+    STORE/<kind>/<first two digits>/<key>.<suffix>
+    STORE/<kind>/<first two digits>/<key>.seal.json
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moesaic.orchestrator.errors import RunError, UserError
+
+_CHUNK = 1 << 20
+_SEAL = ".seal.json"
+_TEMPORARY = ".tmp-"
+
+
+def digest(value: Any) -> str:
+    """40 hex digits of the canonical JSON of ``value``."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """40 hex digits of a file's bytes."""
+    state = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+@cache
+def code_digest(*folders_or_files: str) -> str:
+    """Digest of source files (relative to the package): results of older code are not reused."""
+    import moesaic.kernels
+    import moesaic.methods
+    import moesaic.orchestrator
+
+    roots = {
+        "kernels": Path(next(iter(moesaic.kernels.__path__))),
+        "methods": Path(next(iter(moesaic.methods.__path__))),
+        "orchestrator": Path(next(iter(moesaic.orchestrator.__path__))),
+    }
+    sources: list[tuple[str, str]] = []
+    for name in folders_or_files:
+        top, _, inside = name.partition("/")
+        root = roots[top]
+        paths = sorted(root.glob("*.py")) if not inside else [root / inside]
+        sources += [(f"{top}/{path.name}", file_digest(path)) for path in paths]
+    return digest(sources)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or read-only disk as one line that names the path; everything finished is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{path}: the disk is full; free space (moesaic store gc) and run the same command"
+                " again, finished work is kept"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary file, flushes it to disk and renames it to ``path``."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            write(temporary)
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished piece: where it lies and what its seal says of it."""
+
+    path: Path
+    size: int
+    metadata: Mapping[str, Any]
+
+
+class Store:
+    """Entries of several kinds under one folder; see the module's docstring."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with disk_errors(root):
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                probe = root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+                probe.touch()
+                probe.unlink()
+            except (FileExistsError, NotADirectoryError):
+                raise UserError(f"{root}: the store must be a folder") from None
+
+    def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
+        """Where the entry lies, or will lie."""
+        return self.root / kind / key[:2] / f"{key}.{suffix}"
+
+    def get(self, kind: str, key: str, suffix: str = "safetensors") -> Entry | None:
+        """The entry, its bytes checked against the seal; None where it must be (re)made.
+
+        A truncated or altered entry is removed.
+        """
+        path = self.path(kind, key, suffix)
+        seal = _seal_path(path)
+        try:
+            sealed = json.loads(seal.read_text(encoding="utf-8"))
+            size = path.stat().st_size
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        if size == sealed.get("size") and file_digest(path) == sealed.get("digest"):
+            return Entry(path, size, sealed["metadata"])
+        seal.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(
+        self,
+        kind: str,
+        key: str,
+        write: Callable[[Path], None],
+        metadata: Mapping[str, Any] | None = None,
+        suffix: str = "safetensors",
+    ) -> Entry:
+        """Makes the entry: ``write`` is given the path to fill."""
+        path = self.path(kind, key, suffix)
+        sealed: dict[str, Any] = {}
+
+        def write_and_measure(temporary: Path) -> None:
+            write(temporary)
+            sealed.update(size=temporary.stat().st_size, digest=file_digest(temporary))
+
+        write_atomically(path, write_and_measure)
+        sealed["metadata"] = dict(metadata or {})
+        text = json.dumps(sealed, sort_keys=True)
+        write_atomically(_seal_path(path), lambda p: _write_text(p, text))
+        return Entry(path, sealed["size"], sealed["metadata"])
+
+    def put_json(self, kind: str, key: str, value: Any) -> Entry:
+        """An entry that holds JSON; read back by :meth:`get_json`."""
+        return self.put(kind, key, lambda p: _write_text(p, json.dumps(value)), suffix="json")
+
+    def get_json(self, kind: str, key: str) -> Any | None:
+        """The JSON of an entry made by :meth:`put_json`, or None."""
+        entry = self.get(kind, key, suffix="json")
+        return None if entry is None else json.loads(entry.path.read_text(encoding="utf-8"))
+
+    def scratch(self, key: str) -> Path:
+        """A folder for unfinished work of one key; made on demand, removed when done."""
+        path = self.root / "scratch" / key
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def gc(self, used: Iterable[Path], minimum_age_seconds: float = 3600.0) -> tuple[int, int]:
+        """Removes entries that ``used`` does not name, and temporary files of dead writers.
+
+        Files younger than ``minimum_age_seconds`` are kept: another run may be about to use them.
+
+        Returns:
+            (number of files removed, bytes freed).
+        """
+        keep = {path.resolve() for path in used}
+        newest = time.time() - minimum_age_seconds
+        removed = freed = 0
+        for path in sorted(self.root.rglob("*")):
+            if not path.is_file() or path.stat().st_mtime > newest:
+                continue
+            owner = path.with_name(path.name.removesuffix(_SEAL))
+            sealed = [owner.with_name(f"{owner.name}.{s}") for s in ("safetensors", "json")]
+            if path.resolve() in keep or any(p.resolve() in keep for p in sealed):
+                continue
+            freed += path.stat().st_size
+            removed += 1
+            path.unlink()
+        for folder in sorted(self.root.rglob("*"), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return removed, freed
+
+
+def _seal_path(path: Path) -> Path:
+    return path.with_name(path.stem + _SEAL)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

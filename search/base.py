@@ -1,0 +1,158 @@
+"""The words that searches are written in: measurements in, a plan out. No torch here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from moesaic.kernels.discovery import plugin, plugins
+from moesaic.methods.base import Chain, chain_text
+
+
+class Infeasible(ValueError):
+    """No plan fits the budget; the message names the smallest possible one in bytes."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One unit compressed by one chain.
+
+    Attributes:
+        unit: name of the unit.
+        chain: what was done to it.
+        bytes: what the file holds.
+        error: ‖(W−Ŵ)X‖² / ‖WX‖² over the calibration tokens.
+        score: predicted loss, KL to the dense model in nats per token; None where no gradients
+            were collected.
+        seconds: time that the compression took.
+        events: how often each kind of event happened.
+    """
+
+    unit: str
+    chain: Chain
+    bytes: int
+    error: float
+    score: float | None
+    seconds: float
+    events: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """What a search minimises: the predicted loss, or the error where there is none."""
+        return self.error if self.score is None else self.score
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit in bytes for the units of a plan together.
+
+    Attributes:
+        total_bytes: limit for the whole checkpoint's tensors.
+        fixed_bytes: what every plan holds besides its units (embeddings, norms, routers …).
+    """
+
+    total_bytes: int
+    fixed_bytes: int
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.total_bytes - self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One chain per unit.
+
+    Attributes:
+        units: unit name → chain, in model order.
+        bytes: of the whole checkpoint, fixed parts included.
+        loss: sum of the units' predicted losses.
+    """
+
+    units: Mapping[str, Chain]
+    bytes: int
+    loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "units": {u: [spec.to_json() for spec in chain] for u, chain in self.units.items()},
+            "bytes": self.bytes,
+            "loss": self.loss,
+        }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search is given.
+
+    Attributes:
+        choices: unit → its measurements, at least one each, in model order.
+        ties: groups of units that must take the same chain; units in no group are free.
+        budget: the limit.
+    """
+
+    choices: Mapping[str, Sequence[Measurement]]
+    ties: Sequence[Sequence[str]]
+    budget: Budget
+
+    def groups(self) -> list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]:
+        """Tied units as one choice: (units, [(chain, bytes, loss), …]), in model order.
+
+        Only chains that every unit of the group was measured with are offered.
+
+        Raises:
+            ValueError: a unit stands in two ties, or the units of a tie share no chain.
+        """
+        owner: dict[str, tuple[str, ...]] = {}
+        for tie in self.ties:
+            for unit in tie:
+                if unit in owner:
+                    raise ValueError(f"unit {unit} stands in two ties")
+                owner[unit] = tuple(tie)
+        groups = []
+        for unit in self.choices:
+            units = owner.get(unit, (unit,))
+            if unit != units[0]:
+                continue
+            tables = [{m.chain: m for m in self.choices[u]} for u in units]
+            shared = [chain for chain in tables[0] if all(chain in table for table in tables)]
+            if not shared:
+                names = ", ".join(units)
+                raise ValueError(f"the tied units {names} have no candidate in common")
+            offers = [
+                (
+                    chain,
+                    sum(table[chain].bytes for table in tables),
+                    sum(table[chain].loss for table in tables),
+                )
+                for chain in shared
+            ]
+            groups.append((units, offers))
+        return groups
+
+    def plan(self, chosen: Mapping[str, Chain]) -> Plan:
+        """The plan that gives every unit its chosen chain."""
+        units, size, loss = {}, self.budget.fixed_bytes, 0.0
+        for unit, measurements in self.choices.items():
+            chain = chosen[unit]
+            found = next((m for m in measurements if m.chain == chain), None)
+            if found is None:
+                raise ValueError(f"unit {unit} was not measured with {chain_text(chain)}")
+            units[unit], size, loss = chain, size + found.bytes, loss + found.loss
+        return Plan(units, size, loss)
+
+
+class Search(Protocol):
+    """What a search module defines."""
+
+    def search(self, problem: Problem) -> Plan:
+        """The best plan within the budget; raises :class:`Infeasible` if there is none."""
+
+
+def search_module(name: str) -> Search:
+    """The strategy called ``name``; raises ``UnknownName`` with the list of known ones."""
+    return cast(Search, plugin("moesaic.search", "search", name))
+
+
+def searches() -> list[str]:
+    """Names of all search strategies."""
+    return list(plugins("moesaic.search", "search"))

@@ -1,0 +1,128 @@
+"""Tiny random checkpoints of every model family, small enough to build in milliseconds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MLA: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "head_dim": 8,
+}
+# What each family adds to COMMON. Odd expert widths, dense blocks and shared experts on purpose.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 55, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "final_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"sliding_window": None},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 27},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 21,
+        "shared_expert_intermediate_size": 33,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 23,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 25},
+    "deepseek_v2": {**MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**MLA, "q_lora_rank": 20},
+    "phimoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True},
+    "granitemoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 26,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": True,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "head_dim": 12,
+    },
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model whose norms, biases and routers are all away from their defaults."""
+    settings = {**COMMON, **SETTINGS[model_type], **overrides}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        named = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in named:
+            if name.endswith("weight") and tensor.ndim == 1:  # a norm
+                tensor.copy_(1 + 0.2 * torch.randn(tensor.shape, generator=generator))
+            elif name in model.state_dict():
+                tensor.copy_(0.15 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def save_tiny(
+    folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """Saves :func:`tiny_model` in ``dtype`` and returns the folder."""
+    max_shard_size = overrides.pop("max_shard_size", "5GB")
+    tiny_model(model_type, **overrides).to(dtype).save_pretrained(
+        folder, max_shard_size=max_shard_size
+    )
+    return folder
