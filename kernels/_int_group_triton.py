@@ -5,14 +5,17 @@ dimension of the tensor-core instruction, so that decoding with a handful of row
 
 Unpacking follows from the layout: 32 values are exactly ``bits`` words. The kernel loads the words
 of a chunk one by one, each spread over the 32 values of its chunk, and every value shifts what it
-needs out of the one or two words that hold it. All 32 values of a chunk lie in one thread, so that
-the compiler knows every shift and drops the words that do not matter to a value.
+needs out of the one or two words that hold it. Everything is loaded as ``[N, C, 1]`` and spread
+from there: so the compiler puts all values of a chunk into one thread, knows every shift, and drops
+the words that do not matter to a value. (Loaded as ``[N, C]``, the values end up across threads,
+and the loop has ten times the shifts and shared-memory reads.)
 
 Imported only when a product is asked for, since Triton does not run everywhere.
 """
-# Triton's decorators and kernel arguments carry no Python types.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# Triton's decorators and kernel arguments, and torch.cuda.device_of, carry no Python types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,19 +40,30 @@ class Config:
     num_stages: int
 
 
-# Every configuration that ships, by the largest number of rows of x that it is meant for. The tests
-# compile each one ahead of time for sm_80 and sm_90: no spills, shared memory, tensor cores.
-CONFIGS: dict[int | None, Config] = {
-    16: Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4),
-    64: Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
-    None: Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+# Every configuration that ships. The tests compile each one ahead of time for sm_80 and sm_90 and
+# look at spills, shared memory and tensor cores; the sizes were chosen by these, not by timing.
+CONFIGS = {
+    "decode": Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4),
+    "batch": Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+    "prefill": Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    # For group sizes that are no multiple of 8 and rows that are no multiple of 16: the many scales
+    # and the loads of single values want the registers that larger tiles would take.
+    "odd": Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2),
 }
 
 
-def config_for(rows: int) -> Config:
-    """The configuration for ``rows`` rows of x."""
-    fits = (config for limit, config in CONFIGS.items() if limit is not None and rows <= limit)
-    return next(fits, CONFIGS[None])
+def config_for(rows: int, inputs: int, span: int) -> Config:
+    """The configuration for x ``[rows, inputs]`` when ``span`` inputs in a row share a scale."""
+    if span < 8 or inputs % 16:
+        return CONFIGS["odd"]
+    if rows <= CONFIGS["decode"].block_m:
+        return CONFIGS["decode"]
+    return CONFIGS["batch" if rows <= CONFIGS["batch"].block_m else "prefill"]
+
+
+def group_span(group_size: int) -> int:
+    """Largest power of two up to 32 that divides ``group_size`` (0: one group in all)."""
+    return math.gcd(group_size, 32)
 
 
 def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
@@ -58,47 +72,51 @@ def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
     Args:
         x: float16 or bfloat16 ``[M, K]``, contiguous.
         weight: ``[N, K]`` in the format ``int_group``, on the device of ``x``.
-        out: ``[M, N]``, contiguous, in the dtype of ``x``.
+        out: ``[M, N]``, contiguous, of any floating dtype.
     """
     outputs, inputs = weight.shape
-    config = config_for(len(x))
+    group_size = max(0, int(weight.params["group_size"]))
+    span = group_span(group_size)
+    config = config_for(len(x), inputs, span)
     packed = weight.parts["weight_packed"].contiguous()
     scale = weight.parts["weight_scale"].contiguous()
     symmetric = bool(weight.params["symmetric"])
     grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
-    int_group_matmul[grid](
-        x,
-        packed,
-        scale,
-        packed if symmetric else weight.parts["weight_zero_point"].contiguous(),
-        out,
-        len(x),
-        outputs,
-        inputs,
-        packed.shape[1],
-        scale.shape[1],
-        BITS=int(weight.params["bits"]),
-        GROUP_SIZE=max(0, int(weight.params["group_size"])),
-        SYMMETRIC=symmetric,
-        UPCAST=INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        int_group_matmul[grid](
+            x,
+            packed,
+            scale,
+            packed if symmetric else weight.parts["weight_zero_point"].contiguous(),
+            out,
+            len(x),
+            outputs,
+            inputs,
+            packed.shape[1],
+            scale.shape[1],
+            BITS=int(weight.params["bits"]),
+            GROUP_SIZE=group_size,
+            SPAN=span,
+            SYMMETRIC=symmetric,
+            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 @triton.jit
 def _chunks(packed, row, chunk, outputs, words, BITS: tl.constexpr):
-    """Biased values uint32 [N, C, 32] of chunks ``chunk`` [C] of rows ``row`` [N]; 0 outside."""
+    """Biased values uint32 [N, C, 32] of rows [N, 1, 1] and chunks [1, C, 1]; 0 outside."""
     first_bit = tl.arange(0, 32)[None, None, :] * BITS  # where value i of a chunk begins
-    value = tl.zeros([row.shape[0], chunk.shape[0], 32], dtype=tl.uint32)
+    value = tl.zeros([row.shape[0], chunk.shape[1], 32], dtype=tl.uint32)
     for index in tl.static_range(BITS):
         word = chunk * BITS + index
-        inside = (row < outputs)[:, None] & (word < words)[None, :]
-        bits = tl.load(packed + row[:, None] * words + word[None, :], mask=inside, other=0)
-        bits = bits.to(tl.uint32, bitcast=True)[:, :, None]
+        inside = (row < outputs) & (word < words)
+        bits = tl.load(packed + row * words + word, mask=inside, other=0)
+        bits = bits.to(tl.uint32, bitcast=True)
         at = first_bit - 32 * index  # negative where the value began in the word before
         begins = tl.where((at >= 0) & (at < 32), bits >> (at & 31), 0)
         ends = tl.where((at < 0) & (at > -BITS), bits << (-at & 31), 0)
@@ -134,8 +152,9 @@ def int_group_matmul(
     groups,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,  # 0: one group
+    SPAN: tl.constexpr,  # inputs that surely share a scale, 1 to 32
     SYMMETRIC: tl.constexpr,
-    UPCAST: tl.constexpr,  # float32 products, for the interpreter: its bfloat16 is wrong
+    UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 is wrong
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -143,26 +162,25 @@ def int_group_matmul(
     # int64: a row number times a row length passes 2^31 for long prompts and large vocabularies.
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n[:, None, None]
     compute: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(0, inputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        chunk = start // 32 + tl.arange(0, BLOCK_K // 32)
-        code = _chunks(packed, n, chunk, outputs, words, BITS).to(tl.int32)  # [N, C, 32]
+        chunk = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None]
+        code = _chunks(packed, row, chunk, outputs, words, BITS).to(tl.int32)  # [N, C, 32]
+        code = code.reshape(BLOCK_N, BLOCK_K // SPAN, SPAN)
 
-        if GROUP_SIZE % 32 == 0:  # one group per chunk, or one group at all
-            first = (chunk * 32)[None, :, None]
-        else:
-            first = (chunk * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+        first = start + tl.arange(0, BLOCK_K // SPAN)[None, :, None] * SPAN
         group = first // GROUP_SIZE if GROUP_SIZE > 0 else first * 0
-        row = n[:, None, None]
         inside = (row < outputs) & (group < groups)
         if SYMMETRIC:
             code -= 1 << (BITS - 1)
         else:
             code -= _zero_points(zero, row, group, inside, groups, BITS)
-        step = tl.load(scale + row * groups + group, mask=inside, other=0).to(tl.float32)
-        weight = (code.to(tl.float32) * step).to(compute).reshape(BLOCK_N, BLOCK_K)
+        step = tl.load(scale + row * groups + group, mask=inside, other=0)
+        weight = code.to(tl.float32) * step.to(tl.float32)
+        weight = weight.to(compute).reshape(BLOCK_N, BLOCK_K)
 
         # Inputs beyond the last are zeros, whatever the weight there.
         inside = (m < rows)[None, :] & (k < inputs)[:, None]

@@ -17,6 +17,7 @@ compressed-tensors package (0.18 and later) and the engines that read its checkp
                        same way, but down the columns.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -92,7 +93,7 @@ def unpack(tensor: CompressedTensor) -> Tensor:
     Codes and zero points are exact in every dense dtype, so that each weight is rounded once.
     """
     scale = tensor.parts["weight_scale"]  # [*batch, out, groups]
-    grouped = codes(tensor).unflatten(-1, (scale.shape[-1], -1)).to(tensor.dtype)
+    grouped = codes(tensor).view(*scale.shape, -1).to(tensor.dtype)  # [*batch, out, groups, size]
     zero_point = zero_points(tensor)
     if zero_point is not None:
         grouped -= zero_point.to(tensor.dtype).unsqueeze(-1)
@@ -126,7 +127,7 @@ def part_shapes(
         raise ValueError(f"bits is {bits}, the format {FORMAT} has {MIN_BITS} to {MAX_BITS}")
     if dtype not in DENSE_DTYPES:
         raise ValueError(f"dense dtype is {dtype}, the format {FORMAT} has {DENSE_DTYPES}")
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         raise ValueError(f"a weight of shape {shape} is no matrix")
     *batch, out, inputs = shape
     groups = group_count(inputs, int(params["group_size"]))
@@ -181,7 +182,7 @@ def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
             imported under ``TRITON_INTERPRET=1``).
         tensor: one weight; the members of a bank are multiplied one at a time.
 
-    Weights are rounded to ``x.dtype``, products accumulate in float32.
+    Weights are rounded to ``x.dtype``, products accumulate in float32. There is no backward pass.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -199,10 +200,12 @@ def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
     held_on = tensor.parts["weight_packed"].device
     if held_on != x.device:
         raise ValueError(f"x is on {x.device}, the weight on {held_on}")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty((rows.shape[0], tensor.shape[0]), dtype=x.dtype, device=x.device)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    # The interpreter would cut bfloat16 off instead of rounding it.
+    dtype = torch.float32 if kernel.INTERPRETED else x.dtype
+    out = torch.empty((rows.shape[0], tensor.shape[0]), dtype=dtype, device=x.device)
     kernel.launch(rows, tensor, out)
-    return out.unflatten(0, x.shape[:-1]) if x.ndim > 1 else out[0]
+    return out.to(x.dtype).view(*x.shape[:-1], tensor.shape[0])
 
 
 def _check_operands(x: Tensor, tensor: CompressedTensor) -> None:
@@ -235,8 +238,8 @@ def _words(values: int, bits: int) -> int:
 
 
 # Packing rests on one fact: whatever the width, 8 values of `bits` bits are exactly `bits` bytes.
-# So 8 values are collected in an int64 and its low `bits` bytes are the stream, and back. The
-# views of bytes as words assume a little-endian machine, as every one that PyTorch supports is.
+# So 8 values are collected in an int64 and its low `bits` bytes are the stream, and back (on a
+# little-endian machine: bytes are viewed as words).
 
 
 def _pack_rows(values: Tensor, bits: int) -> Tensor:
@@ -246,7 +249,7 @@ def _pack_rows(values: Tensor, bits: int) -> Tensor:
     padded, words = -(-n // 32) * 32, _words(n, bits)
     packed = torch.empty((rows.shape[0], words), dtype=torch.int32, device=values.device)
     step = max(1, _BLOCK_VALUES // padded)
-    for source, target in zip(rows.split(step), packed.split(step), strict=True):
+    for source, target in zip(torch.split(rows, step), torch.split(packed, step), strict=True):
         biased = torch.zeros((len(source), padded), dtype=torch.uint8, device=values.device)
         biased[:, :n] = source  # negative values wrap modulo 256 …
         biased[:, :n] += 1 << (bits - 1)  # … and come back here
@@ -266,7 +269,7 @@ def _unpack_rows(packed: Tensor, n: int, bits: int) -> Tensor:
     padded = -(-n // 32) * 32
     values = torch.empty((rows.shape[0], n), dtype=torch.int8, device=packed.device)
     step = max(1, _BLOCK_VALUES // padded)
-    for source, target in zip(rows.split(step), values.split(step), strict=True):
+    for source, target in zip(torch.split(rows, step), torch.split(values, step), strict=True):
         whole = source.new_zeros((len(source), padded * bits // 32))
         whole[:, :words] = source
         octets = torch.zeros((whole.numel() * 4 // bits, 8), dtype=torch.uint8, device=rows.device)

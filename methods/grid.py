@@ -21,7 +21,7 @@ from moesaic.kernels import int_group
 from moesaic.kernels.tensor import CompressedTensor, Param
 from moesaic.methods.base import MethodOptions, option
 
-# The clip search: sum |w - dequantized|^2.4 over 100 ranges from the full one down to a fifth of it.
+# The clip search: sum |w - ŵ|^2.4 over 100 ranges, from the full one down to a fifth of it.
 CLIP_NORM = 2.4
 CLIP_STEPS = 100
 CLIP_SMALLEST = 0.2

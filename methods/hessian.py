@@ -52,7 +52,7 @@ def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
         ValueError: the Hessian has NaN, infinite or negative diagonal entries.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
-    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
+    if not all(torch.isfinite(end) for end in hessian.aminmax()):
         raise ValueError("the Hessian has NaN or infinite entries")
     if (diagonal < 0).any():
         raise ValueError("the Hessian has negative diagonal entries: it is no sum of x xᵀ")
@@ -63,7 +63,7 @@ def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
 
     # Torch factorises into lower · upper; the reversed matrix gives upper · lower.
     if descending:
-        order = diagonal.argsort(-1, descending=True, stable=True)
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
         index = order.flip(-1)
         rows = hessian.gather(1, index[:, :, None].expand(hessian.shape))
         system = rows.gather(2, index[:, None, :].expand(hessian.shape)).double()

@@ -33,7 +33,8 @@ class Options(GridOptions):
     """Options of round to nearest."""
 
     clip: Literal["none", "mse"] = option(
-        "none", "how a group's range is chosen: all of it, or where |w - ŵ|^2.4 is least",
+        "none",
+        "how a group's range is chosen: all of it, or where |w - ŵ|^2.4 is least",
         ["none", "mse"],
     )
 

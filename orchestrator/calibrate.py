@@ -166,8 +166,10 @@ def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> S
 class StatisticsObserver:
     """Sums what is wanted of every site's inputs."""
 
-    def __init__(self, units: list[Unit], needs: tuple[str, ...], device: str) -> None:
+    def __init__(self, units: list[Unit], needs: tuple[str, ...], device: torch.device) -> None:
         self.stats: SiteStats = {}
+        # Where the tokens really routed to experts are counted, whoever learns from them.
+        self.routed: dict[str, Tensor] = {}
         for unit in units:
             for member, site in unit.sites.items():
                 *batch, _, width = unit.shapes[member]
@@ -181,6 +183,10 @@ class StatisticsObserver:
                     for need in {*needs, "tokens"}
                 }
                 self.stats.setdefault(site, Stats(sums))
+            if unit.kind == "bank":
+                experts = self.stats[unit.sites["gate"]].sums
+                experts["routed"] = torch.zeros_like(experts["tokens"])
+                self.routed[unit.name] = experts["routed"]
 
     def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
         sums = self.stats[site].sums
@@ -197,13 +203,14 @@ class StatisticsObserver:
             target("abs").add_(wide.abs().sum(0))
 
     def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
-        """Not wanted in the forward pass."""
+        if expert is not None and member == "down":
+            self.routed[unit][expert] += y.shape[0]
 
 
 class GradientObserver:
     """Sums squared gradients of every member's outputs, as the reverse pass brings them."""
 
-    def __init__(self, units: list[Unit], device: str) -> None:
+    def __init__(self, units: list[Unit], device: torch.device) -> None:
         self.stats: SiteStats = {}
         for unit in units:
             for member, shape in unit.shapes.items():
@@ -256,7 +263,7 @@ def _hidden_path(walk: Walk, block: int, shard: int) -> Path:
     return walk.scratch() / f"hidden-{block:04d}-{shard:04d}.safetensors"
 
 
-def _boundary_path(walk: Walk, block: int, shard: int) -> Path:
+def boundary_path(walk: Walk, block: int, shard: int) -> Path:
     return walk.scratch() / f"boundary-{block:04d}-{shard:04d}.safetensors"
 
 
@@ -431,7 +438,7 @@ def _finished(walk: Walk, block: int, span: Node, started: float) -> dict[str, A
 
 def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
     if walk.gradients:
-        path = _boundary_path(walk, block, shard)
+        path = boundary_path(walk, block, shard)
         if not path.exists():
             _save(path, hidden[: walk.gradients])
 
@@ -478,7 +485,7 @@ def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Genera
     for rows in hidden.reshape(-1, hidden.shape[-1]).split(_LOGIT_ROWS):
         leaf = rows.detach().to(model.device).requires_grad_(True)
         with torch.enable_grad():
-            logits = model.logits(leaf[None])[0].float()
+            logits = model.logits(model.final_norm(leaf[None]))[0].float()
             labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
             loss = torch.nn.functional.cross_entropy(
                 logits, labels[:, 0].to(logits.device), reduction="sum"
@@ -488,7 +495,7 @@ def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Genera
     return torch.cat(gradients).view_as(hidden)
 
 
-def _gradient_path(walk: Walk, block: int, shard: int) -> Path:
+def gradient_path(walk: Walk, block: int, shard: int) -> Path:
     return walk.scratch() / f"gradient-{block:04d}-{shard:04d}.safetensors"
 
 
@@ -504,8 +511,8 @@ def _required(path: Path, what: str, shard: int) -> Tensor:
 def _output_gradient(model: StreamedModel, walk: Walk, block: int, shard: int) -> Tensor:
     """Gradient at the output of ``block``: from the block after it, or from the loss."""
     if block + 1 < model.blocks:
-        return _required(_gradient_path(walk, block + 1, shard), "gradients", shard)
-    hidden = _required(_boundary_path(walk, model.blocks, shard), "last hidden states", shard)
+        return _required(gradient_path(walk, block + 1, shard), "gradients", shard)
+    hidden = _required(boundary_path(walk, model.blocks, shard), "last hidden states", shard)
     generator = torch.Generator().manual_seed(walk.seed * 1_000_003 + shard)
     return _loss_gradient(model, hidden, generator)
 
@@ -519,13 +526,13 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    returned = all(_gradient_path(plan, block, s).exists() for s in range(*span))
+    returned = all(gradient_path(plan, block, s).exists() for s in range(*span))
     if not (returned and all(_node_path(plan, "gradients", block, n).exists() for n in nodes)):
         model = _model(state, plan)
         module = model.load_block(block).requires_grad_(False)
 
         def shard_stats(shard: int) -> SiteStats:
-            hidden = _required(_boundary_path(plan, block, shard), "hidden states", shard)
+            hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)
             outer = _output_gradient(model, plan, block, shard)
             observer = GradientObserver(_units(model, block), model.device)
             before = []
@@ -535,11 +542,11 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
                     y = model.run_block(block, module, x)
                     (inner,) = torch.autograd.grad(y, x, gradient.to(model.device))
                     before.append(inner.cpu())
-            _save(_gradient_path(plan, block, shard), torch.cat(before))
+            _save(gradient_path(plan, block, shard), torch.cat(before))
             return observer.stats
 
         _sum_nodes(plan, "gradients", block, nodes, shard_stats)
     for shard in range(*span):
-        _gradient_path(plan, block + 2, shard).unlink(missing_ok=True)
-        _boundary_path(plan, block + 2, shard).unlink(missing_ok=True)
+        gradient_path(plan, block + 2, shard).unlink(missing_ok=True)
+        boundary_path(plan, block + 2, shard).unlink(missing_ok=True)
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}

@@ -108,23 +108,25 @@ class Checkpoint:
         """The tensor ``name``, copied from its file.
 
         Args:
-            out: where to put it: a contiguous CPU tensor of the same shape; of another dtype, the
-                values are converted. A new tensor without it.
+            out: a CPU tensor of the same shape to put it into; values are converted where the
+                dtype differs. Without it, a new tensor.
 
         Raises:
             UserError: the file has become shorter since its header was read.
         """
         entry = self._entry(name)
-        direct = out is not None and out.dtype == entry.dtype and out.is_contiguous()
-        target = out if out is not None and direct else torch.empty(entry.shape, dtype=entry.dtype)
-        if target.shape != entry.shape:
-            raise ValueError(f"{name} has shape {entry.shape}, not {tuple(target.shape)}")
+        if out is not None and out.shape != entry.shape:
+            raise ValueError(f"{name} has shape {entry.shape}, not {tuple(out.shape)}")
+        if out is None or out.dtype != entry.dtype or not out.is_contiguous():
+            target = torch.empty(entry.shape, dtype=entry.dtype)
+        else:
+            target = out
         if entry.nbytes:
-            raw = memoryview(target.view(-1).view(torch.uint8).numpy())
+            raw = target.view(-1).view(torch.uint8).numpy().data
             with open(entry.file, "rb", buffering=0) as stream:
                 stream.seek(entry.begin)
                 _fill(stream, raw, entry, name)
-        return target if out is None or direct else out.copy_(target)
+        return target if out is None or target is out else out.copy_(target)
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raises a :class:`UserError` that names the tensor if a value is NaN or infinite."""
@@ -215,7 +217,12 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = set(weight_map.values())
     for shard in shards:
         pure = PurePosixPath(shard) if isinstance(shard, str) else None
-        if pure is None or pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
+        if (
+            pure is None
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or pure.suffix != ".safetensors"
+        ):
             raise UserError(
                 f"{index}: {shard!r} is not a name of a .safetensors file inside the folder"
             )

@@ -115,12 +115,14 @@ def _sequence(
     targets = ids[1:].to(hidden.device)
     for start in range(0, len(targets), _LOGIT_ROWS):
         stop = min(start + _LOGIT_ROWS, len(targets))
-        log_q = model.logits(hidden[None, start:stop])[0].float().log_softmax(-1)
+        log_q = model.logits(model.final_norm(hidden[None, start:stop]))[0].float().log_softmax(-1)
         wanted = targets[start:stop, None]
         nll -= float(log_q.gather(1, wanted).double().sum())
         correct += int((log_q.argmax(-1, keepdim=True) == wanted).sum())
         if not same:
-            log_p = model.logits(dense[None, start:stop])[0].float().log_softmax(-1)
+            log_p = (
+                model.logits(model.final_norm(dense[None, start:stop]))[0].float().log_softmax(-1)
+            )
             kl += float((log_p.exp() * (log_p - log_q)).double().sum())
     return nll, kl, correct
 

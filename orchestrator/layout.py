@@ -5,7 +5,7 @@ parameters, with the shapes, of the module that transformers builds from ``confi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moesaic.methods.base import Unit
@@ -37,15 +37,13 @@ class BlockLayout:
 class _Reader:
     """Claims the tensors of one block and remembers which parameters they provide."""
 
-    def __init__(self, family: Family, checkpoint: Checkpoint, index: int) -> None:
+    def __init__(
+        self, family: Family, checkpoint: Checkpoint, index: int, names: Sequence[str]
+    ) -> None:
         self.family = family
         self.checkpoint = checkpoint
         self.prefix = family.block.format(block=index) + "."
-        self.disk = [
-            name.removeprefix(self.prefix)
-            for name in checkpoint.names()
-            if name.startswith(self.prefix)
-        ]
+        self.disk = dict.fromkeys(names)  # a set in a fixed order
         self.claimed: set[str] = set()
         self.provided: dict[str, tuple[int, ...]] = {}
         self.layout = BlockLayout(index)
@@ -180,18 +178,51 @@ def _stored(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     return (experts, columns, rows) if transposed else shape
 
 
-def block_layout(
-    family: Family, checkpoint: Checkpoint, index: int, expected: Shapes
-) -> BlockLayout:
-    """The layout of block ``index``.
+def group_names(family: Family, checkpoint: Checkpoint) -> tuple[dict[int, list[str]], list[str]]:
+    """Names on disk: those of each block, without the block's prefix, and all others."""
+    pattern = re.compile(re.escape(family.block).replace(r"\{block\}", r"(\d+)") + r"\.(.*)")
+    blocks: dict[int, list[str]] = {}
+    others = []
+    for name in checkpoint.names():
+        match = pattern.fullmatch(name)
+        if match:
+            blocks.setdefault(int(match[1]), []).append(match[2])
+        else:
+            others.append(name)
+    return blocks, others
+
+
+def model_layout(
+    family: Family, checkpoint: Checkpoint, expected: Sequence[Shapes], outer: Shapes
+) -> list[BlockLayout]:
+    """The layout of every block.
 
     Args:
-        expected: parameter (or persistent buffer) of the block's module → shape.
+        expected: per block, parameter (or persistent buffer) of its module → shape.
+        outer: the same for embedding, last norm and head, without those that are tied.
 
     Raises:
         UserError: family, files and configuration do not fit together.
     """
-    reader = _Reader(family, checkpoint, index)
+    blocks, others = group_names(family, checkpoint)
+    config = checkpoint.path / "config.json"
+    behind = [index for index in sorted(blocks) if index >= len(expected)]
+    if behind and not family.extra_blocks:
+        raise UserError(
+            f"{config}: {len(expected)} blocks (num_hidden_layers), but the files have block "
+            f"{behind[-1]}"
+        )
+    check_provided(config, "", {name: checkpoint.shape(name) for name in others}, outer)
+    return [
+        _block_layout(family, checkpoint, index, blocks.get(index, []), shapes)
+        for index, shapes in enumerate(expected)
+    ]
+
+
+def _block_layout(
+    family: Family, checkpoint: Checkpoint, index: int, names: Sequence[str], expected: Shapes
+) -> BlockLayout:
+    reader = _Reader(family, checkpoint, index, names)
     for part, group in family.parts():
         for path in group.linears:
             reader.linear(part, group, path)
@@ -202,23 +233,3 @@ def block_layout(
     for name in family.unused:
         reader.claim(name)
     return reader.finish(expected)
-
-
-def outer_names(family: Family, checkpoint: Checkpoint, blocks: int) -> list[str]:
-    """Names on disk outside the first ``blocks`` blocks that the model uses: embedding, norm, head.
-
-    Raises:
-        UserError: a name matches nothing.
-    """
-    pattern = re.compile(re.escape(family.block).replace(r"\{block\}", r"(\d+)") + r"\..*")
-    used = []
-    for name in checkpoint.names():
-        block = pattern.fullmatch(name)
-        if block and (int(block[1]) < blocks or family.extra_blocks):
-            continue
-        if name.rpartition(".")[0] not in {family.embed, family.norm, family.head}:
-            raise UserError(
-                f"{checkpoint.path}: tensor {name} matches no pattern of family {family.model_type}"
-            )
-        used.append(name)
-    return used

@@ -21,7 +21,6 @@ from torch import Tensor
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Event, Spec, Stats, Unit, method_module
 from moesaic.orchestrator.calibrate import load_stats
-from moesaic.orchestrator.checkpoint import check_finite
 from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -39,7 +38,6 @@ class Job:
         units: names, in model order.
         missing: unit → [(chain as (method, options) pairs, key of its entries)].
         stats: file of the block's statistics.
-        needs: statistics to read.
     """
 
     model: str
@@ -49,7 +47,6 @@ class Job:
     units: tuple[str, ...]
     missing: Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
     stats: str
-    needs: tuple[str, ...]
     store: str
 
 
@@ -111,7 +108,10 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     units = [unit for unit in model.units() if unit.name in plan.units]
     sites = {site for unit in units for site in unit.sites.values()}
     stats = load_stats(Path(plan.stats), lambda site: site in sites)
-    weights = {unit.name: _read(model, unit, state.device) for unit in units}
+    weights = {
+        unit.name: {name: value.to(state.device) for name, value in model.read_unit(unit).items()}
+        for unit in units
+    }
     _move(stats, state.device)
     chains: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for unit, wanted in plan.missing.items():
@@ -131,13 +131,6 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
                 _write(plan, unit, keys[unit.name], members, weights, stats, seconds, events)
                 measured.append((unit.name, keys[unit.name], seconds))
     return {"measured": measured, "peak_bytes": peak_memory_bytes()}
-
-
-def _read(model: Any, unit: Unit, device: str) -> dict[str, Tensor]:
-    members = {name: tensor.to(device) for name, tensor in model.read_unit(unit).items()}
-    for member, tensor in members.items():
-        check_finite(f"{unit.name} ({member})", tensor)
-    return members
 
 
 def _move(stats: Mapping[str, Stats], device: str) -> None:

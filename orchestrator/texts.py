@@ -174,4 +174,3 @@ def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
         )
     source_index = np.array([origin[i] for i in order], dtype=np.int32)
     return Sequences(ids, source_index, [source.label for source in texts.texts])
-

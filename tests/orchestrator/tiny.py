@@ -69,7 +69,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 25},
     "deepseek_v2": {**MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**MLA, "q_lora_rank": 20},
-    "phimoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True},
+    "phimoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
     "granitemoe": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -120,9 +125,17 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
 def save_tiny(
     folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Saves :func:`tiny_model` in ``dtype`` and returns the folder."""
+    """Saves :func:`tiny_model` in ``dtype`` and returns the folder.
+
+    As in the published checkpoints, correction biases stay in float32. ``max_shard_size`` in
+    ``overrides`` splits the file.
+    """
     max_shard_size = overrides.pop("max_shard_size", "5GB")
-    tiny_model(model_type, **overrides).to(dtype).save_pretrained(
-        folder, max_shard_size=max_shard_size
-    )
+    model = tiny_model(model_type, **overrides)
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    model.to(dtype)
+    for name, bias in biases.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, bias)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

@@ -1,0 +1,225 @@
+"""From chosen pieces to a model folder.
+
+Nothing is computed: the tensors of the original files that no piece replaces and the tensors of the
+pieces are copied as bytes into new shards, in the order of the model, a few MB at a time. Folders
+of equal content are equal byte for byte.
+
+The folder is made under a hidden name beside its place, flushed to disk and renamed: at any moment
+there is a complete folder under the final name, or none.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moesaic.methods.base import Unit
+from moesaic.orchestrator.checkpoint import INDEX, SINGLE
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.export import (
+    Piece,
+    check_plan,
+    largest_piece,
+    natural_key,
+    quantization_config,
+    unit_tensors,
+)
+from moesaic.orchestrator.pieces import piece_header
+from moesaic.orchestrator.store import disk_errors
+from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.targets import Serve, can_be_packed
+from moesaic.orchestrator.tensorfile import Blob, Stored, read_file, write_file
+
+MAX_SHARD_BYTES = 5_000_000_000
+_METADATA = {"format": "pt"}
+# Length, metadata and padding.
+_SHARD_HEADER_BYTES = 64
+# Tokenizer, chat template, generation settings, licence: small files that belong to the model.
+_COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_REWRITTEN = {"config.json", INDEX, "README.md"}
+
+
+def assemble(
+    model: StreamedModel,
+    source: Path,
+    chosen: Mapping[str, Path | None],
+    serve: Serve,
+    output: Path,
+    card: str,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the model folder ``output``; an earlier one is replaced.
+
+    Args:
+        model: the original model.
+        source: its folder.
+        chosen: unit → its piece; None, or no entry, leaves the unit as it is.
+        serve: who is to load the folder.
+        card: text of ``README.md``.
+        max_shard_bytes: a shard is closed before it would grow over this.
+
+    Raises:
+        RunError: the plan cannot be loaded by ``serve``, a piece is damaged, or the disk is full.
+    """
+    pieces = _read_headers(model, chosen)
+    check_plan(model, pieces, serve)
+    tensors = _tensors(model, pieces, serve)
+    with disk_errors(output), _new_folder(output) as folder:
+        _write_shards(folder, tensors, int(max_shard_bytes))
+        config = {**model.checkpoint.config}
+        quantization = quantization_config(model, pieces, serve)
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _copy_companions(source, folder)
+
+
+def header_bytes_bound(model: StreamedModel, units: Sequence[Unit], serve: Serve) -> int:
+    """What the headers of the model's files take at most, in bytes.
+
+    Args:
+        units: those that may be compressed; the others are left as they are.
+    """
+    checkpoint = model.checkpoint
+    compressible = {unit.name for unit in units}
+    digits = len(str(checkpoint.total_bytes))
+
+    def size(tensors: Iterable[tuple[str, Stored]]) -> int:
+        return sum(_header_entry_bytes(name, stored, digits) for name, stored in tensors)
+
+    originals = _originals(model)
+    total = size((name, originals[name]) for name in model.fixed_names())
+    for unit in model.units():
+        names = {name for group in model.unit_tensors(unit).values() for name in group}
+        dense = size((name, originals[name]) for name in names)
+        packed = 0
+        if unit.name in compressible and can_be_packed(unit, serve, model.family):
+            packed = size(unit_tensors(model, unit, largest_piece(unit, serve), serve))
+        total += max(dense, packed)
+    # Two neighbouring shards hold more than the limit together.
+    shards = 1 + 2 * checkpoint.total_bytes // MAX_SHARD_BYTES
+    return total + shards * _SHARD_HEADER_BYTES
+
+
+def _header_entry_bytes(name: str, stored: Stored, digits: int) -> int:
+    offsets = [10**digits - 1] * 2
+    entry = {name: {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": offsets}}
+    return len(json.dumps(entry, separators=(",", ":"))) - 1  # braces go, a comma comes
+
+
+def _read_headers(model: StreamedModel, chosen: Mapping[str, Path | None]) -> dict[str, Piece]:
+    units = {unit.name: unit for unit in model.units()}
+    unknown = next((name for name in chosen if name not in units), None)
+    if unknown is not None:
+        raise ValueError(f"the model has no unit {unknown}")
+    pieces: dict[str, Piece] = {}
+    for name, unit in units.items():
+        path = chosen.get(name)
+        if path is None:
+            continue
+        piece = piece_header(path)
+        shapes = {member: described.shape for member, described in piece.items()}
+        if shapes != dict(unit.shapes):
+            raise RunError(f"{path}: holds shapes {shapes}, unit {name} has {dict(unit.shapes)}")
+        pieces[name] = piece
+    return pieces
+
+
+def _tensors(
+    model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve
+) -> list[tuple[str, Stored]]:
+    """Every tensor of the new files in the order of the model."""
+    owner = {
+        name: unit
+        for unit in model.units()
+        if unit.name in pieces
+        for names in model.unit_tensors(unit).values()
+        for name in names
+    }
+    originals = _originals(model)
+    tensors: list[tuple[str, Stored]] = []
+    done = set()
+    for name in sorted(originals, key=natural_key):
+        unit = owner.get(name)
+        if unit is None:
+            tensors.append((name, originals[name]))
+        elif unit.name not in done:
+            done.add(unit.name)
+            tensors += unit_tensors(model, unit, pieces[unit.name], serve)
+    return tensors
+
+
+def _originals(model: StreamedModel) -> dict[str, Stored]:
+    """Where each tensor of the original model lies."""
+    found: dict[str, Stored] = {}
+    for file in model.checkpoint.files:
+        found.update(read_file(file)[0])
+    return found
+
+
+def _write_shards(folder: Path, tensors: list[tuple[str, Stored]], limit_bytes: int) -> None:
+    shards: list[list[tuple[str, Stored]]] = [[]]
+    size = 0
+    for name, stored in tensors:
+        if shards[-1] and size + stored.nbytes > limit_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, stored))
+        size += stored.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
+        write_file(folder / file, [Blob.of(name, stored) for name, stored in shard], _METADATA)
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
+    if len(shards) > 1:
+        total = sum(stored.nbytes for _, stored in tensors)
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        belongs = path.suffix in _COMPANIONS or path.name.startswith(_LICENCES)
+        weights = path.name in _REWRITTEN or path.name.endswith(".index.json")
+        if path.is_file() and belongs and not weights:
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``output`` when all went well."""
+    partial = output.with_name(f".{output.name}.partial")
+    replaced = output.with_name(f".{output.name}.replaced")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed run left behind: it may have died between the two renames below.
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*sorted(partial.iterdir()), partial):
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    _flush(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""What a person sees on stderr while a run works: bars on a terminal, lines in a log."""
+
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from moesaic.methods.base import Event
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+_LOG_SECONDS = 15.0
+
+
+class View:
+    """Progress of named stages; use as a context manager.
+
+    On a terminal every stage is a bar with done / total, rate, time left, what is being worked on
+    and the largest worker's memory. Elsewhere a line is printed every few seconds instead.
+    """
+
+    def __init__(self, console: Console = stderr) -> None:
+        self.console = console
+        self._bars: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
+        self._peak_bytes = 0
+        self.seconds: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "View":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Opens a stage of ``total`` steps, ``done`` of which were finished by an earlier run."""
+        self._bars[name] = self.progress.add_task(
+            name, total=total, completed=done, note="", rate=""
+        )
+        self._started[name] = time.monotonic()
+        self.seconds.setdefault(name, 0.0)
+        if done:
+            self.line(f"{name}: {done} of {total} were finished before")
+
+    def advance(self, name: str, steps: int = 1, peak_bytes: int = 0) -> None:
+        """Counts finished steps."""
+        self._peak_bytes = max(self._peak_bytes, peak_bytes)
+        bar = self._bars[name]
+        self.progress.advance(bar, steps)
+        self.seconds[name] = time.monotonic() - self._started[name]
+
+    def tick(self, running: Iterable[str]) -> None:
+        """Shows what is being worked on; for :meth:`Pool.run`."""
+        note = f"{', '.join(running)[:60]}  peak {self._peak_bytes / 1e9:.1f} GB/worker"
+        for task in self.progress.tasks:
+            if not task.finished:
+                rate = f"{task.speed:.1f}/s" if task.speed else ""
+                self.progress.update(task.id, note=note, rate=rate)
+        if self.console.is_terminal or time.monotonic() - self._last_line < _LOG_SECONDS:
+            return
+        self._last_line = time.monotonic()
+        for task in self.progress.tasks:
+            if not task.finished and task.total:
+                elapsed = time.monotonic() - self._started[task.description]
+                rate = task.completed / elapsed if elapsed else 0.0
+                left = f"{(task.total - task.completed) / rate:.0f} s left" if rate else ""
+                self.line(
+                    f"{task.description}: {task.completed:.0f}/{task.total:.0f}"
+                    f"  {rate:.1f}/s  {left}  {note}"
+                )
+
+    def line(self, text: str) -> None:
+        """One line for the log."""
+        self.console.print(text, markup=False)
+
+    def events(self, events: Iterable[Event]) -> None:
+        """The first events of every kind, and how many there are."""
+        by_kind: dict[str, list[Event]] = {}
+        for event in events:
+            by_kind.setdefault(event.kind, []).append(event)
+        for kind, group in by_kind.items():
+            self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Dense, baselines and plan: bytes, bits per weight, perplexity, KL."""
+    table = Table(title=None)
+    for name in ("", "bytes", "bits/weight", "perplexity", "KL (nats/token)", "accuracy"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            f"{score['bytes']:,}",
+            f"{score['bits_per_weight']:.3f}",
+            f"{score['perplexity']:.3f}",
+            f"{score['kl']:.4f}",
+            f"{score['accuracy']:.1%}",
+            style="bold" if name == "plan" else None,
+        )
+    return table

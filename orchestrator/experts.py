@@ -1,0 +1,187 @@
+"""Watching a block compute: the inputs and outputs of its linears and experts.
+
+Linears are watched by forward hooks. Experts have no module of their own in transformers; all its
+Mixture-of-Experts models call one replaceable function instead, and :func:`forward` is registered
+there. It goes through the experts one by one, so that each one's inputs and outputs can be seen,
+and adds up their results in this order; an expert meets a token at most once, so the sum is
+deterministic on every device and the same whether somebody watches or not. Measured on a CPU
+(16 to 128 experts, one thread, float32 and bfloat16) this loop takes 0.5 to 1.1 times as long as
+grouped_mm, which also refuses bfloat16 weights whose rows are no multiple of 16 bytes; padding the
+rows of an expert's batch to multiples of 32 or 64 gains nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moesaic.methods.base import Unit
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.streaming import StreamedModel
+
+# Name of our function in transformers' table of expert implementations.
+NAME = "moesaic"
+# Attribute of an experts module that holds its watcher while one is there.
+_WATCHER = "_moesaic_watcher"
+
+Experts = Literal["routed", "all"]
+
+
+class Observer(Protocol):
+    """What is told of a block's computation. ``expert`` is None for linears."""
+
+    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
+        """``x [tokens, in]``: what the members of this site read."""
+
+    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
+        """``y [tokens, out]``: what a member gives, bias included. It is part of the graph: where
+        gradients are on, ``y.register_hook`` sees the gradient of the loss."""
+
+
+@dataclass(frozen=True)
+class _Watcher:
+    """Tells ``observer`` about the experts of ``unit``."""
+
+    unit: Unit
+    observer: Observer
+    everything: bool
+
+    def inputs(self, member: str, expert: int, x: Tensor) -> None:
+        """Reports the inputs of a routed expert, unless those of all tokens have been."""
+        if not self.everything:
+            self.observer.inputs(self.unit.sites[member], x.detach(), expert)
+
+    def gate_up(self, module: Any, expert: int, gate_up: Tensor) -> Tensor:
+        """Reports gate and up of one expert; returns their joint tensor, which goes on."""
+        parts = [gate_up[:, ::2], gate_up[:, 1::2]]
+        if module.is_concatenated:
+            parts = list(gate_up.chunk(2, dim=-1))
+        for member, part in zip(("gate", "up"), parts, strict=True):
+            self.observer.outputs(self.unit.name, member, part, expert)
+        if not gate_up.requires_grad:
+            return gate_up
+        # The reported slices must lie on the way to the loss, or they would get no gradient.
+        joined = torch.cat if module.is_concatenated else torch.stack
+        return joined(parts, dim=-1).reshape(gate_up.shape)
+
+    @torch.no_grad()
+    def see_all(self, module: Any, hidden: Tensor) -> None:
+        """Inputs of every expert if all tokens were routed to it; no effect on the result."""
+        for expert in range(module.num_experts):
+            self.observer.inputs(self.unit.sites["gate"], hidden, expert)
+            middle = module._apply_gate(_linear(module, "gate_up_proj", expert, hidden))
+            self.observer.inputs(self.unit.sites["down"], middle, expert)
+
+
+def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' part of a block.
+
+    Args:
+        module: holds ``gate_up_proj`` and ``down_proj``.
+        hidden: ``[T, H]``.
+        index: ``[T, k]``, the experts of each token.
+        weights: ``[T, k]``, how much each counts.
+
+    Returns:
+        ``[T, H]``.
+    """
+    watcher: _Watcher | None = getattr(module, _WATCHER, None)
+    if watcher is not None and watcher.everything:
+        watcher.see_all(module, hidden)
+    # [k·T] by expert, then by place in the top-k list, then by token: the order of transformers'
+    # own loop, so that even its rounding is the same.
+    experts, order = torch.sort(index.T.flatten(), stable=True)
+    counts = torch.bincount(experts, minlength=module.num_experts).tolist()
+    factors = torch.split(weights.T.flatten()[order, None], counts)
+    result = torch.zeros_like(hidden)
+    for expert, tokens in enumerate(torch.split(order % len(hidden), counts)):
+        if len(tokens):
+            y = _one_expert(module, watcher, expert, hidden[tokens]) * factors[expert]
+            result.index_add_(0, tokens, y.to(result.dtype))
+    return result
+
+
+def _one_expert(module: Any, watcher: _Watcher | None, expert: int, x: Tensor) -> Tensor:
+    """``[tokens, H] -> [tokens, H]``"""
+    gate_up = _linear(module, "gate_up_proj", expert, x)
+    if watcher is not None:
+        watcher.inputs("gate", expert, x)
+        gate_up = watcher.gate_up(module, expert, gate_up)
+    middle = module._apply_gate(gate_up)
+    down = _linear(module, "down_proj", expert, middle)
+    if watcher is not None:
+        watcher.inputs("down", expert, middle)
+        watcher.observer.outputs(watcher.unit.name, "down", down, expert)
+    return down
+
+
+def _linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    y = x @ weight if module.is_transposed else F.linear(x, weight)
+    # The bias is added after rounding, as transformers does.
+    return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+
+
+@contextmanager
+def observing(
+    model: "StreamedModel",
+    index: int,
+    block: nn.Module,
+    observer: Observer,
+    experts: Experts = "routed",
+) -> Iterator[None]:
+    """While this is open, ``observer`` is told what ``block`` computes.
+
+    Inputs are told once per site, outputs once per unit and member. Experts that no token reaches
+    are not mentioned.
+
+    Args:
+        model: whose block it is.
+        index: which block.
+        block: from ``model.load_block(index)``.
+        observer: told in the order of the computation.
+        experts: ``all``: inputs of the experts' sites are told for every expert as if all tokens
+            were routed to it (``x`` of the first site is then the same tensor for all of them);
+            the block's result and the outputs told are those of the routed tokens all the same.
+    """
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        for unit in model.layouts[index].units:
+            module = block.get_submodule(model.unit_module(unit))
+            if unit.kind == "bank":
+                setattr(module, _WATCHER, _Watcher(unit, observer, experts == "all"))
+                stack.callback(delattr, module, _WATCHER)
+                continue
+            site = unit.sites["weight"]
+            if site not in seen:
+                seen.add(site)
+                stack.callback(module.register_forward_pre_hook(_input_hook(site, observer)).remove)
+            stack.callback(module.register_forward_hook(_output_hook(unit, observer)).remove)
+        yield
+
+
+def _input_hook(site: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        observer.inputs(site, args[0].detach().flatten(0, -2), None)
+
+    return hook
+
+
+def _output_hook(
+    unit: Unit, observer: Observer
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        flat = output.flatten(0, -2)
+        observer.outputs(unit.name, "weight", flat, None)
+        return flat.view(output.shape)  # what was reported goes on, so that it gets gradients
+
+    return hook

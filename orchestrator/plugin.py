@@ -1,0 +1,113 @@
+"""The plug-in that lets transformers load folders written for ``serve: moesaic``.
+
+``import moesaic`` sees to it that this module is imported right after transformers' table of
+quantizers is there; from then on plain ``AutoModelForCausalLM.from_pretrained(folder)`` works.
+``quantization_config=MoesaicConfig(dequantize=True)`` unpacks all weights once, after loading: the
+model then takes the memory of a dense one and runs as fast as one, on a CPU as well.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moesaic.orchestrator.compressed_modules import (
+    METHOD,
+    VERSION,
+    CompressedExperts,
+    CompressedLinear,
+)
+
+
+@auto.register_quantization_config(METHOD)
+class MoesaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``config.json`` says of the compressed modules.
+
+    Args:
+        version: of the layout on disk.
+        modules: module → kind (``linear`` or ``bank``) and its members' descriptions.
+        dequantize: unpack all weights after loading.
+
+    Raises:
+        ValueError: the folder was written by a later version.
+    """
+
+    def __init__(
+        self,
+        version: int = VERSION,
+        modules: Mapping[str, Any] | None = None,
+        dequantize: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if version != VERSION:
+            raise ValueError(
+                f"the model's quantization_config has version {version}, this moesaic reads "
+                f"version {VERSION}: update moesaic"
+            )
+        self.quant_method = METHOD
+        self.version = version
+        self.modules = dict(modules or {})
+        self.dequantize = dequantize
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a configuration passed to ``from_pretrained`` may change about the folder's."""
+        return {"dequantize": self.dequantize}
+
+
+# Only configurations in this tuple have their loading attributes heeded by from_pretrained.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MoesaicConfig,)
+
+
+@auto.register_quantizer(METHOD)
+class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts compressed modules in the places of dense ones before the weights are loaded.
+
+    Names on disk are those of the modules' buffers, so that transformers' own renaming and merging
+    of expert weights, which still has to work for the units left dense, finds nothing to change.
+    """
+
+    requires_calibration = True
+    quantization_config: MoesaicConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        base = f"{model.base_model_prefix}."
+        inside = hasattr(model, model.base_model_prefix)
+        with torch.device("meta"):
+            for name, described in self.quantization_config.modules.items():
+                path = name if inside else name.removeprefix(base)
+                dense = model.get_submodule(path)
+                members = described["members"]
+                compressed: nn.Module
+                if described["kind"] == "linear":
+                    compressed = CompressedLinear(members["weight"], dense)
+                else:
+                    compressed = CompressedExperts(members, dense)
+                model.set_submodule(path, compressed)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Puts dense modules back, in ``dtype`` (by default the model's).
+
+        Also what ``model.dequantize()`` calls, with the dtype as the configuration names it.
+        """
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        kinds = (CompressedLinear, CompressedExperts)
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
+        for name, module in found:
+            model.set_submodule(name, module.dense().to(wanted))
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return True

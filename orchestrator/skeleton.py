@@ -1,0 +1,145 @@
+"""A causal language model of transformers without its weights.
+
+The model is built on the meta device. Its blocks are taken out as prototypes, and a recorder
+stands in the place of each: running the model's own forward then tells what every block would
+have been called with (masks, rotary embeddings), whatever the architecture.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moesaic.orchestrator import experts
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.family import Family
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Recorder(nn.Module):
+    """Stands for a block: remembers its input and the rest of the call, and passes it on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Some models read an attribute of the block, such as its attention type, between blocks.
+        self.attention_type = getattr(block, "attention_type", None)
+        self.hidden: Tensor | None = None
+        self.call: Call | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden, (args, kwargs)
+        return hidden
+
+    def take(self) -> tuple[Tensor, Call]:
+        """What was recorded, forgotten here."""
+        if self.hidden is None or self.call is None:
+            raise RuntimeError("the model's forward did not call its block")
+        recorded = self.hidden, self.call
+        self.hidden = self.call = None
+        return recorded
+
+
+class _Passthrough(nn.Module):
+    """Stands for everything but the head: returns the embeddings as last hidden state."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            last_hidden_state=inputs_embeds,
+            past_key_values=None,
+            hidden_states=None,
+            attentions=None,
+            router_logits=None,
+        )
+
+
+def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The configuration as transformers understands it; UserError where it does not."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.path / 'config.json'}: {text[:300]}") from error
+
+
+class Skeleton:
+    """The model around the blocks; weights are put in and taken out by the owner.
+
+    Attributes:
+        model: the causal LM with recorders for blocks.
+        prototypes: its blocks, on the meta device.
+    """
+
+    def __init__(
+        self, config: Any, family: Family, dtype: torch.dtype, device: torch.device, trust: bool
+    ) -> None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=experts.NAME, trust_remote_code=trust
+            )
+        self.config = config
+        self.model: Any = model.eval().requires_grad_(False)
+        holder, _, name = family.block.removesuffix(".{block}").rpartition(".")
+        layers = self.model.get_submodule(f"{holder}.{name}")
+        self.prototypes: list[nn.Module] = list(layers)
+        self.recorders = [Recorder(block) for block in self.prototypes]
+        setattr(self.model.get_submodule(holder), name, nn.ModuleList(self.recorders))
+        fill_buffers(self.model, self.model, device)
+        self._body = getattr(self.model, self.model.base_model_prefix)
+        self._head = _without_body(self.model)
+
+    @torch.no_grad()
+    def run(self, **inputs: Tensor) -> list[tuple[Tensor, Call]]:
+        """Runs the model's forward around the blocks: hidden state and call of every block."""
+        self._body(use_cache=False, **inputs)
+        return [recorder.take() for recorder in self.recorders]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of normed hidden states, by the model's own forward."""
+        logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+
+    def fp32_names(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """Parts of parameter names that transformers keeps in float32 at ``dtype``."""
+        return tuple(self.model._get_dtype_plan(dtype))
+
+
+def _without_body(model: Any) -> Any:
+    """The same head and forward over the same modules, but with nothing in front of them."""
+    head = object.__new__(type(model))
+    head.__dict__.update(model.__dict__)
+    head._modules = {**model._modules, model.base_model_prefix: _Passthrough()}
+    return head
+
+
+def fill_buffers(owner: Any, module: nn.Module, device: torch.device) -> None:
+    """Gives ``module``'s meta buffers that no file holds (rotary frequencies …) their values.
+
+    Parameters must still be on the meta device: transformers' initialisation, which computes the
+    buffers, would overwrite them.
+
+    Args:
+        owner: the transformers model whose initialisation knows these buffers.
+    """
+    for part in module.modules():
+        names = [
+            name for name in part._non_persistent_buffers_set if part._buffers[name] is not None
+        ]
+        for name in names:
+            buffer = part._buffers[name]
+            assert buffer is not None
+            part._buffers[name] = torch.full_like(buffer, torch.nan, device=device)
+        if not names:
+            continue
+        owner._init_weights(part)
+        for name in names:
+            value = part._buffers[name]
+            assert value is not None
+            if value.is_floating_point() and bool(torch.isnan(value).any()):
+                kind = type(part).__name__
+                raise UserError(f"buffer {name} of {kind} is in no file and has no known value")

@@ -1,0 +1,412 @@
+"""The stages as work for the pool: what must be done, what was done before, what follows what."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic.methods.base import Chain, Event, Unit
+from moesaic.orchestrator.calibrate import (
+    Node,
+    Walk,
+    boundary_path,
+    gradient_path,
+    load_stats,
+    ranges,
+)
+from moesaic.orchestrator.console import View
+from moesaic.orchestrator.evaluate import score
+from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.measure import Job, to_measurement
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.store import Entry, digest
+from moesaic.search.base import Measurement, Problem
+
+# A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
+_LEAD = 2
+_EVALUATION_PARTS = 4
+_FORWARD, _REDUCE, _REVERSE, _MEASURE = range(4)
+Choice = Mapping[str, Chain]
+
+
+def _entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:
+    """Finished entries by key; their bytes are checked, several at a time."""
+    wanted = list(keys)
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda key: experiment.store.get(kind, key), wanted)
+    return {key: entry for key, entry in zip(wanted, found, strict=True) if entry is not None}
+
+
+class Calibration:
+    """The walk over the dense model, and the measuring that follows it block by block."""
+
+    def __init__(
+        self, experiment: Experiment, pool: Pool, view: View, wanted: Mapping[str, Iterable[Chain]]
+    ) -> None:
+        self.experiment = experiment
+        self.pool = pool
+        self.view = view
+        self.walk = experiment.walk
+        self.wanted = {unit: list(chains) for unit, chains in wanted.items()}
+        self.blocks = experiment.model.blocks
+        self.ranges = ranges(self.walk.shards, pool.size)
+        self.passed = [0] * self.blocks
+        self.reversed = [0] * self.blocks
+        self.held: list[Task] = []
+
+    def run(self) -> None:
+        """Does all that is missing."""
+        store, walk = self.experiment.store, self.walk
+        self.stats = {
+            block
+            for block in range(self.blocks)
+            if store.get("stats", walk.stats_key(block)) is not None
+        }
+        self.gradients = set(range(self.blocks))
+        if walk.gradients:
+            self.gradients = {
+                block
+                for block in range(self.blocks)
+                if store.get("gradients", walk.gradients_key(block)) is not None
+            }
+        start = self._forward_start()
+        self.view.stage("calibrate", self.blocks, len(self.stats))
+        if walk.gradients:
+            self.view.stage("gradients", self.blocks, len(self.gradients))
+        jobs = self._open_measuring()
+        tasks = [task for block in sorted(self.stats) for task in jobs.get(block, [])]
+        self.jobs = jobs
+        self.floor = start
+        if start < self.blocks:
+            tasks += [self._forward(start, w, span) for w, span in enumerate(self.ranges)]
+        elif len(self.gradients) < self.blocks:
+            tasks += self._start_reverse()
+        self.pool.run(tasks, self.view.tick)
+        experiment_done = len(self.stats) == self.blocks == len(self.gradients)
+        if experiment_done:
+            remove_folder(walk.scratch())
+
+    def _open_measuring(self) -> dict[int, list[Task]]:
+        """Block → jobs that its statistics make possible."""
+        total = sum(len(chains) for chains in self.wanted.values())
+        missing = missing_pairs(self.experiment, self.walk, self.wanted)
+        if total:
+            left = sum(len(pairs) for pairs in missing.values())
+            self.view.stage("measure", total, total - left)
+        jobs: dict[int, list[Task]] = {}
+        for job in measuring_jobs(self.experiment, self.walk, missing):
+            jobs.setdefault(job.block, []).append(self._measure(job))
+        return jobs
+
+    def _measure(self, job: Job) -> Task:
+        steps = sum(len(pairs) for pairs in job.missing.values())
+
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.view.advance("measure", steps, result["peak_bytes"])
+            return ()
+
+        return measure_task(job, (_MEASURE, job.block), done)
+
+    def _forward_start(self) -> int:
+        """First block that must be walked: its statistics, or states for the reverse pass, lack."""
+        start = min(set(range(self.blocks)) - self.stats, default=self.blocks)
+        missing = set(range(self.blocks)) - self.gradients
+        if not missing:
+            return start
+        walk, shards = self.walk, range(self.walk.shards)
+        top = max(missing)
+        self.top = top
+        returned = all(gradient_path(walk, top + 1, s).exists() for s in shards)
+        if top + 1 < self.blocks and not returned:
+            self.top = self.blocks - 1
+        needed = [*range(self.top + 1), *([self.blocks] if self.top + 1 == self.blocks else [])]
+        for block in needed:
+            if not all(boundary_path(walk, block, s).exists() for s in shards):
+                return min(start, block, self.blocks - 1)
+        return start
+
+    def _forward(self, block: int, worker: int, span: Node) -> Task:
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.passed[block] += 1
+            new = []
+            if block + 1 < self.blocks:
+                self.held.append(self._forward(block + 1, worker, span))
+            if self.passed[block] == len(self.ranges):
+                self.floor = block + 1
+                if block not in self.stats:
+                    new.append(self._reduce("stats", block))
+                if block + 1 == self.blocks and len(self.gradients) < self.blocks:
+                    new += self._start_reverse()
+            ready = [t for t in self.held if t.arguments["block"] <= self.floor + _LEAD]
+            self.held = [t for t in self.held if t not in ready]
+            return [*new, *ready]
+
+        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        label = f"forward {block}"
+        return Task("calibrate:forward", arguments, label, (_FORWARD, block), worker, done)
+
+    def _reduce(self, what: str, block: int) -> Task:
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            (self.stats if what == "stats" else self.gradients).add(block)
+            stage = "calibrate" if what == "stats" else "gradients"
+            self.view.advance(stage, 1, result["peak_bytes"])
+            return self.jobs.get(block, []) if what == "stats" else ()
+
+        arguments = {"walk": plain(self.walk), "what": what, "block": block}
+        return Task("calibrate:reduce", arguments, f"sum {block}", (_REDUCE, block), None, done)
+
+    def _start_reverse(self) -> list[Task]:
+        return [self._reverse(self.top, w, span) for w, span in enumerate(self.ranges)]
+
+    def _reverse(self, block: int, worker: int, span: Node) -> Task:
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.reversed[block] += 1
+            new = []
+            if block > 0:
+                new.append(self._reverse(block - 1, worker, span))
+            if self.reversed[block] == len(self.ranges) and block not in self.gradients:
+                new.append(self._reduce("gradients", block))
+            return new
+
+        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        priority = (_REVERSE, self.blocks - block)
+        return Task("calibrate:reverse", arguments, f"back {block}", priority, worker, done)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a scratch folder; files that vanish meanwhile are no concern."""
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def missing_pairs(
+    experiment: Experiment, walk: Walk, wanted: Mapping[str, Iterable[Chain]]
+) -> dict[str, list[tuple[Chain, str]]]:
+    """Unit → (chain, key) of the pairs whose entries are not finished or were damaged."""
+    keys = {
+        (unit, chain): experiment.key(unit, chain, walk)
+        for unit, chains in wanted.items()
+        for chain in chains
+    }
+    pieces = _entries(experiment, "pieces", keys.values())
+    errors = _entries(experiment, "errors", keys.values())
+    missing: dict[str, list[tuple[Chain, str]]] = {}
+    for (unit, chain), key in keys.items():
+        if key not in pieces or key not in errors:
+            missing.setdefault(unit, []).append((chain, key))
+    return missing
+
+
+def measuring_jobs(
+    experiment: Experiment, walk: Walk, missing: Mapping[str, list[tuple[Chain, str]]]
+) -> Iterator[Job]:
+    """Jobs for the missing pairs: units that share a site go together."""
+    sites: dict[tuple[str, ...], list[Unit]] = {}
+    for name in missing:
+        unit = experiment.by_name[name]
+        sites.setdefault(tuple(sorted(set(unit.sites.values()))), []).append(unit)
+    for units in sites.values():
+        block = units[0].block
+        yield Job(
+            model=walk.model,
+            dtype=walk.dtype,
+            trust_remote_code=walk.trust_remote_code,
+            block=block,
+            units=tuple(unit.name for unit in units),
+            missing={
+                unit.name: [
+                    ([(spec.method, spec.options) for spec in chain], key)
+                    for chain, key in missing[unit.name]
+                ]
+                for unit in units
+            },
+            stats=str(experiment.store.path("stats", walk.stats_key(block))),
+            store=walk.store,
+        )
+
+
+def measure_task(job: Job, priority: tuple[int, ...], done: Any) -> Task:
+    """A job as a task."""
+    label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
+    return Task("measure:compress_job", {"job": plain(job)}, label, priority, None, done)
+
+
+def propagated(experiment: Experiment, pool: Pool, view: View, name: str, choice: Choice) -> Walk:
+    """Solves a plan again from front to back: each block learns from its compressed predecessors.
+
+    Returns:
+        the walk under whose statistics the plan's pieces are named.
+    """
+    blocks = experiment.model.blocks
+    prefixes, before = [], []
+    by_block: dict[int, list[str]] = {}
+    for unit in experiment.units:
+        by_block.setdefault(unit.block, []).append(unit.name)
+    for block in range(blocks):
+        prefixes.append(digest(before))
+        for unit in by_block.get(block, []):
+            before.append([unit, [[spec.method, spec.options] for spec in choice[unit]]])
+    walk = replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
+    spans = list(enumerate(ranges(walk.shards, pool.size)))
+    stage = f"propagate {name}"
+    view.stage(stage, blocks)
+
+    def call(function: str, block: int, **more: Any) -> list[Task]:
+        arguments = {"walk": plain(walk), "block": block, **more}
+        return [
+            Task(function, {**arguments, "span": span}, f"{function} {block}", (0,), worker)
+            for worker, span in spans
+        ]
+
+    for block in range(blocks):
+        wanted = {unit: [choice[unit]] for unit in by_block.get(block, []) if choice[unit]}
+        if experiment.store.get("stats", walk.stats_key(block)) is None:
+            pool.run(call("calibrate:collect", block), view.tick)
+            arguments = {"walk": plain(walk), "what": "stats", "block": block}
+            pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], view.tick)
+        missing = missing_pairs(experiment, walk, wanted)
+        jobs = measuring_jobs(experiment, walk, missing)
+        pool.run([measure_task(job, (0,), lambda result: ()) for job in jobs], view.tick)
+        if block + 1 < blocks:
+            pieces = piece_paths(experiment, walk, {u: c[0] for u, c in wanted.items()})
+            pool.run(call("calibrate:advance", block, pieces=pieces), view.tick)
+        view.advance(stage)
+    remove_folder(walk.scratch())
+    return walk
+
+
+def piece_paths(experiment: Experiment, walk: Walk, choice: Choice) -> dict[str, str]:
+    """Unit → file of its piece; units that stay dense are left out."""
+    return {
+        unit: str(experiment.store.path("pieces", experiment.key(unit, chain, walk)))
+        for unit, chain in choice.items()
+        if chain
+    }
+
+
+@dataclass(frozen=True)
+class Table:
+    """All measurements of an experiment, and what happened while they were made."""
+
+    measurements: list[Measurement]
+    load: dict[int, list[int]]
+    events: list[Event]
+
+
+def measurements(experiment: Experiment) -> Table:
+    """Reads what was measured: per unit its offers, and the unit left as it is."""
+    walk = experiment.walk
+    keys = {
+        (unit.name, chain): experiment.key(unit.name, chain, walk)
+        for unit in experiment.units
+        for chain in experiment.offers[unit.name]
+    }
+    pieces = _entries(experiment, "pieces", keys.values())
+    errors = _entries(experiment, "errors", keys.values())
+    tokens = experiment.gradient_tokens()
+    found: list[Measurement] = []
+    for block in range(experiment.model.blocks):
+        gradients = None
+        if walk.gradients:
+            path = experiment.store.path("gradients", walk.gradients_key(block))
+            gradients = load_stats(path)
+        for unit in (u for u in experiment.units if u.block == block):
+            for chain in experiment.offers[unit.name]:
+                key = keys[unit.name, chain]
+                found.append(
+                    to_measurement(unit, chain, pieces[key], errors[key], gradients, tokens)
+                )
+            score = None if gradients is None else 0.0
+            size = experiment.dense_bytes(unit)
+            found.append(Measurement(unit.name, (), size, 0.0, score, 0.0))
+    load, events = expert_load(experiment, walk)
+    return Table(found, load, events)
+
+
+def expert_load(experiment: Experiment, walk: Walk) -> tuple[dict[int, list[int]], list[Event]]:
+    """Block → tokens routed to each expert, and an event for every site with starved experts."""
+    load: dict[int, list[int]] = {}
+    events: list[Event] = []
+    for unit in experiment.units:
+        if unit.kind != "bank":
+            continue
+        entry = experiment.store.get("stats", walk.stats_key(unit.block))
+        if entry is None:
+            continue
+        load[unit.block] = entry.metadata["routed"][unit.sites["gate"]]
+        for member in ("gate", "down"):
+            counts = entry.metadata["tokens"][unit.sites[member]]
+            width = unit.shapes[member][-1]
+            starved = [index for index, count in enumerate(counts) if count < width]
+            if starved:
+                least = min(starved, key=lambda index: counts[index])
+                events.append(
+                    Event(
+                        "few_tokens",
+                        f"{len(starved)} of {len(counts)} experts saw fewer tokens than the"
+                        f" {width} inputs of {member}_proj (expert {least}: {counts[least]})",
+                        unit.name,
+                        float(len(starved)),
+                    )
+                )
+    return load, events
+
+
+def problem(experiment: Experiment, table: Table, candidates_only: bool = True) -> Problem:
+    """The measurements as a search wants them.
+
+    Args:
+        candidates_only: leave out chains that only baselines use.
+    """
+    allowed = {*experiment.recipe.candidates, ()} if candidates_only else None
+    choices: dict[str, list[Measurement]] = {unit.name: [] for unit in experiment.units}
+    for measurement in table.measurements:
+        if allowed is None or measurement.chain in allowed:
+            choices[measurement.unit].append(measurement)
+    return Problem(choices, experiment.ties(), experiment.budget)
+
+
+def evaluated(
+    experiment: Experiment, pool: Pool, view: View, plans: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Scores of the dense model and of plans, each given as unit → file of its piece."""
+    store, judge = experiment.store, experiment.judge
+    sequences = experiment.evaluation
+    step = -(-len(sequences.ids) // (_EVALUATION_PARTS * judge.batch)) * judge.batch
+    rows = [
+        (low, min(low + step, len(sequences.ids))) for low in range(0, len(sequences.ids), step)
+    ]
+    scores: dict[str, dict[str, Any]] = {}
+    all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
+    view.stage("evaluate", len(all_plans) * len(rows))
+    for name, pieces in all_plans.items():
+        key = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
+        known = store.get_json("scores", key)
+        hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
+        if known is not None and (name != "dense" or hidden_known):
+            scores[name] = known
+            view.advance("evaluate", len(rows))
+            continue
+        parts: dict[int, Mapping[str, Any]] = {}
+
+        def keep(index: int, result: Mapping[str, Any], parts: Any = parts) -> Iterable[Task]:
+            parts[index] = result
+            view.advance("evaluate", 1, result["peak_bytes"])
+            return ()
+
+        tasks = [
+            Task(
+                "evaluate:evaluate_rows",
+                {"judge": plain(judge), "rows": part, "pieces": dict(pieces)},
+                f"{name} {part[0]}",
+                done=lambda result, index=index, keep=keep: keep(index, result),  # type: ignore[misc]
+            )
+            for index, part in enumerate(rows)
+        ]
+        pool.run(tasks, view.tick)
+        ordered = [parts[index] for index in range(len(rows))]
+        scores[name] = score(ordered, sequences.source.tolist(), sequences.labels)
+        store.put_json("scores", key, scores[name])
+    return scores

@@ -1,0 +1,298 @@
+"""A model that is read block by block: at any time at most one block's weights are in memory.
+
+The numbers are those of transformers: the blocks are its modules with weights from the files, and
+they are called with the arguments that the model's own forward would pass.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.methods.base import Unit
+from moesaic.orchestrator.bank import fuse, split
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.family import Bank, load_family
+from moesaic.orchestrator.layout import BlockLayout, model_layout
+from moesaic.orchestrator.skeleton import Call, Skeleton, fill_buffers, read_config
+
+Replaced = Mapping[str, Mapping[str, Tensor]]
+# Calls are kept for this many shapes of a batch: full ones, the last one, and those of evaluation.
+KEPT_SHAPES = 4
+
+
+class StreamedModel:
+    """A checkpoint as blocks between an embedding and a head.
+
+    Embedding and head are read when first asked for, and let go by :meth:`load_block`.
+
+    Args:
+        checkpoint: the files.
+        dtype: dtype to compute in; by default the checkpoint's own.
+        device: where blocks and hidden states are.
+        trust_remote_code: whether code in the model folder may run.
+
+    Attributes:
+        config: transformers' configuration.
+        family: what the model type calls its parts.
+        layouts: what the tensors of each block are.
+        blocks: number of blocks.
+
+    Raises:
+        UserError: the model type is unknown, or files and configuration do not fit together.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        model_type = checkpoint.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise UserError(f"{checkpoint.path / 'config.json'}: key model_type is missing")
+        self.checkpoint = checkpoint
+        self.family = load_family(model_type)
+        self.config: Any = read_config(checkpoint, trust_remote_code)
+        self.device = torch.device(device)
+        self.dtype = dtype or self._own_dtype()
+        self._skeleton = Skeleton(
+            self.config, self.family, self.dtype, self.device, trust_remote_code
+        )
+        self._fp32 = self._skeleton.fp32_names(self.dtype)
+        self.blocks = len(self._skeleton.prototypes)
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.layouts: list[BlockLayout] = model_layout(
+            self.family,
+            checkpoint,
+            [_shapes(block) for block in self._skeleton.prototypes],
+            self._outer_shapes(),
+        )
+        self._fill_outer(self.family.norm)
+        self._calls: OrderedDict[tuple[int, int], list[Call]] = OrderedDict()
+
+    # What there is
+
+    def units(self) -> list[Unit]:
+        """All units in model order; no weight is read."""
+        return [unit for layout in self.layouts for unit in layout.units]
+
+    def unit_tensors(self, unit: Unit) -> dict[str, list[str]]:
+        """Member → its names on disk: one per expert, or the one that holds all of them."""
+        return self.layouts[unit.block].tensors[unit.name]
+
+    def unit_module(self, unit: Unit) -> str:
+        """Path of the unit's module within its block."""
+        return self.layouts[unit.block].modules[unit.name]
+
+    def fixed_names(self) -> list[str]:
+        """Names on disk of everything that no unit covers."""
+        covered = {
+            name
+            for layout in self.layouts
+            for tensors in layout.tensors.values()
+            for names in tensors.values()
+            for name in names
+        }
+        return [name for name in self.checkpoint.names() if name not in covered]
+
+    # Units
+
+    def read_unit(self, unit: Unit) -> dict[str, Tensor]:
+        """Member → dense weight ``[*batch, out, in]`` on the CPU, in the dtype of the file."""
+        tensors = self.unit_tensors(unit)
+        if unit.kind == "linear":
+            return {"weight": self._read(tensors["weight"][0])}
+        if self._bank.fused:
+            fused = self._read(tensors["gate"][0]), self._read(tensors["down"][0])
+            members = split(*fused, self._bank)
+            return {member: weight.contiguous() for member, weight in members.items()}
+        return {member: self._stack(names) for member, names in tensors.items()}
+
+    def write_unit(self, unit: Unit, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name on disk → tensor as the file holds it; the inverse of :meth:`read_unit`."""
+        tensors = self.unit_tensors(unit)
+        if unit.kind == "bank" and self._bank.fused:
+            gate_up, down = fuse(members, self._bank)
+            return {tensors["gate"][0]: gate_up, tensors["down"][0]: down}
+        if unit.kind == "linear":
+            return {tensors["weight"][0]: members["weight"]}
+        return {
+            name: weight
+            for member, names in tensors.items()
+            for name, weight in zip(names, members[member], strict=True)
+        }
+
+    # Running
+
+    def load_block(self, index: int, replaced: Replaced | None = None) -> nn.Module:
+        """Block ``index`` with its weights, frozen; it is freed when the caller drops it.
+
+        Args:
+            replaced: unit → member → dense weight to use instead of the file's.
+
+        Raises:
+            UserError: a weight is NaN or infinite, or a file has become shorter.
+        """
+        self._drop_outer()
+        layout = self.layouts[index]
+        # The configuration is shared, not copied: it is the model's one place for settings.
+        block = copy.deepcopy(self._skeleton.prototypes[index], {id(self.config): self.config})
+        fill_buffers(self._skeleton.model, block, self.device)
+        state = {module: self._read(name) for module, name in layout.kept.items()}
+        for unit in layout.units:
+            state |= self._unit_state(unit, (replaced or {}).get(unit.name, {}))
+        prefix = self.family.block.format(block=index)
+        for name in state:  # one by one: where the dtype changes, the old tensor is freed at once
+            state[name] = self._placed(f"{prefix}.{name}", state[name])
+        block.load_state_dict(state, assign=True)
+        return block.requires_grad_(False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input of the first block, ``[B, T] -> [B, T, hidden]``."""
+        self._fill_outer(self.family.embed)
+        recorded = self._skeleton.run(input_ids=ids.to(self.device))
+        shape = (ids.shape[0], ids.shape[1])
+        self._remember(shape, [call for _, call in recorded])
+        return recorded[0][0]
+
+    def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """``[B, T, hidden] -> [B, T, hidden]`` through ``block``, causal, without padding."""
+        args, kwargs = self._block_calls((hidden.shape[0], hidden.shape[1]))[index]
+        output = block(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The last norm, which the head's input has passed."""
+        normed: Tensor = self._skeleton.model.get_submodule(self.family.norm)(hidden)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[B, T, hidden] -> [B, T, vocab]`` from *normed* hidden states, scaled and capped as
+        the model does."""
+        self._fill_outer(self.family.head)
+        return self._skeleton.head(hidden)
+
+    # Weights
+
+    @property
+    def _bank(self) -> Bank:
+        assert self.family.experts is not None, "only families with experts have banks"
+        return self.family.experts
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.checkpoint.read(name)
+        self.checkpoint.check_finite(name, tensor)
+        return tensor
+
+    def _stack(self, names: list[str]) -> Tensor:
+        """``[len(names), …]``, each read into its place."""
+        shape, dtype = self.checkpoint.shape(names[0]), self.checkpoint.dtype(names[0])
+        stacked = torch.empty((len(names), *shape), dtype=dtype)
+        for name, place in zip(names, stacked, strict=True):
+            self._read_into(name, place)
+        return stacked
+
+    def _read_into(self, name: str, place: Tensor) -> None:
+        self.checkpoint.check_finite(name, self.checkpoint.read(name, out=place))
+
+    def _unit_state(self, unit: Unit, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the unit's module."""
+        module, tensors = self.unit_module(unit), self.unit_tensors(unit)
+        if unit.kind == "linear":
+            weight = replaced.get("weight")
+            return {
+                f"{module}.weight": self._read(tensors["weight"][0]) if weight is None else weight
+            }
+        if replaced:
+            missing = unit.shapes.keys() - replaced.keys()
+            members = {**(self.read_unit(unit) if missing else {}), **replaced}
+            gate_up, down = fuse(members, self._bank)
+        elif self._bank.fused:
+            gate_up, down = self._read(tensors["gate"][0]), self._read(tensors["down"][0])
+        else:
+            gate_up, down = self._stack_gate_up(unit), self._stack(tensors["down"])
+        return {f"{module}.gate_up_proj": gate_up, f"{module}.down_proj": down}
+
+    def _stack_gate_up(self, unit: Unit) -> Tensor:
+        """``[E, 2I, H]`` without a second copy in between."""
+        tensors = self.unit_tensors(unit)
+        experts, width, hidden = unit.shapes["gate"]
+        dtype = self.checkpoint.dtype(tensors["gate"][0])
+        stacked = torch.empty((experts, 2 * width, hidden), dtype=dtype)
+        for expert in range(experts):
+            self._read_into(tensors["gate"][expert], stacked[expert, :width])
+            self._read_into(tensors["up"][expert], stacked[expert, width:])
+        return stacked
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        """On the device, in the dtype that transformers computes with."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        wide = any(part in name for part in self._fp32)
+        return tensor.to(self.device, torch.float32 if wide else self.dtype)
+
+    # Around the blocks
+
+    def _own_dtype(self) -> torch.dtype:
+        if self.config.dtype is not None:
+            return torch.empty(0, dtype=self.config.dtype).dtype
+        return self.checkpoint.dtype(f"{self.family.embed}.weight")
+
+    def _tied_head(self) -> bool:
+        """Whether the head's weight is the embedding's and so not on disk."""
+        on_disk = f"{self.family.head}.weight" in self.checkpoint
+        return bool(self.config.tie_word_embeddings) and not on_disk
+
+    def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = _shapes(self._skeleton.model)
+        if self._tied_head():
+            del shapes[f"{self.family.head}.weight"]
+        return shapes
+
+    def _fill_outer(self, path: str) -> None:
+        """Reads the weights of the embedding, the last norm or the head, unless they are there."""
+        module = self._skeleton.model.get_submodule(path)
+        state = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.is_meta:
+                continue
+            full = f"{path}.{name}"
+            tied = path == self.family.head and name == "weight" and self._tied_head()
+            disk = f"{self.family.embed}.weight" if tied else full
+            state[name] = self._placed(full, self._read(disk))
+        if state:
+            module.load_state_dict(state, assign=True)
+            module.requires_grad_(False)
+
+    def _drop_outer(self) -> None:
+        for path in (self.family.embed, self.family.head):
+            module = self._skeleton.model.get_submodule(path)
+            for name, parameter in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _block_calls(self, shape: tuple[int, int]) -> list[Call]:
+        """What each block is called with for hidden states of ``shape``; they do not matter."""
+        if shape not in self._calls:
+            hidden = torch.zeros(*shape, self.hidden_size, dtype=self.dtype, device=self.device)
+            recorded = self._skeleton.run(inputs_embeds=hidden)
+            self._remember(shape, [call for _, call in recorded])
+        self._calls.move_to_end(shape)
+        return self._calls[shape]
+
+    def _remember(self, shape: tuple[int, int], calls: list[Call]) -> None:
+        self._calls[shape] = calls
+        while len(self._calls) > KEPT_SHAPES:
+            self._calls.popitem(last=False)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters and persistent buffers → shape."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}

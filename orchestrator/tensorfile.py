@@ -1,0 +1,136 @@
+"""Safetensors files copied and written as bytes: no tensor library, no file in memory.
+
+A file is eight bytes of header length, a JSON header, and the tensors' bytes without gaps. The
+header can be written before the first tensor is read, because shapes and dtypes are known; so a
+file of any size is written in one pass through a small buffer. The same tensors always give the
+same bytes: the safetensors package writes its metadata in random order, which is why it is not
+used here. Tensors lie in descending order of their element size (stable), so that each one is
+aligned and can be used straight from a memory map.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.orchestrator.checkpoint import DTYPES
+from moesaic.orchestrator.errors import RunError
+
+_CHUNK_BYTES = 1 << 22
+# The header is padded with spaces to a multiple of this, as the safetensors package does.
+_ALIGNMENT = 8
+METADATA = "__metadata__"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file.
+
+    Attributes:
+        file: the file.
+        begin: offset of the first byte in the file.
+        dtype: as safetensors calls it, such as ``BF16``.
+        shape: its shape.
+    """
+
+    file: Path
+    begin: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __getitem__(self, index: int) -> "Stored":
+        """Row ``index`` along the first dimension."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"row {index} of a tensor of shape {self.shape}")
+        row = Stored(self.file, self.begin, self.dtype, self.shape[1:])
+        return Stored(self.file, self.begin + index * row.nbytes, self.dtype, row.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, a few MB at a time.
+
+        Raises:
+            RunError: the file ends too early.
+        """
+        left = self.nbytes
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin)
+            while left:
+                chunk = stream.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise RunError(f"{self.file}: ends {left} bytes too early")
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A tensor to be written: its description and where its bytes come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+    @classmethod
+    def of(cls, name: str, stored: Stored) -> "Blob":
+        """A tensor of another file under a new name."""
+        return cls(name, stored.dtype, stored.shape, stored.chunks)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def write_file(path: Path, blobs: Sequence[Blob], metadata: Mapping[str, str]) -> None:
+    """Writes ``blobs`` to ``path``; equal arguments give equal bytes."""
+    ordered = sorted(blobs, key=lambda blob: -DTYPES[blob.dtype].itemsize)
+    header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
+    position = 0
+    for blob in ordered:
+        offsets = [position, position + blob.nbytes]
+        header[blob.name] = {"dtype": blob.dtype, "shape": blob.shape, "data_offsets": offsets}
+        position += blob.nbytes
+    if len(header) != len(ordered) + 1:
+        raise ValueError(f"{path}: two tensors of one name")
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for blob in ordered:
+            written = sum(stream.write(chunk) for chunk in blob.chunks())
+            if written != blob.nbytes:
+                raise RunError(f"{blob.name}: {written} bytes instead of {blob.nbytes}")
+
+
+def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where each tensor of ``path`` lies, in the order of the file, and the metadata.
+
+    Raises:
+        RunError: not a safetensors file, or cut off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if 8 + length > size:
+            raise RunError(f"{path}: truncated or no safetensors file ({size} bytes)")
+        header = json.loads(stream.read(length))
+    metadata = header.pop(METADATA, {})
+    items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    stored = {
+        name: Stored(
+            path, 8 + length + info["data_offsets"][0], info["dtype"], tuple(info["shape"])
+        )
+        for name, info in items
+    }
+    end = max((item.begin + item.nbytes for item in stored.values()), default=8 + length)
+    if end != size:
+        raise RunError(f"{path}: {size} bytes where its header promises {end}")
+    return stored, metadata

@@ -1,0 +1,244 @@
+"""Does a written folder load as what was planned? Numbers decide, not names.
+
+The reference is the original model, block by block, with every compressed unit's weight replaced by
+what its piece stands for. Against it stand the logits of the folder: reloaded by transformers, for
+``vllm`` decoded by the compressed-tensors package through the folder's own configuration (and
+reloaded by transformers as well where it can). Reloading takes as much memory as the dense model.
+
+Both sides compute in float32 with weights rounded alike, so that only the order of sums differs:
+at most 5e-7 of the largest logit in tiny models of every family, and growing with depth. A unit
+read with a wrong scheme gives 1e-2 and more. The tolerance lies between.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.methods.base import Unit
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.export import PACKED
+from moesaic.orchestrator.pieces import piece_header, read_piece
+from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.targets import Serve, plan_problem
+from moesaic.orchestrator.tensorfile import Stored, read_file
+
+TOLERANCE = 1e-3
+
+Weights = Mapping[str, Tensor]
+
+
+def verify(
+    folder: Path, model: StreamedModel, chosen: Mapping[str, Path | None], serve: Serve, ids: Tensor
+) -> float:
+    """Largest difference of logits, relative to the largest logit.
+
+    Args:
+        folder: what ``assemble`` wrote.
+        model: the original model.
+        chosen: unit → its piece; None, or no entry, where the unit was left as it is.
+        serve: who is to load the folder.
+        ids: a few tokens ``[B, T]``.
+
+    Raises:
+        RunError: the folder does not load, has tensors too few or too many, or the difference is
+            above :data:`TOLERANCE`.
+    """
+    exact = StreamedModel(model.checkpoint, dtype=torch.float32)
+    pieces = {name: path for name, path in chosen.items() if path is not None}
+
+    def planned(unit: Unit) -> Weights:
+        if unit.name not in pieces:
+            return {}
+        return {name: member.dense() for name, member in read_piece(pieces[unit.name]).items()}
+
+    reference = _streamed_logits(exact, planned, ids)
+    difference = 0.0
+    if serve == "vllm":
+        decoded = _streamed_logits(exact, _Decoder(folder, exact, pieces).weights, ids)
+        difference = _compare(folder, "compressed-tensors", reference, decoded)
+    if serve != "vllm" or _transformers_loads(exact, pieces):
+        reloaded = _reloaded_logits(folder, serve, ids)
+        difference = max(difference, _compare(folder, "transformers", reference, reloaded))
+    return difference
+
+
+def _compare(folder: Path, reader: str, reference: Tensor, logits: Tensor) -> float:
+    scale = reference.abs().max().item()
+    difference = (logits - reference).abs().max().item() / scale
+    if not difference <= TOLERANCE:  # NaN, too
+        raise RunError(
+            f"{folder}: read by {reader}, its logits differ from the planned model's by "
+            f"{difference:.1e} of the largest logit, limit {TOLERANCE:.0e}"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _streamed_logits(
+    model: StreamedModel, weights: Callable[[Unit], Weights], ids: Tensor
+) -> Tensor:
+    """Logits with each unit's ``weights``, where there are any; one block in memory."""
+    hidden = model.embed(ids)
+    for index, layout in enumerate(model.layouts):
+        replaced = {unit.name: weights(unit) for unit in layout.units}
+        hidden = model.run_block(index, model.load_block(index, replaced), hidden)
+    return model.logits(model.final_norm(hidden))
+
+
+@torch.no_grad()
+def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor) -> Tensor:
+    """Logits in float32 of what plain transformers makes of the folder.
+
+    Compressed-tensors unpacks on the first call, in the dtype that the model was loaded in. So the
+    model is loaded and called in its own dtype first, and only then converted: the weights are
+    rounded as they will be in use.
+    """
+    with _quiet():
+        try:
+            model = _load(folder, torch.float32 if serve == "moesaic" else "auto")
+            if serve != "moesaic":
+                model(ids[:1, :1])
+                nn.Module.float(model)  # transformers' own method refuses quantized models
+            logits: Tensor = model(ids).logits
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise RunError(f"{folder}: transformers cannot load it: {first}") from error
+    return logits
+
+
+def _load(folder: Path, dtype: torch.dtype | str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # The default implementation of experts demands widths that are multiples of 16 bytes.
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        experts_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(map(str, report[kind]))
+            raise RunError(f"{folder}: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps progress bars of other packages off the screen; they know no option for it."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _transformers_loads(model: StreamedModel, pieces: Mapping[str, Path]) -> bool:
+    """Whether transformers can read a plan that was written for vLLM.
+
+    It cannot read dense experts beside anything compressed unless the configuration says so in a
+    way that vLLM would not understand.
+    """
+    banks = [unit.name for unit in model.units() if unit.kind == "bank"]
+    if pieces and any(name not in pieces for name in banks):
+        return False
+    schemes = {
+        unit.name: {name: m.params for name, m in piece_header(pieces[unit.name]).items()}
+        if unit.name in pieces
+        else None
+        for unit in model.units()
+    }
+    return plan_problem(model.units(), schemes, "transformers", model.family) is None
+
+
+class _Decoder:
+    """Reads a compressed-tensors folder by its own configuration, without any engine.
+
+    Raises:
+        RunError: a tensor is missing, left over or not the original's, or the configuration does
+            not give a layer exactly one scheme.
+    """
+
+    def __init__(self, folder: Path, model: StreamedModel, pieces: Mapping[str, Path]) -> None:
+        from compressed_tensors.quantization import QuantizationConfig
+
+        self.folder, self.model, self.pieces = folder, model, pieces
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated = config.get("quantization_config")
+        self.config: Any = QuantizationConfig.model_validate(stated) if stated else None
+        self.stored: dict[str, Stored] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self.stored.update(read_file(file)[0])
+        self._check_names()
+
+    def weights(self, unit: Unit) -> Weights:
+        """Members of a compressed unit, decoded."""
+        if unit.name not in self.pieces:
+            return {}
+        members = {}
+        for member, names in self.model.unit_tensors(unit).items():
+            matrices = [self._decode(name.removesuffix(".weight")) for name in names]
+            members[member] = matrices[0] if unit.kind == "linear" else torch.stack(matrices)
+        return members
+
+    def _decode(self, layer: str) -> Tensor:
+        from compressed_tensors.compressors import BaseCompressor
+
+        compressor = BaseCompressor.get_value_from_registry(PACKED)
+        parts = {name.removeprefix(f"{layer}."): self._read(name) for name in self._parts(layer)}
+        weight: Tensor = compressor.decompress(parts, self._scheme(layer))["weight"]
+        return weight
+
+    def _scheme(self, layer: str) -> Any:
+        from compressed_tensors.utils.match import match_name
+
+        found = [
+            group
+            for group in self.config.config_groups.values()
+            if any(match_name(layer, target) for target in group.targets)
+        ]
+        ignored = any(match_name(layer, target) for target in self.config.ignore)
+        if len(found) != 1 or ignored:
+            raise RunError(
+                f"{self.folder / 'config.json'}: {layer} has {len(found)} schemes instead of 1"
+                + (" and is ignored" if ignored else "")
+            )
+        return found[0]
+
+    def _parts(self, layer: str) -> list[str]:
+        kinds = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        return [f"{layer}.{kind}" for kind in kinds if f"{layer}.{kind}" in self.stored]
+
+    def _check_names(self) -> None:
+        left = set(self.stored)
+        for unit in self.model.units():
+            for names in self.model.unit_tensors(unit).values():
+                for name in names:
+                    layer = name.removesuffix(".weight")
+                    left -= set(self._parts(layer)) if unit.name in self.pieces else set()
+        dense = [
+            name
+            for unit in self.model.units()
+            if unit.name not in self.pieces
+            for names in self.model.unit_tensors(unit).values()
+            for name in names
+        ]
+        for name in {*dense, *self.model.fixed_names()}:
+            if name not in self.stored:
+                raise RunError(f"{self.folder}: no tensor {name}")
+            left.discard(name)
+            if not torch.equal(self._read(name), self.model.checkpoint.read(name)):
+                raise RunError(f"{self.folder}: tensor {name} is not the original's")
+        if left:
+            raise RunError(f"{self.folder}: {len(left)} tensors too many, such as {min(left)}")
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.stored[name].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor

@@ -1,0 +1,89 @@
+"""Compiles the ``int_group`` kernel ahead of time and prints what it takes, as JSON. Needs no GPU.
+
+TRITON_INTERPRET=0 python tests/kernels/compile_triton.py 90          # what the tests ask for
+TRITON_INTERPRET=0 python tests/kernels/compile_triton.py 90 --all    # every width, minutes
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moesaic.kernels import _int_group_triton as kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# bits, symmetric, group size (0: one group), dtype. 3 bits straddle words, 4 do not; 7 bits with a
+# zero point and a scale per 8 weights need the most registers and shared memory. The other widths
+# lie between these and differ in constants only; --all compiles them too.
+CASES = [(3, False, 128, "bf16"), (4, True, 0, "fp16"), (7, False, 8, "bf16")]
+CASES_ODD = [(7, False, 7, "bf16"), (7, False, 0, "fp16")]
+WIDTHS = list(itertools.product(range(2, 9), (True, False)))
+ALL = [(*width, group_size, "bf16") for width in WIDTHS for group_size in (0, 8, 128)]
+ALL_ODD = [(*width, group_size, "bf16") for width in WIDTHS for group_size in (0, 7, 8)]
+
+
+def compiled(
+    name: str,
+    bits: int,
+    symmetric: bool,
+    group_size: int,
+    dtype: str,
+    capability: int,
+) -> dict[str, object]:
+    """Shared memory in bytes, registers and stack per thread, and whether tensor cores are used."""
+    config = kernel.CONFIGS[name]
+    pointers = {"x": dtype, "packed": "i32", "scale": dtype, "zero": "i32", "out": dtype}
+    sizes = dict.fromkeys(("rows", "outputs", "inputs", "words", "groups"), "i32")
+    constants = {
+        "BITS": bits,
+        "GROUP_SIZE": group_size,
+        "SPAN": kernel.group_span(group_size),
+        "SYMMETRIC": symmetric,
+        "UPCAST": False,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    signature = {name: f"*{element}" for name, element in pointers.items()}
+    signature |= sizes | dict.fromkeys(constants, "constexpr")
+    # What Triton finds out when it is called: which addresses and sizes are multiples of 16.
+    aligned = [*pointers] if name == "odd" else [*pointers, "inputs"]
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    binary = triton.compile(
+        ASTSource(kernel.int_group_matmul, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "shared_bytes": binary.metadata.shared,
+        "registers": registers,
+        "stack_bytes": stack,
+        "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma\.mma_async)\b", binary.asm["ptx"])),
+    }
+
+
+def main(capability: int, everything: bool) -> None:
+    usual, odd = (ALL, ALL_ODD) if everything else (CASES, CASES_ODD)
+    results = []
+    for name in kernel.CONFIGS:
+        for case in odd if name == "odd" else usual:
+            found = compiled(name, *case, capability)
+            results.append({"config": name, "case": f"sm_{capability} {name} {case}", **found})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--all" in sys.argv)

@@ -1,0 +1,114 @@
+"""What every format must do; a new format adds its example here."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Generator
+
+from moesaic.kernels import int_group
+from moesaic.kernels.tensor import CompressedTensor, format_module, formats
+
+DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Example = Callable[[tuple[int, ...], torch.dtype, Generator], CompressedTensor]
+
+
+def int_group_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """3 bits, groups of 6, asymmetric."""
+    coarse = (*shape[:-1], shape[-1] // 6)
+    return int_group.pack(
+        torch.randint(-4, 4, shape, generator=generator),
+        (torch.rand(coarse, generator=generator) + 0.1).to(dtype),
+        torch.randint(-4, 4, coarse, generator=generator),
+        bits=3,
+        group_size=6,
+        dtype=dtype,
+    )
+
+
+# Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
+EXAMPLES: dict[str, Example] = {"int_group": int_group_example}
+
+
+def example(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CompressedTensor:
+    assert name in EXAMPLES, f"add an example of the format {name!r} to EXAMPLES in {__file__}"
+    return EXAMPLES[name](shape, dtype, Generator().manual_seed(0))
+
+
+@pytest.fixture(params=formats())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=DENSE_DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[(35, 42), (3, 35, 42)], ids=["linear", "bank"])
+def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    return request.param
+
+
+def test_tensor_carries_its_format_shape_and_dtype(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = example(name, shape, dtype)
+    assert (tensor.format, tensor.shape, tensor.dtype) == (name, shape, dtype)
+
+
+def test_part_shapes_equal_the_parts(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = example(name, shape, dtype)
+    told = format_module(name).part_shapes(shape, dtype, tensor.params)
+    assert told == {key: (tuple(part.shape), part.dtype) for key, part in tensor.parts.items()}
+    assert tensor.nbytes == sum(math.prod(size) * kind.itemsize for size, kind in told.values())
+
+
+def test_parts_are_contiguous_as_safetensors_needs(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert all(part.is_contiguous() for part in example(name, shape, dtype).parts.values())
+
+
+def test_unpack_gives_the_dense_shape_and_dtype(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    dense = example(name, shape, dtype).dense()
+    assert (tuple(dense.shape), dense.dtype) == (shape, dtype)
+    assert dense.isfinite().all()
+    assert dense.unique().numel() > 1
+
+
+def test_slice_of_a_bank_is_the_slice_of_its_dense_weight(name: str, dtype: torch.dtype) -> None:
+    bank = example(name, (3, 35, 42), dtype)
+    dense = bank.dense()
+    for expert in range(3):
+        assert bank[expert].shape == (35, 42)
+        assert torch.equal(bank[expert].dense(), dense[expert])
+
+
+def test_slice_is_refused_when_the_weight_is_no_bank(name: str) -> None:
+    with pytest.raises(IndexError, match="not a bank"):
+        example(name, (35, 42), torch.float32)[0]
+
+
+def test_matmul_reference_equals_the_product_with_the_dense_weight(
+    name: str, dtype: torch.dtype
+) -> None:
+    tensor = example(name, (35, 42), dtype)
+    for leading in [(), (5,), (2, 3), (0,)]:
+        x = torch.randn(*leading, 42, generator=Generator().manual_seed(1)).to(dtype)
+        exact = x.double() @ tensor.dense().double().T
+        product = format_module(name).matmul_reference(x, tensor)
+        assert (product.dtype, product.shape) == (dtype, (*leading, 35))
+        # float32 accumulation, one rounding to the dtype of x
+        torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_matmul_refuses_the_cpu_instead_of_falling_back(name: str) -> None:
+    tensor = example(name, (35, 42), torch.float16)
+    with pytest.raises(RuntimeError, match="matmul_reference"):
+        format_module(name).matmul(torch.ones(2, 42, dtype=torch.float16), tensor)
