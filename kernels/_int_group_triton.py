@@ -46,15 +46,15 @@ CONFIGS = {
     "decode": Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4),
     "batch": Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
     "prefill": Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    # For group sizes that are no multiple of 8 and rows that are no multiple of 16: the many scales
-    # and the loads of single values want the registers that larger tiles would take.
+    # For group sizes and rows that are no multiple of 16: many scales, and loads of single values,
+    # want the registers that larger tiles would take.
     "odd": Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2),
 }
 
 
 def config_for(rows: int, inputs: int, span: int) -> Config:
     """The configuration for x ``[rows, inputs]`` when ``span`` inputs in a row share a scale."""
-    if span < 8 or inputs % 16:
+    if span < 16 or inputs % 16:
         return CONFIGS["odd"]
     if rows <= CONFIGS["decode"].block_m:
         return CONFIGS["decode"]

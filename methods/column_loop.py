@@ -222,5 +222,6 @@ def _codes(steps: Tensor, grids: list[Grid], size: int) -> Codes:
     if zeros:
         for steps_of_group, zero in zip(torch.split(steps, size), zeros, strict=True):
             steps_of_group += zero
-    codes = steps.to(torch.int8).permute(1, 2, 0).contiguous()
+    small = steps.to(torch.int8)
+    codes = torch.stack([small[:, expert].t() for expert in range(small.shape[1])])
     return Codes(codes, scale, torch.stack(zeros, -1) if zeros else None)

@@ -29,8 +29,10 @@ SCOPE = frozenset({"linear", "bank"})
 ROWWISE = True
 NEEDS = frozenset({"hessian", "tokens"})
 
-# Working memory of one slice of a bank: two float64 Hessians, the factor, three float32 weights.
-WORK_BYTES = 256 << 20
+# Working memory of one slice of a bank, by kind of device: two float64 Hessians, the factor and three
+# float32 weights per expert. On a processor that should fit its cache; a slice has one expert at
+# least.
+WORK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 # Factors of a site are kept for its next candidate up to this size. Larger ones are made anew: at
 # such widths that costs less than the column loop, and the memory would be the Hessian's again.
 KEEP_BYTES = 256 << 20
@@ -118,17 +120,35 @@ def _solve(
     )
     rows = sum(weight.shape[1] for weight in flat)
     each = inputs * (20 * inputs + 12 * rows)  # bytes of working memory per expert
-    width = max(1, WORK_BYTES // each)
+    width = max(1, WORK_BYTES[hessian.device.type] // each)
     solved, factors = [], []
     for start in range(0, experts, width):
         part = slice(start, start + width)
         factor = _factor(label, hessian, part, stats, options)
-        columns = torch.cat([weight[part].permute(2, 0, 1).float() for weight in flat], -1)
+        columns = _columns([weight[part] for weight in flat])
         gone = factor.dead & ~factor.blind[:, None]  # [E, in]
-        columns.masked_fill_(gone.t()[:, :, None], 0)
+        if gone.any():
+            columns.masked_fill_(gone.t()[:, :, None], 0)
         solved.append(round_columns(columns, factor, rounding))
         factors.append(factor)
     return _joined(solved), factors
+
+
+def _columns(members: Sequence[Tensor]) -> Tensor:
+    """Members ``[E, out, in]`` as one float32 ``[in, E, rows]``.
+
+    Matrix by matrix: a strided copy of a whole bank takes twice as long.
+    """
+    experts, _, inputs = members[0].shape
+    rows = sum(weight.shape[1] for weight in members)
+    columns = torch.empty(inputs, experts, rows, device=members[0].device)
+    for expert in range(experts):
+        start = 0
+        for weight in members:
+            stop = start + weight.shape[1]
+            columns[:, expert, start:stop] = weight[expert].t().contiguous()
+            start = stop
+    return columns
 
 
 def _factor(label: str, hessian: Tensor, part: slice, stats: Stats, options: Options) -> Factor:

@@ -149,13 +149,21 @@ def _clip_search(
     options: GridOptions,
     importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point ``[n]`` with the least error for ``weight`` ``[g, n]``."""
+    """Scale and zero point ``[n]`` with the least error for ``weight`` ``[g, n]``.
+
+    The search ends early where no group can gain: one end of the range is cut off by at least half
+    of what the grid lacks in width, and that grows as the range shrinks.
+    """
     best_scale, best_zero = _grid_of_range(low, high, dtype, options)
     reference = best_scale
     best = torch.full_like(low, math.inf)
     error = torch.empty_like(weight)
+    least = 1.0 if importance is None else importance.amin(0)
     for shrink in torch.linspace(1.0, CLIP_SMALLEST, CLIP_STEPS).tolist():
         scale, zero = _grid_of_range(low * shrink, high * shrink, dtype, options)
+        lacking = ((high - low) - scale * (1 << options.bits)).clamp_(min=0)
+        if ((lacking / (2 * reference)).pow_(CLIP_NORM) * least > best).all():
+            break
         grid = make_grid(scale, zero, options.bits)
         torch.div(weight, scale, out=error)
         error -= torch.clamp(error.round(), grid.lowest, grid.highest)  # in steps

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Float64 matrices that are factorised at a time, by kind of device. On a processor their copies stay
+# in the cache so: 64 matrices of 256 x 256 take half the time that they take in one go.
+_SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -61,23 +65,40 @@ def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
     mean = torch.where(blind, 1.0, diagonal.sum(-1) / (~dead).sum(-1).clamp(min=1))
     weight = torch.where(dead, 1.0, diagonal / mean[:, None])
 
+    order = diagonal.argsort(dim=-1, descending=True, stable=True) if descending else None
+    feedback = torch.empty_like(hessian, dtype=torch.float32)
+    damps = torch.empty_like(mean)
+    width = max(1, _SLICE_BYTES[hessian.device.type] // (8 * hessian.shape[-1] ** 2))
+    for start in range(0, len(hessian), width):
+        part = slice(start, start + width)
+        index = None if order is None else order[part]
+        normal = hessian[part], weight[part], mean[part, None, None]
+        damps[part] = _feedback(*normal, index, damp, feedback[part])
+    return Factor(feedback, order, weight.float(), dead, blind, damps)
+
+
+def _feedback(
+    hessian: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    order: Tensor | None,
+    damp: float,
+    out: Tensor,
+) -> Tensor:
+    """Writes ``Factor.feedback`` of these experts to ``out`` and returns their damping."""
     # Torch factorises into lower · upper; the reversed matrix gives upper · lower.
-    if descending:
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        index = order.flip(-1)
-        rows = hessian.gather(1, index[:, :, None].expand(hessian.shape))
-        system = rows.gather(2, index[:, None, :].expand(hessian.shape)).double()
-        ordered = weight.gather(1, index)
+    if order is None:
+        system, diagonal = hessian.flip(-1, -2), weight.flip(-1)
     else:
-        order = None
-        system = hessian.flip(-1, -2).double()
-        ordered = weight.flip(-1)
-    system.div_(mean[:, None, None])
-    lower, final = _cholesky(system, ordered, damp)
-    pivots = lower.diagonal(dim1=-2, dim2=-1).clone()
-    feedback = lower.mT.div_(pivots[..., None]).float().flip(-1, -2)
-    feedback.diagonal(dim1=-2, dim2=-1).zero_()
-    return Factor(feedback, order, weight.float(), dead, blind, final)
+        index = order.flip(-1)
+        system = hessian.gather(1, index[:, :, None].expand(hessian.shape))
+        system = system.gather(2, index[:, None, :].expand(hessian.shape))
+        diagonal = weight.gather(1, index)
+    lower, damps = _cholesky(system / mean, diagonal, damp)  # float64 from here
+    upper = lower.mT.flip(-1, -2)  # lower triangular: rows of Mᵀ, unscaled
+    torch.div(upper, upper.diagonal(dim1=-2, dim2=-1)[..., None].clone(), out=out)
+    out.diagonal(dim1=-2, dim2=-1).zero_()
+    return damps
 
 
 def _cholesky(system: Tensor, diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:

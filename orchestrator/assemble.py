@@ -31,7 +31,7 @@ from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, can_be_packed
-from moesaic.orchestrator.tensorfile import Blob, Stored, read_file, write_file
+from moesaic.orchestrator.tensorfile import Blob, Stored, file_bytes, read_file, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
 _METADATA = {"format": "pt"}
@@ -162,20 +162,37 @@ def _originals(model: StreamedModel) -> dict[str, Stored]:
     return found
 
 
-def _write_shards(folder: Path, tensors: list[tuple[str, Stored]], limit_bytes: int) -> None:
-    shards: list[list[tuple[str, Stored]]] = [[]]
+def folder_bytes(
+    model: StreamedModel,
+    chosen: Mapping[str, Path | None],
+    serve: Serve,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> int:
+    """Bytes of all safetensors files that :func:`assemble` would write, headers included."""
+    tensors = _tensors(model, _read_headers(model, chosen), serve)
+    return sum(file_bytes(shard, _METADATA) for shard in _shards(tensors, int(max_shard_bytes)))
+
+
+def _shards(tensors: list[tuple[str, Stored]], limit_bytes: int) -> list[list[Blob]]:
+    """The tensors of each file."""
+    shards: list[list[Blob]] = [[]]
     size = 0
     for name, stored in tensors:
         if shards[-1] and size + stored.nbytes > limit_bytes:
             shards.append([])
             size = 0
-        shards[-1].append((name, stored))
+        shards[-1].append(Blob.of(name, stored))
         size += stored.nbytes
+    return shards
+
+
+def _write_shards(folder: Path, tensors: list[tuple[str, Stored]], limit_bytes: int) -> None:
+    shards = _shards(tensors, limit_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
-        write_file(folder / file, [Blob.of(name, stored) for name, stored in shard], _METADATA)
-        weight_map |= dict.fromkeys((name for name, _ in shard), file)
+        write_file(folder / file, shard, _METADATA)
+        weight_map |= dict.fromkeys((blob.name for blob in shard), file)
     if len(shards) > 1:
         total = sum(stored.nbytes for _, stored in tensors)
         index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}

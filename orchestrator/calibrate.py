@@ -23,17 +23,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.methods.base import Stats, Unit
+from moesaic.methods.base import Unit
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
 from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.statistics import (
+    GradientObserver,
+    Node,
+    SiteStats,
+    StatisticsObserver,
+    covered,
+    load_stats,
+    save_stats,
+    tree_sum,
+)
 from moesaic.orchestrator.store import Store, code_digest, digest, write_atomically
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
-Node = tuple[int, int]
-SiteStats = dict[str, Stats]
-_SEPARATOR = "|"
 # Rows of logits in float32 at a time in the loss of the reverse pass.
 _LOGIT_ROWS = 512
 
@@ -85,6 +92,7 @@ class Walk:
             "experts": self.experts,
             "code": code_digest(
                 "orchestrator/calibrate.py",
+                "orchestrator/statistics.py",
                 "orchestrator/streaming.py",
                 "orchestrator/experts.py",
                 "orchestrator/family.py",
@@ -108,133 +116,6 @@ class Walk:
     def scratch(self) -> Path:
         """Folder of unfinished work: hidden states, partial sums."""
         return Store(Path(self.store)).scratch(digest([self.key, self.prefixes]))
-
-
-def ranges(shards: int, workers: int) -> list[Node]:
-    """Contiguous ranges of shards, one per worker, none empty."""
-    count = min(shards, workers)
-    return [(w * shards // count, (w + 1) * shards // count) for w in range(count)]
-
-
-def covered(node: Node, span: Node) -> list[Node]:
-    """The largest nodes of the summation tree below ``node`` that lie inside ``span``."""
-    low, high = node
-    if span[0] <= low and high <= span[1]:
-        return [node]
-    if high <= span[0] or span[1] <= low:
-        return []
-    middle = (low + high) // 2
-    return covered((low, middle), span) + covered((middle, high), span)
-
-
-def tree_sum(node: Node, leaf: Callable[[Node], SiteStats | None]) -> SiteStats:
-    """Sum over ``node`` along the tree; ``leaf`` gives the sum of a node if it has it."""
-    found = leaf(node)
-    if found is not None:
-        return found
-    low, high = node
-    middle = (low + high) // 2
-    total = tree_sum((low, middle), leaf)
-    other = tree_sum((middle, high), leaf)
-    for name, stats in total.items():
-        for statistic, value in stats.sums.items():
-            value += other[name][statistic]
-    return total
-
-
-def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
-    """Writes ``name|statistic`` tensors."""
-    tensors = {
-        f"{name}{_SEPARATOR}{statistic}": value.cpu().contiguous()
-        for name, entry in stats.items()
-        for statistic, value in entry.sums.items()
-    }
-    save_file(tensors, path)
-
-
-def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:
-    """Reads what :func:`save_stats` wrote, for the names that ``only`` accepts."""
-    sums: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            name, _, statistic = key.rpartition(_SEPARATOR)
-            if only(name):
-                sums.setdefault(name, {})[statistic] = file.get_tensor(key)
-    return {name: Stats(entry) for name, entry in sums.items()}
-
-
-class StatisticsObserver:
-    """Sums what is wanted of every site's inputs."""
-
-    def __init__(self, units: list[Unit], needs: tuple[str, ...], device: torch.device) -> None:
-        self.stats: SiteStats = {}
-        # Where the tokens really routed to experts are counted, whoever learns from them.
-        self.routed: dict[str, Tensor] = {}
-        for unit in units:
-            for member, site in unit.sites.items():
-                *batch, _, width = unit.shapes[member]
-                shapes = {
-                    "tokens": (torch.int64, batch),
-                    "hessian": (torch.float32, [*batch, width, width]),
-                    "abs": (torch.float32, [*batch, width]),
-                }
-                sums = {
-                    need: torch.zeros(shapes[need][1], dtype=shapes[need][0], device=device)
-                    for need in {*needs, "tokens"}
-                }
-                self.stats.setdefault(site, Stats(sums))
-            if unit.kind == "bank":
-                experts = self.stats[unit.sites["gate"]].sums
-                experts["routed"] = torch.zeros_like(experts["tokens"])
-                self.routed[unit.name] = experts["routed"]
-
-    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
-        sums = self.stats[site].sums
-        x = x.detach().reshape(-1, x.shape[-1])
-
-        def target(name: str) -> Tensor:
-            return sums[name] if expert is None else sums[name][expert]
-
-        target("tokens").add_(x.shape[0])
-        wide = x.float()
-        if "hessian" in sums:
-            target("hessian").addmm_(wide.T, wide)
-        if "abs" in sums:
-            target("abs").add_(wide.abs().sum(0))
-
-    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
-        if expert is not None and member == "down":
-            self.routed[unit][expert] += y.shape[0]
-
-
-class GradientObserver:
-    """Sums squared gradients of every member's outputs, as the reverse pass brings them."""
-
-    def __init__(self, units: list[Unit], device: torch.device) -> None:
-        self.stats: SiteStats = {}
-        for unit in units:
-            for member, shape in unit.shapes.items():
-                *batch, out, _ = shape
-                self.stats[f"{unit.name}{_SEPARATOR}{member}"] = Stats(
-                    {
-                        "grad_tokens": torch.zeros(batch, dtype=torch.int64, device=device),
-                        "grad_sq": torch.zeros([*batch, out], device=device),
-                    }
-                )
-
-    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
-        """Not wanted in the reverse pass."""
-
-    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
-        sums = self.stats[f"{unit}{_SEPARATOR}{member}"].sums
-
-        def add(gradient: Tensor) -> None:
-            rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            index = ... if expert is None else expert
-            sums["grad_tokens"][index] += rows.shape[0]
-            sums["grad_sq"][index] += rows.float().square().sum(0)
-
-        y.register_hook(add)
 
 
 def _load(path: Path) -> Tensor | None:
@@ -471,12 +352,15 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
             if not torch.isfinite(value).all():
                 raise RunError(f"{site}: its {name} is not finite; try compute.dtype: float32")
     key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
-    tokens = {site: stats["tokens"].tolist() for site, stats in total.items() if "tokens" in stats}
+    counts = {
+        name: {site: stats[name].tolist() for site, stats in total.items() if name in stats}
+        for name in ("tokens", "routed")
+    }
     store = Store(Path(plan.store))
-    store.put(what, key, lambda p: save_stats(p, total), {"tokens": tokens, "block": block})
+    store.put(what, key, lambda p: save_stats(p, total), {"block": block, **counts})
     for path in used:
         path.unlink(missing_ok=True)
-    return {"tokens": tokens}
+    return {"peak_bytes": peak_memory_bytes()}
 
 
 def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from moesaic.orchestrator.compressed_modules import METHOD, VERSION
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pieces import Member
 from moesaic.orchestrator.streaming import StreamedModel
-from moesaic.orchestrator.targets import FORMAT, Serve, plan_problem
+from moesaic.orchestrator.targets import FORMAT, Scheme, Serve, plan_problem
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Stored
 
 PACKED = "pack-quantized"
@@ -57,15 +57,21 @@ def check_plan(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) 
         odd = next((m.format for m in piece.values() if m.format != FORMAT), None)
         if odd:
             raise RunError(f"{name}: serve: {serve} cannot load the format {odd}")
-    schemes = {
-        unit.name: {member: m.params for member, m in pieces[unit.name].items()}
-        if unit.name in pieces
-        else None
-        for unit in model.units()
-    }
-    reason = plan_problem(model.units(), schemes, serve, model.family)
+    reason = plan_problem(model.units(), schemes(model, pieces), serve, model.family)
     if reason:
         raise RunError(reason)
+
+
+def schemes(
+    model: StreamedModel, pieces: Mapping[str, Piece]
+) -> dict[str, dict[str, Scheme] | None]:
+    """Unit → member → scheme; None for a unit that is left dense."""
+    found: dict[str, dict[str, Scheme] | None] = {}
+    for unit in model.units():
+        found[unit.name] = None
+        if unit.name in pieces:
+            found[unit.name] = {name: m.params for name, m in pieces[unit.name].items()}
+    return found
 
 
 def unit_tensors(

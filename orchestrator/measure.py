@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Event, Spec, Stats, Unit, method_module
-from moesaic.orchestrator.calibrate import load_stats
 from moesaic.orchestrator.pieces import write_piece
+from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
@@ -170,7 +170,7 @@ def _write(
         site = stats[unit.sites[member]]
         error, norm = row_errors(weights[unit.name][member], tensor.dense(), site["hessian"])
         rows |= {f"error|{member}": error.cpu(), f"norm|{member}": norm.cpu()}
-        rows[f"tokens|{member}"] = site["tokens"].cpu()
+        rows[f"tokens|{member}"] = site["tokens"].cpu().clone()
     own = [e for e in events if e.unit in ("", unit.name) or e.unit.startswith(f"{unit.name}|")]
     metadata = {
         "unit": unit.name,

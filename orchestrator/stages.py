@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, Event, Unit
-from moesaic.orchestrator.calibrate import (
-    Node,
-    Walk,
-    boundary_path,
-    gradient_path,
-    load_stats,
-    ranges,
-)
+from moesaic.orchestrator.calibrate import Walk, boundary_path, gradient_path
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import score
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.measure import Job, to_measurement
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.statistics import Node, load_stats, ranges
 from moesaic.orchestrator.store import Entry, digest
 from moesaic.search.base import Measurement, Problem
 

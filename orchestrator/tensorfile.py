@@ -88,8 +88,8 @@ class Blob:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def write_file(path: Path, blobs: Sequence[Blob], metadata: Mapping[str, str]) -> None:
-    """Writes ``blobs`` to ``path``; equal arguments give equal bytes."""
+def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> tuple[bytes, list[Blob]]:
+    """The padded JSON header and the tensors in the order of the file."""
     ordered = sorted(blobs, key=lambda blob: -DTYPES[blob.dtype].itemsize)
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
     position = 0
@@ -98,9 +98,19 @@ def write_file(path: Path, blobs: Sequence[Blob], metadata: Mapping[str, str]) -
         header[blob.name] = {"dtype": blob.dtype, "shape": blob.shape, "data_offsets": offsets}
         position += blob.nbytes
     if len(header) != len(ordered) + 1:
-        raise ValueError(f"{path}: two tensors of one name")
+        raise ValueError("two tensors of one name in a file")
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    return text + b" " * (-len(text) % _ALIGNMENT), ordered
+
+
+def file_bytes(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> int:
+    """Size of the file that :func:`write_file` would write."""
+    return 8 + len(_header(blobs, metadata)[0]) + sum(blob.nbytes for blob in blobs)
+
+
+def write_file(path: Path, blobs: Sequence[Blob], metadata: Mapping[str, str]) -> None:
+    """Writes ``blobs`` to ``path``; equal arguments give equal bytes."""
+    text, ordered = _header(blobs, metadata)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)

@@ -3,7 +3,8 @@
 The reference is the original model, block by block, with every compressed unit's weight replaced by
 what its piece stands for. Against it stand the logits of the folder: reloaded by transformers, for
 ``vllm`` decoded by the compressed-tensors package through the folder's own configuration (and
-reloaded by transformers as well where it can). Reloading takes as much memory as the dense model.
+reloaded by transformers as well where it can). Reloading takes the memory of the dense model in
+float32.
 
 Both sides compute in float32 with weights rounded alike, so that only the order of sums differs:
 at most 5e-7 of the largest logit in tiny models of every family, and growing with depth. A unit
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.export import PACKED
+from moesaic.orchestrator.export import PACKED, schemes
 from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
@@ -146,13 +147,9 @@ def _transformers_loads(model: StreamedModel, pieces: Mapping[str, Path]) -> boo
     banks = [unit.name for unit in model.units() if unit.kind == "bank"]
     if pieces and any(name not in pieces for name in banks):
         return False
-    schemes = {
-        unit.name: {name: m.params for name, m in piece_header(pieces[unit.name]).items()}
-        if unit.name in pieces
-        else None
-        for unit in model.units()
-    }
-    return plan_problem(model.units(), schemes, "transformers", model.family) is None
+    headers = {name: piece_header(path) for name, path in pieces.items()}
+    planned = schemes(model, headers)
+    return plan_problem(model.units(), planned, "transformers", model.family) is None
 
 
 class _Decoder:

@@ -1,4 +1,4 @@
-"""The bundled demo model: a two-million-parameter Qwen3-MoE, its texts, and the script that trains it.
+"""The bundled demo model: a Qwen3-MoE of two million parameters, its texts, and its training.
 
 ``model/`` and ``text/`` are package data. ``MODEL`` is what ``from_pretrained`` takes;
 ``text_path("heldout", "code")`` names one text file.

@@ -78,7 +78,10 @@ class Split:
 
 
 def rst_prose(text: str) -> str:
-    """Drop literal and code blocks from reStructuredText; keep headings, paragraphs and notes."""
+    """Drop literal and code blocks from reStructuredText; keep headings, paragraphs and notes.
+
+    The blank lines around a dropped block go with it.
+    """
     opens = re.compile(
         r"^\s*\.\. (?:code-block|console|code|sourcecode|parsed-literal|highlight)::"
     )
@@ -135,7 +138,7 @@ def python_source(text: str) -> str:
 def _squeeze(text: str, blank_lines: int = 1) -> str:
     """Limit runs of blank lines and end with exactly one newline (empty text stays empty)."""
     limit = "\n" * (blank_lines + 1)
-    text = re.sub(r"\n{%d,}" % (blank_lines + 2), limit, text).strip("\n")
+    text = re.sub(rf"\n{{{blank_lines + 2},}}", limit, text).strip("\n")
     return text + "\n" if text else ""
 
 

@@ -3,7 +3,7 @@
     python -m moesaic.orchestrator.demo.train --output build/demo --minutes 18 --seed 0
 
 leaves ``model/`` (an ordinary Qwen3-MoE checkpoint in bfloat16, with its own tokenizer), ``text/``
-(calibration and held-out text of each kind) and ``licenses/`` in the output folder.
+(calibration and held-out text of each kind, with their licences) in the output folder.
 
 The run takes ``--steps`` optimizer steps and is then reproducible from its seed on one kind of
 machine. ``--minutes`` is a ceiling: where the machine is too slow for the steps, the schedule
@@ -193,7 +193,7 @@ def train(
             loss = F.cross_entropy(outputs.logits.flatten(0, 1), ids[:, 1:].flatten())
             balance, z_loss = router_losses(outputs.router_logits, 2)
             total = loss + BALANCE_WEIGHT * balance + ROUTER_Z_WEIGHT * z_loss
-            total.backward()
+            torch.autograd.backward(total)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -223,7 +223,7 @@ def heldout_report(
     model.eval()
     nats = 0.0
     loads = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
-    for rows, wanted in zip(inputs.split(16), targets.split(16), strict=True):
+    for rows, wanted in zip(torch.split(inputs, 16), torch.split(targets, 16), strict=True):
         outputs = model(input_ids=rows, output_router_logits=True, use_cache=False)
         logits = outputs.logits.float().flatten(0, 1)
         nats += F.cross_entropy(logits, wanted.flatten(), reduction="sum").item()
@@ -237,13 +237,13 @@ def heldout_report(
 
 def write_texts(output: Path, splits: dict[str, Split], downloads: Path) -> None:
     """Write the calibration and held-out texts, and the licences they come under."""
-    for name in ("text", "licenses"):
-        (output / name).mkdir(parents=True, exist_ok=True)
+    folder = output / "text"
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, split in splits.items():
-        (output / "text" / f"calibration.{kind}.txt").write_text(split.calibration, "utf-8")
-        (output / "text" / f"heldout.{kind}.txt").write_text(split.heldout, "utf-8")
+        (folder / f"calibration.{kind}.txt").write_text(split.calibration, "utf-8")
+        (folder / f"heldout.{kind}.txt").write_text(split.heldout, "utf-8")
     for source, text in licences(downloads).items():
-        (output / "licenses" / f"{source}.txt").write_text(text, "utf-8")
+        (folder / f"LICENSE.{source}").write_text(text, "utf-8")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

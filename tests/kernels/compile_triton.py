@@ -20,13 +20,23 @@ from moesaic.kernels import _int_group_triton as kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # bits, symmetric, group size (0: one group), dtype. 3 bits straddle words, 4 do not; 7 bits with a
-# zero point and a scale per 8 weights need the most registers and shared memory. The other widths
-# lie between these and differ in constants only; --all compiles them too.
-CASES = [(3, False, 128, "bf16"), (4, True, 0, "fp16"), (7, False, 8, "bf16")]
-CASES_ODD = [(7, False, 7, "bf16"), (7, False, 0, "fp16")]
+# zero point and a scale per 16 weights need the most registers, of which "prefill" has the fewest
+# to spare. The other widths differ from these in constants only; --all compiles them too.
+Case = tuple[int, bool, int, str]
+USUAL: list[Case] = [(3, False, 128, "bf16"), (4, True, 0, "fp16")]
+CASES = {
+    "decode": USUAL,
+    "batch": USUAL,
+    "prefill": [*USUAL, (7, False, 16, "bf16")],
+    "odd": [(7, False, 7, "bf16")],
+}
 WIDTHS = list(itertools.product(range(2, 9), (True, False)))
-ALL = [(*width, group_size, "bf16") for width in WIDTHS for group_size in (0, 8, 128)]
-ALL_ODD = [(*width, group_size, "bf16") for width in WIDTHS for group_size in (0, 7, 8)]
+
+
+def all_cases(name: str) -> list[Case]:
+    """Every width, symmetric or not, with each kind of group that the configuration is for."""
+    group_sizes = (0, 7, 8) if name == "odd" else (0, 16, 128)
+    return [(*width, group_size, "bf16") for width in WIDTHS for group_size in group_sizes]
 
 
 def compiled(
@@ -76,10 +86,9 @@ def compiled(
 
 
 def main(capability: int, everything: bool) -> None:
-    usual, odd = (ALL, ALL_ODD) if everything else (CASES, CASES_ODD)
     results = []
     for name in kernel.CONFIGS:
-        for case in odd if name == "odd" else usual:
+        for case in all_cases(name) if everything else CASES[name]:
             found = compiled(name, *case, capability)
             results.append({"config": name, "case": f"sm_{capability} {name} {case}", **found})
     print(json.dumps(results))

@@ -64,10 +64,10 @@ def float64_weight(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("out", "inputs", "group_size"), SHAPES)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pack_equals_what_compressed_tensors_writes(
-    dtype: torch.dtype, bits: int, out: int, inputs: int, group_size: int, symmetric: bool
+    bits: int, out: int, inputs: int, group_size: int, symmetric: bool
 ) -> None:
+    dtype = torch.bfloat16
     codes, scale, zero_point = draw(bits, (out, inputs), group_size, symmetric, dtype)
     ours = int_group.pack(codes, scale, zero_point, bits=bits, group_size=group_size, dtype=dtype)
     # Scales are powers of two, so that their quantization of this weight gives back the codes.

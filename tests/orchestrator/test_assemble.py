@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from moesaic.kernels import int_group
 from moesaic.methods.base import Unit
 from moesaic.orchestrator import assemble as assemble_module
-from moesaic.orchestrator.assemble import assemble, header_bytes_bound
+from moesaic.orchestrator import tensorfile
+from moesaic.orchestrator.assemble import assemble, folder_bytes, header_bytes_bound
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.family import families, load_family
 from moesaic.orchestrator.pieces import piece_metadata, read_piece, write_piece
@@ -177,6 +178,21 @@ def test_repetition_gives_the_same_bytes(serve: Serve, tiny: Tiny, tmp_path: Pat
     assert file_bytes(tmp_path / "a/out") == file_bytes(tmp_path / "b/out")
 
 
+def test_tensors_are_copied_in_small_chunks(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny("qwen3")
+    model = open_model(source)
+    assemble(model, source, {}, "moesaic", tmp_path / "a", "card")
+    monkeypatch.setattr(tensorfile, "_CHUNK_BYTES", 1000)
+    assemble(model, source, {}, "moesaic", tmp_path / "b", "card")
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+    tensors = read_file(tmp_path / "a/model.safetensors")[0]
+    embedding = tensors["model.embed_tokens.weight"]
+    lengths = [len(chunk) for chunk in embedding.chunks()]
+    assert lengths == [1000] * 18 + [embedding.nbytes - 18_000]
+
+
 @pytest.mark.parametrize("serve", SERVES)
 def test_header_bound_is_not_exceeded(serve: Serve, tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("qwen3_moe")
@@ -186,6 +202,7 @@ def test_header_bound_is_not_exceeded(serve: Serve, tiny: Tiny, tmp_path: Path) 
         assemble(model, source, chosen, serve, tmp_path / "out", "card")
         file = tmp_path / "out/model.safetensors"
         header = file.stat().st_size - sum(s.nbytes for s in read_file(file)[0].values())
+        assert folder_bytes(model, chosen, serve) == file.stat().st_size
         bound = header_bytes_bound(model, model.units(), serve)
         assert header <= bound
     few = header_bytes_bound(model, [], serve)

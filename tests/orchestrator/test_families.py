@@ -19,8 +19,6 @@ from moesaic.orchestrator.streaming import StreamedModel
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.tiny import SETTINGS
 
-BANKS = [t for t in families() if load_family(t).experts]
-
 
 def test_families_are_those_that_the_tests_cover() -> None:
     assert families() == sorted(SETTINGS)
@@ -73,30 +71,6 @@ def test_read_and_write_give_back_every_bit(
         assert written[name].shape == tensor.shape, name
         bits = [t.contiguous().view(-1).view(torch.uint8) for t in (written[name], tensor)]
         assert torch.equal(*bits), name
-
-
-@pytest.mark.parametrize("model_type", BANKS)
-def test_members_compute_what_the_experts_module_computes(model_type: str, tiny: Tiny) -> None:
-    model = StreamedModel(Checkpoint(tiny(model_type)))
-    unit = next(unit for unit in model.units() if unit.kind == "bank")
-    members = model.read_unit(unit)
-    module = model.load_block(unit.block).get_submodule(model.unit_module(unit))
-    x = torch.randn(5, model.hidden_size, generator=torch.Generator().manual_seed(1))
-    bias = model.family.experts is not None and bool(model.family.experts.kept)
-    for expert in range(unit.shapes["gate"][0]):
-        gate, up = (x @ members[name][expert].T for name in ("gate", "up"))
-        if bias:
-            gate = gate + module.gate_up_proj_bias[expert, ::2]
-            up = up + module.gate_up_proj_bias[expert, 1::2]
-            gate, up = gate.clamp(max=module.limit), up.clamp(-module.limit, module.limit)
-            middle = (up + 1) * gate * torch.sigmoid(gate * module.alpha)
-        else:
-            middle = module.act_fn(gate) * up
-        expected = middle @ members["down"][expert].T
-        if bias:
-            expected = expected + module.down_proj_bias[expert]
-        index = torch.full((5, 1), expert)
-        assert torch.allclose(module(x, index, torch.ones(5, 1)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -227,56 +227,54 @@ def routing(folder: Path, ids: Tensor, unit: Unit, module: str) -> tuple[Any, Te
 
 
 @pytest.mark.parametrize("experts", ["routed", "all"])
+@pytest.mark.parametrize("length", [2, 41])
 @pytest.mark.parametrize("model_type", BANKS)
 def test_experts_are_seen_as_brute_force_says(
-    model_type: str, experts: Experts, tiny: Tiny
+    model_type: str, length: int, experts: Experts, tiny: Tiny
 ) -> None:
-    folder, ids = tiny(model_type), some_ids(1, 7)
+    folder, ids = tiny(model_type), some_ids(1, length)
     model, observer = watched(folder, ids, experts)
     unit = [unit for unit in model.units() if unit.kind == "bank"][-1]
     module, hidden, index = routing(folder, ids, unit, model.unit_module(unit))
     members = model.read_unit(unit)
-    if module.has_bias:
-        both = module.gate_up_proj_bias
-        shifts = {"gate": both[:, ::2], "up": both[:, 1::2], "down": module.down_proj_bias}
-    else:  # a zero of every expert
-        shifts = {name: torch.zeros(module.num_experts, 1) for name in members}
     unreached = 0
     for expert in range(module.num_experts):
         tokens = (index.T.flatten() == expert).nonzero().flatten() % len(hidden)
-        outputs = {name: observer.given.get((unit.name, name, expert)) for name in members}
-        seen = observer.seen.get((unit.sites["gate"], expert))
-        middle = observer.seen.get((unit.sites["down"], expert))
-        if len(tokens) == 0:
-            unreached += 1
-            assert all(value is None for value in outputs.values())
-            assert (seen is None) == (middle is None) == (experts == "routed")
-        learnt = hidden if experts == "all" else hidden[tokens]
-        if len(learnt) and seen and middle:
-            activation = activated(module, members, shifts, expert, learnt)
-            torch.testing.assert_close(hessian(seen), hessian([learnt]))
-            torch.testing.assert_close(middle[0], activation, **CLOSE)
-        if len(tokens):
-            assert seen and middle
-            routed = hidden[tokens]
-            last = activated(module, members, shifts, expert, routed)
-            for name, x in (("gate", routed), ("up", routed), ("down", last)):
-                assert outputs[name] is not None
-                expected = x @ members[name][expert].T + shifts[name][expert]
-                torch.testing.assert_close(outputs[name][0], expected, **CLOSE)
-    if model_type in {"qwen3_moe", "mixtral"}:
-        assert unreached < module.num_experts
+        learnt, routed = hidden if experts == "all" else hidden[tokens], hidden[tokens]
+        seen = observer.seen[unit.sites["gate"], expert]
+        middle = observer.seen[unit.sites["down"], expert]
+        assert len(seen) == len(middle) == (len(learnt) > 0)
+        if len(learnt):
+            expected = brute_force(module, members, expert, learnt)
+            torch.testing.assert_close(hessian(seen), hessian([learnt]), **CLOSE)
+            torch.testing.assert_close(hessian(middle), hessian([expected["middle"]]), **CLOSE)
+        unreached += len(tokens) == 0
+        outputs = brute_force(module, members, expert, routed)
+        for member in members:
+            given = observer.given[unit.name, member, expert]
+            assert len(given) == (len(tokens) > 0)
+            for y in given:
+                torch.testing.assert_close(y, outputs[member], **CLOSE)
+    assert unreached < module.num_experts
+    assert unreached > 0 or length > 2
 
 
-def activated(
-    module: Any, members: dict[str, Tensor], shifts: dict[str, Any], expert: int, x: Tensor
-) -> Tensor:
-    """Input of an expert's down projection."""
-    gate, up = (x @ members[name][expert].T + shifts[name][expert] for name in ("gate", "up"))
-    if module.is_concatenated:
-        return module.act_fn(gate) * up
-    gate, up = gate.clamp(max=module.limit), up.clamp(-module.limit, module.limit)
-    return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+def brute_force(
+    module: Any, members: dict[str, Tensor], expert: int, x: Tensor
+) -> dict[str, Tensor]:
+    """What an expert computes, from the members."""
+    gate, up = (x @ members[name][expert].T for name in ("gate", "up"))
+    if not module.has_bias:
+        middle = module.act_fn(gate) * up
+        down = middle @ members["down"][expert].T
+        return {"gate": gate, "up": up, "middle": middle, "down": down}
+    gate = gate + module.gate_up_proj_bias[expert, ::2]
+    up = up + module.gate_up_proj_bias[expert, 1::2]
+    capped = gate.clamp(max=module.limit)
+    middle = (up.clamp(-module.limit, module.limit) + 1) * capped
+    middle = middle * torch.sigmoid(capped * module.alpha)
+    down = middle @ members["down"][expert].T + module.down_proj_bias[expert]
+    return {"gate": gate, "up": up, "middle": middle, "down": down}
 
 
 def test_experts_without_tokens_are_not_mentioned(tiny: Tiny) -> None:
@@ -341,6 +339,36 @@ def test_watching_ends_with_its_context(tiny: Tiny) -> None:
 
 
 # Blocks
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_blocks_hold_what_transformers_loads(model_type: str, tiny: Tiny) -> None:
+    folder = tiny(model_type, torch.bfloat16)
+    model, whole = StreamedModel(Checkpoint(folder)), reference(folder)
+    for index in range(model.blocks):
+        state = model.load_block(index).state_dict()
+        expected = whole.get_submodule(f"model.layers.{index}").state_dict()
+        assert state.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert state[name].dtype == tensor.dtype, name  # float32 for correction biases
+            assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_loading_a_block_lets_embedding_and_head_go(model_type: str, tiny: Tiny) -> None:
+    model = StreamedModel(Checkpoint(tiny(model_type)))
+
+    def resident() -> set[str]:
+        around = model._skeleton.model.named_parameters()
+        return {name for name, parameter in around if not parameter.is_meta}
+
+    assert resident() == {"model.norm.weight"}
+    model.embed(some_ids(1, 3))
+    assert "model.embed_tokens.weight" in resident()
+    model.logits(torch.zeros(1, 3, model.hidden_size))
+    assert "lm_head.weight" in resident()
+    model.load_block(0)
+    assert resident() == {"model.norm.weight"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral", "granitemoe", "gpt_oss"])

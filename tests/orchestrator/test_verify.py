@@ -55,7 +55,7 @@ def test_nan_is_noticed(serve: Serve, tiny: Tiny, tmp_path: Path) -> None:
     folder, model, chosen = write(tiny, tmp_path, serve)
 
     def poison(tensors: dict[str, Tensor]) -> None:
-        tensors["model.layers.0.self_attn.q_proj.weight_scale"][0] = torch.nan
+        tensors["model.layers.0.self_attn.o_proj.weight_scale"][0] = torch.nan
 
     change(folder, poison)
     with pytest.raises(RunError, match="logits differ .* nan"):

@@ -1,0 +1,255 @@
+"""The command line. People read stderr; with ``--json`` one JSON object goes to stdout."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from moesaic.kernels.discovery import UnknownName
+from moesaic.orchestrator.console import score_table, stderr
+from moesaic.orchestrator.errors import RunError, UserError
+
+app = typer.Typer(
+    name="moesaic",
+    help="Fits a language model, dense or Mixture-of-Experts, into a byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="The folder of finished pieces.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder for what the run leaves; default runs/NAME.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' chatter does not belong between our lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+
+
+def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -> None:
+    """Runs a verb; errors become one or two lines and an exit status."""
+    _quiet_libraries()
+    try:
+        result = work()
+    except (UserError, UnknownName) as error:
+        if debug:
+            raise
+        stderr.print(f"error: {error}", markup=False)
+        raise typer.Exit(2) from None
+    except RunError as error:
+        if debug:
+            raise
+        stderr.print(f"failed: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        stderr.print("stopped; run the same command to go on from here", markup=False)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        stderr.print(f"failed: {reason} (--debug shows the traceback)", markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def _run_stages(
+    recipe_file: Path, output: Path | None, stages: tuple[str, ...]
+) -> Mapping[str, Any]:
+    from moesaic.orchestrator.run import run_recipe
+
+    return run_recipe(recipe_file, output, stages)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """All stages: calibrate, measure, search, evaluate, assemble, report."""
+
+    def work() -> Mapping[str, Any]:
+        result = _run_stages(recipe, output, ("evaluate", "assemble", "report"))
+        stderr.print(score_table(result["scores"]))
+        folder = Path(result["output"])
+        stderr.print(f"checkpoint  {folder / 'model'}", markup=False)
+        stderr.print(f"report      {folder / 'report.html'}", markup=False)
+        stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """One stage: statistics of every layer."""
+    _answer(lambda: _run_stages(recipe, output, ("calibrate",)), as_json, debug)
+
+
+@app.command()
+def measure(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """One stage: every unit under every candidate (and the calibration it needs)."""
+    _answer(lambda: _run_stages(recipe, output, ("measure",)), as_json, debug)
+
+
+@app.command()
+def search(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """One stage: the plan that loses least within the budget."""
+    _answer(lambda: _run_stages(recipe, output, ("search",)), as_json, debug)
+
+
+@app.command()
+def assemble(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """One stage: the checkpoint of the plan, reloaded and compared."""
+    _answer(lambda: _run_stages(recipe, output, ("assemble",)), as_json, debug)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """One stage: perplexity and KL of the dense model, the baselines and the plan."""
+
+    def work() -> Mapping[str, Any]:
+        result = _run_stages(recipe, output, ("evaluate",))
+        stderr.print(score_table(result["scores"]))
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@app.command()
+def check(
+    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Validates everything and predicts bytes, memory and time before anything starts."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.forecast import forecast, show_forecast
+        from moesaic.orchestrator.run import open_experiment
+
+        result = forecast(open_experiment(recipe, output))
+        show_forecast(result, stderr)
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, Hugging Face name, or builtin:demo.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a model consists of: blocks, units, experts, bytes."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.forecast import inspect_model, show_model
+
+        result = inspect_model(model)
+        show_model(result, stderr)
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="methods, formats, searches or families.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Names of everything that can be written into a recipe."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.listing import listing
+
+        found = listing(kind)
+        table = Table(show_header=False, box=None)
+        for name, text in found.items():
+            table.add_row(name, text)
+        (stderr if as_json else _stdout()).print(table)
+        return {kind: found}
+
+    _answer(work, as_json, debug)
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@app.command()
+def show(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that a run left.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Scores and plan of a finished run."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.listing import read_run
+
+        result = read_run(run_folder)
+        stderr.print(score_table(result["scores"]))
+        for text, count in result["choices"].items():
+            stderr.print(f"{count:5d} × {text}", markup=False)
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@store_app.command("gc")
+def store_gc(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    keep: Annotated[
+        list[Path] | None, typer.Option(help="Run folders whose pieces stay (repeatable).")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Keep what is younger than this.")] = 60.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Removes pieces that no named run uses, and what killed writers left behind."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.run import collect_garbage
+
+        files, size = collect_garbage(store, keep or [], minutes * 60)
+        stderr.print(f"{store}: removed {files:,} files, {size:,} bytes", markup=False)
+        return {"files": files, "bytes": size}
+
+    _answer(work, as_json, debug)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""A run from recipe to checkpoint: the order of the stages, and the files that they leave.
+
+OUTPUT/recipe.yaml           the recipe as resolved
+OUTPUT/measurements.parquet  every unit under every candidate
+OUTPUT/plan.json             unit → list of specs, bytes, budget
+OUTPUT/scores.json           dense model, baselines and plan on held-out text
+OUTPUT/model/                the checkpoint
+OUTPUT/report.html           all of it to look at, pictures beside it
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moesaic.methods.base import Event, chain_text
+from moesaic.orchestrator import stages
+from moesaic.orchestrator.assemble import assemble, folder_bytes
+from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.console import View
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.pool import Pool, connect
+from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.verify import verify
+from moesaic.search.base import Infeasible, Plan, search_module
+
+# Tokens that the written folder is compared on.
+_VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
+
+
+@contextmanager
+def open_pool(recipe: Recipe) -> Iterator[Pool]:
+    """Ray and the workers for as long as they are needed."""
+    import ray
+
+    local = connect(recipe.compute)
+    try:
+        pool = Pool(recipe.compute)
+        try:
+            yield pool
+        finally:
+            pool.close()
+    finally:
+        if local:
+            ray.shutdown()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, the same bytes for the same value."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda p: _write_text(p, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+class Pipeline:
+    """The stages of one recipe; each does what is missing and takes the rest from the store."""
+
+    def __init__(self, experiment: Experiment, pool: Pool, view: View) -> None:
+        self.experiment = experiment
+        self.pool = pool
+        self.view = view
+        self.output = experiment.output
+        self.walks: dict[str, Walk] = {}
+        recipe = experiment.recipe.to_yaml()
+        write_atomically(self.output / "recipe.yaml", lambda p: _write_text(p, recipe))
+        for reason, count in experiment.unloadable.items():
+            view.line(f"not offered on {count} unit(s): {reason}")
+
+    def calibrate(self) -> None:
+        """Statistics of all blocks, and gradients."""
+        stages.Calibration(self.experiment, self.pool, self.view, {}).run()
+        _, events = stages.expert_load(self.experiment, self.experiment.walk)
+        self.view.events(events)
+
+    def measure(self) -> None:
+        """Every unit under every candidate, while calibration goes on; writes the table."""
+        stages.Calibration(self.experiment, self.pool, self.view, self.experiment.offers).run()
+        self.view.events(self.table.events)
+        self._write_table()
+
+    @cached_property
+    def table(self) -> stages.Table:
+        return stages.measurements(self.experiment)
+
+    def _write_table(self) -> None:
+        units = self.experiment.by_name
+        rows = [
+            {
+                "unit": m.unit,
+                "block": units[m.unit].block,
+                "part": units[m.unit].part,
+                "chain": chain_text(m.chain),
+                "specs": json.dumps([spec.to_json() for spec in m.chain]),
+                "bytes": m.bytes,
+                "bits_per_weight": m.bytes * 8 / units[m.unit].parameters,
+                "error": m.error,
+                "predicted_kl": m.score,
+                "seconds": m.seconds,
+                "events": json.dumps(dict(m.events)),
+            }
+            for m in self.table.measurements
+        ]
+        frame = pd.DataFrame(rows)
+        write_atomically(self.output / "measurements.parquet", lambda p: frame.to_parquet(p))
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """The baselines and, last, ``plan``."""
+        experiment = self.experiment
+        everything = stages.problem(experiment, self.table, candidates_only=False)
+        found = {
+            name: everything.plan(dict.fromkeys(everything.choices, chain))
+            for name, chain in experiment.recipe.baselines.items()
+        }
+        strategy = search_module(experiment.recipe.search)
+        try:
+            found["plan"] = strategy.search(stages.problem(experiment, self.table))
+        except Infeasible as error:
+            raise UserError(f"budget: {error}") from None
+        return found
+
+    def search(self) -> Plan:
+        """The plan; writes it."""
+        plan = self.plans["plan"]
+        document = {
+            **plan.to_json(),
+            "bytes": self.bytes_of("plan"),
+            "budget_bytes": self.experiment.budget.total_bytes,
+            "bits_per_weight": self.experiment.bits_per_weight(self.units_bytes(plan)),
+            "search": self.experiment.recipe.search,
+            "serve": self.experiment.recipe.serve,
+        }
+        write_json(self.output / "plan.json", document)
+        return plan
+
+    def propagate(self) -> None:
+        """With ``propagate``, every plan solved again on its own compressed predecessors."""
+        for name, plan in self.plans.items():
+            if self.experiment.recipe.propagate:
+                walk = stages.propagated(self.experiment, self.pool, self.view, name, plan.units)
+            else:
+                walk = self.experiment.walk
+            self.walks[name] = walk
+
+    def pieces(self, name: str) -> dict[str, str]:
+        """Unit → file of its piece in a plan; units that stay dense are left out."""
+        if name not in self.walks:
+            self.propagate()
+        return stages.piece_paths(self.experiment, self.walks[name], self.plans[name].units)
+
+    def units_bytes(self, plan: Plan) -> int:
+        """Bytes of the units' tensors."""
+        return plan.bytes - self.experiment.budget.fixed_bytes
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a plan's safetensors files, headers included, exactly."""
+        pieces = {unit: Path(path) for unit, path in self.pieces(name).items()}
+        return folder_bytes(self.experiment.model, pieces, self.experiment.recipe.serve)
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """Scores of the dense model, the baselines and the plan; writes them."""
+        experiment = self.experiment
+        found = stages.evaluated(
+            experiment, self.pool, self.view, {name: self.pieces(name) for name in self.plans}
+        )
+        weights = experiment.size.weights
+        dense_bits = sum(experiment.dense_bytes(unit) for unit in experiment.units) * 8 / weights
+        scores = {
+            name: {
+                "bytes": self.bytes_of(name) if name in self.plans else experiment.size.dense_bytes,
+                "bits_per_weight": self.units_bytes(self.plans[name]) * 8 / weights
+                if name in self.plans
+                else dense_bits,
+                **score,
+            }
+            for name, score in found.items()
+        }
+        write_json(self.output / "scores.json", scores)
+        return scores
+
+    def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+        """The checkpoint, reloaded and compared.
+
+        Raises:
+            RunError: what was written does not compute what the pieces say.
+        """
+        experiment, recipe = self.experiment, self.experiment.recipe
+        folder = self.output / "model"
+        pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
+        self.view.stage("assemble", 2)
+        card = model_card(experiment, self.plans["plan"], scores)
+        assemble(experiment.model, experiment.folder, pieces, recipe.serve, folder, card)
+        self.view.advance("assemble")
+        import torch
+
+        ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
+        difference = verify(folder, experiment.model, pieces, recipe.serve, ids.long())
+        self.view.advance("assemble")
+        self.view.line(f"{folder}: reloaded, logits differ by {difference:.1e} of their scale")
+        return folder
+
+    def events(self) -> list[Event]:
+        """What happened in calibration and to the pieces of the plan."""
+        events = list(self.table.events)
+        for path in self.pieces("plan").values():
+            entry = self.experiment.store.get("pieces", Path(path).stem)
+            if entry is None:
+                raise RunError(f"{path}: the piece is gone; run the same command again")
+            events += [Event(**event) for event in entry.metadata["events"]]
+        return events
+
+
+def model_card(
+    experiment: Experiment, plan: Plan, scores: Mapping[str, Mapping[str, Any]] | None
+) -> str:
+    """Text of the checkpoint's README.md: how it was made and what it scores."""
+    recipe = experiment.recipe
+    counts: dict[str, int] = {}
+    for chain in plan.units.values():
+        counts[chain_text(chain)] = counts.get(chain_text(chain), 0) + 1
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [moesaic, compressed]",
+        "---",
+        f"# {recipe.name}",
+        "",
+        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan.bytes:,}"
+        f" bytes of {experiment.size.dense_bytes:,}.",
+        "",
+        *_loading(recipe),
+        "| choice | units |",
+        "|---|---:|",
+        *(f"| {text} | {count} |" for text, count in sorted(counts.items())),
+        "",
+    ]
+    if scores is not None:
+        lines += [
+            "Scores on held-out text (KL to the dense model in nats per token):",
+            "",
+            "| | bytes | bits per weight | perplexity | KL |",
+            "|---|---:|---:|---:|---:|",
+            *(
+                f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} | {s['perplexity']:.3f} |"
+                f" {s['kl']:.4f} |"
+                for name, s in scores.items()
+            ),
+            "",
+        ]
+    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""])
+
+
+def _loading(recipe: Recipe) -> list[str]:
+    code = {
+        "moesaic": "import moesaic\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "transformers": "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "vllm": 'from vllm import LLM\n\nmodel = LLM("PATH")',
+    }[recipe.serve]
+    return ["```python", code, "```", ""]

@@ -1,0 +1,143 @@
+"""Sums over tokens: how they are taken, added along a tree, written and read."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesaic.methods.base import Stats, Unit
+
+# A range of shards, or a node of the summation tree: first and one past the last.
+Node = tuple[int, int]
+SiteStats = dict[str, Stats]
+SEPARATOR = "|"
+
+
+def ranges(shards: int, workers: int) -> list[Node]:
+    """Contiguous ranges of shards, one per worker, none empty."""
+    count = min(shards, workers)
+    return [(w * shards // count, (w + 1) * shards // count) for w in range(count)]
+
+
+def covered(node: Node, span: Node) -> list[Node]:
+    """The largest nodes of the summation tree below ``node`` that lie inside ``span``."""
+    low, high = node
+    if span[0] <= low and high <= span[1]:
+        return [node]
+    if high <= span[0] or span[1] <= low:
+        return []
+    middle = (low + high) // 2
+    return covered((low, middle), span) + covered((middle, high), span)
+
+
+def tree_sum(node: Node, leaf: Callable[[Node], SiteStats | None]) -> SiteStats:
+    """Sum over ``node`` along the tree; ``leaf`` gives the sum of a node if it has it."""
+    found = leaf(node)
+    if found is not None:
+        return found
+    low, high = node
+    middle = (low + high) // 2
+    total = tree_sum((low, middle), leaf)
+    other = tree_sum((middle, high), leaf)
+    for name, stats in total.items():
+        for statistic, value in stats.sums.items():
+            value += other[name][statistic]
+    return total
+
+
+def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
+    """Writes ``name|statistic`` tensors."""
+    tensors = {
+        f"{name}{SEPARATOR}{statistic}": value.cpu().contiguous()
+        for name, entry in stats.items()
+        for statistic, value in entry.sums.items()
+    }
+    save_file(tensors, path)
+
+
+def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:
+    """Reads what :func:`save_stats` wrote, for the names that ``only`` accepts."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name, _, statistic = key.rpartition(SEPARATOR)
+            if only(name):
+                sums.setdefault(name, {})[statistic] = file.get_tensor(key)
+    return {name: Stats(entry) for name, entry in sums.items()}
+
+
+class StatisticsObserver:
+    """Sums what is wanted of every site's inputs."""
+
+    def __init__(self, units: list[Unit], needs: tuple[str, ...], device: torch.device) -> None:
+        self.stats: SiteStats = {}
+        # Where the tokens really routed to experts are counted, whoever learns from them.
+        self.routed: dict[str, Tensor] = {}
+        for unit in units:
+            for member, site in unit.sites.items():
+                *batch, _, width = unit.shapes[member]
+                shapes = {
+                    "tokens": (torch.int64, batch),
+                    "hessian": (torch.float32, [*batch, width, width]),
+                    "abs": (torch.float32, [*batch, width]),
+                }
+                sums = {
+                    need: torch.zeros(shapes[need][1], dtype=shapes[need][0], device=device)
+                    for need in {*needs, "tokens"}
+                }
+                self.stats.setdefault(site, Stats(sums))
+            if unit.kind == "bank":
+                experts = self.stats[unit.sites["gate"]].sums
+                experts["routed"] = torch.zeros_like(experts["tokens"])
+                self.routed[unit.name] = experts["routed"]
+
+    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
+        sums = self.stats[site].sums
+        x = x.detach().reshape(-1, x.shape[-1])
+
+        def target(name: str) -> Tensor:
+            return sums[name] if expert is None else sums[name][expert]
+
+        target("tokens").add_(x.shape[0])
+        wide = x.float()
+        if "hessian" in sums:
+            target("hessian").addmm_(wide.T, wide)
+        if "abs" in sums:
+            target("abs").add_(wide.abs().sum(0))
+
+    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
+        if expert is not None and member == "down":
+            self.routed[unit][expert] += y.shape[0]
+
+
+class GradientObserver:
+    """Sums squared gradients of every member's outputs, as the reverse pass brings them."""
+
+    def __init__(self, units: list[Unit], device: torch.device) -> None:
+        self.stats: SiteStats = {}
+        for unit in units:
+            for member, shape in unit.shapes.items():
+                *batch, out, _ = shape
+                self.stats[f"{unit.name}{SEPARATOR}{member}"] = Stats(
+                    {
+                        "grad_tokens": torch.zeros(batch, dtype=torch.int64, device=device),
+                        "grad_sq": torch.zeros([*batch, out], device=device),
+                    }
+                )
+
+    def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
+        """Not wanted in the reverse pass."""
+
+    def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
+        sums = self.stats[f"{unit}{SEPARATOR}{member}"].sums
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            index = ... if expert is None else expert
+            sums["grad_tokens"][index] += rows.shape[0]
+            sums["grad_sq"][index] += rows.float().square().sum(0)
+
+        y.register_hook(add)
