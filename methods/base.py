@@ -139,7 +139,9 @@ def option(
     default: Any, description: str, candidates: Sequence[Any] | None = None, **limits: Any
 ) -> Any:
     """A field of a method's ``Options``: default, meaning, limits and what a search may try."""
-    extra = {"candidates": list(candidates if candidates is not None else [default])}
+    extra: dict[str, Any] = {
+        "candidates": list(candidates if candidates is not None else [default])
+    }
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 

@@ -29,9 +29,9 @@ SCOPE = frozenset({"linear", "bank"})
 ROWWISE = True
 NEEDS = frozenset({"hessian", "tokens"})
 
-# Working memory of one slice of a bank, by kind of device: two float64 Hessians, the factor and three
-# float32 weights per expert. On a processor that should fit its cache; a slice has one expert at
-# least.
+# Working memory of one slice of a bank, by kind of device: two float64 Hessians, factor and three
+# float32 weights per expert. On a processor that should fit its cache; a slice has at least one
+# expert.
 WORK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 # Factors of a site are kept for its next candidate up to this size. Larger ones are made anew: at
 # such widths that costs less than the column loop, and the memory would be the Hessian's again.

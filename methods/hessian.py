@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Float64 matrices that are factorised at a time, by kind of device. On a processor their copies stay
-# in the cache so: 64 matrices of 256 x 256 take half the time that they take in one go.
+# Float64 matrices that are factorised at a time, by kind of device. On a processor their copies
+# stay in its cache so: 64 matrices of 256 x 256 take half the time that they take in one go.
 _SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.experts import observing
+from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.statistics import (
     GradientObserver,
@@ -74,7 +74,7 @@ class Walk:
     shards: int
     batch: int
     needs: tuple[str, ...]
-    experts: str
+    experts: Experts
     gradients: int
     seed: int
     store: str
@@ -122,7 +122,8 @@ def _load(path: Path) -> Tensor | None:
     """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("value").clone()
+            value: Tensor = file.get_tensor("value").clone()
+            return value
     except FileNotFoundError:
         return None
 
@@ -137,7 +138,8 @@ def _save(path: Path, value: Tensor) -> None:
 def _ids(walk: Walk, shard: int) -> Tensor:
     low, high = walk.shard_rows(shard)
     with safe_open(walk.ids, framework="pt") as file:
-        return file.get_slice("ids")[low:high].long()
+        rows: Tensor = file.get_slice("ids")[low:high].long()
+        return rows
 
 
 def _hidden_path(walk: Walk, block: int, shard: int) -> Path:
@@ -168,7 +170,7 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
     Returns:
         ``[sequences of the shard, length, hidden]`` on the CPU.
     """
-    kept = state.take(("hidden", walk.key, walk.prefixes, block, shard))
+    kept: Tensor | None = state.take(("hidden", walk.key, walk.prefixes, block, shard))
     if kept is not None:
         return kept
     model = _model(state, walk)

@@ -84,8 +84,8 @@ class View:
         note = f"{', '.join(running)[:60]}  peak {self._peak_bytes / 1e9:.1f} GB/worker"
         for task in self.progress.tasks:
             if not task.finished:
-                rate = f"{task.speed:.1f}/s" if task.speed else ""
-                self.progress.update(task.id, note=note, rate=rate)
+                speed = f"{task.speed:.1f}/s" if task.speed else ""
+                self.progress.update(task.id, note=note, rate=speed)
         if self.console.is_terminal or time.monotonic() - self._last_line < _LOG_SECONDS:
             return
         self._last_line = time.monotonic()

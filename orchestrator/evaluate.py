@@ -103,7 +103,8 @@ def evaluate_rows(
 
 def _dense_hidden(store: Store, judge: Judge, rows: Sequence[int]) -> Tensor:
     with safe_open(store.path("hidden", judge.hidden_key(rows)), framework="pt") as file:
-        return file.get_tensor("value")
+        value: Tensor = file.get_tensor("value")
+        return value
 
 
 def _sequence(

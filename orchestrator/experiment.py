@@ -199,10 +199,6 @@ class Experiment:
             )
         return Budget(total_bytes=total, fixed_bytes=size.fixed_bytes)
 
-    def bits_per_weight(self, file_bytes: int) -> float:
-        """Stored bits per compressible weight of a checkpoint of ``file_bytes``."""
-        return (file_bytes - self.size.fixed_bytes) * 8 / self.size.weights
-
     def ties(self) -> list[list[str]]:
         """Units that must take the same chain so that the target can load the result."""
         return [list(group) for group in ties(self.units, self.recipe.serve)]
@@ -274,6 +270,19 @@ class Experiment:
         return sum(min(walk.gradients, high - low) for low, high in rows) * (
             self.recipe.calibration.length
         )
+
+    def entries(self) -> list[Path]:
+        """Files of every entry that the recipe uses or will use."""
+        walk, store = self.walk, self.store
+        blocks = range(self.model.blocks)
+        keys = [self.key(u, chain, walk) for u, chains in self.offers.items() for chain in chains]
+        return [
+            Path(walk.ids),
+            Path(self.judge.ids),
+            *(store.path("stats", walk.stats_key(block)) for block in blocks),
+            *(store.path("gradients", walk.gradients_key(block)) for block in blocks),
+            *(store.path(kind, key) for kind in ("pieces", "errors") for key in keys),
+        ]
 
     def key(self, unit: str, chain: Chain, walk: Walk) -> str:
         """Key of the piece of a unit under a chain with the statistics of a walk."""

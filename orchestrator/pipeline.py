@@ -9,8 +9,7 @@ OUTPUT/report.html           all of it to look at, pictures beside it
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pool import Pool, connect
+from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.verify import verify
@@ -32,23 +31,6 @@ from moesaic.search.base import Infeasible, Plan, search_module
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
-
-
-@contextmanager
-def open_pool(recipe: Recipe) -> Iterator[Pool]:
-    """Ray and the workers for as long as they are needed."""
-    import ray
-
-    local = connect(recipe.compute)
-    try:
-        pool = Pool(recipe.compute)
-        try:
-            yield pool
-        finally:
-            pool.close()
-    finally:
-        if local:
-            ray.shutdown()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,19 +110,19 @@ class Pipeline:
             raise UserError(f"budget: {error}") from None
         return found
 
-    def search(self) -> Plan:
-        """The plan; writes it."""
+    def search(self) -> dict[str, Any]:
+        """The plan as ``plan.json`` has it; writes it."""
         plan = self.plans["plan"]
         document = {
             **plan.to_json(),
             "bytes": self.bytes_of("plan"),
             "budget_bytes": self.experiment.budget.total_bytes,
-            "bits_per_weight": self.experiment.bits_per_weight(self.units_bytes(plan)),
+            "bits_per_weight": self.bits_per_weight("plan"),
             "search": self.experiment.recipe.search,
             "serve": self.experiment.recipe.serve,
         }
         write_json(self.output / "plan.json", document)
-        return plan
+        return document
 
     def propagate(self) -> None:
         """With ``propagate``, every plan solved again on its own compressed predecessors."""
@@ -157,9 +139,14 @@ class Pipeline:
             self.propagate()
         return stages.piece_paths(self.experiment, self.walks[name], self.plans[name].units)
 
-    def units_bytes(self, plan: Plan) -> int:
-        """Bytes of the units' tensors."""
-        return plan.bytes - self.experiment.budget.fixed_bytes
+    def bits_per_weight(self, name: str) -> float:
+        """Stored bits per compressible weight of a plan, or of ``dense``."""
+        experiment = self.experiment
+        if name == "dense":
+            size = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+        else:
+            size = self.plans[name].bytes - experiment.budget.fixed_bytes
+        return size * 8 / experiment.size.weights
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a plan's safetensors files, headers included, exactly."""
@@ -172,14 +159,10 @@ class Pipeline:
         found = stages.evaluated(
             experiment, self.pool, self.view, {name: self.pieces(name) for name in self.plans}
         )
-        weights = experiment.size.weights
-        dense_bits = sum(experiment.dense_bytes(unit) for unit in experiment.units) * 8 / weights
         scores = {
             name: {
                 "bytes": self.bytes_of(name) if name in self.plans else experiment.size.dense_bytes,
-                "bits_per_weight": self.units_bytes(self.plans[name]) * 8 / weights
-                if name in self.plans
-                else dense_bits,
+                "bits_per_weight": self.bits_per_weight(name),
                 **score,
             }
             for name, score in found.items()
@@ -197,7 +180,7 @@ class Pipeline:
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         self.view.stage("assemble", 2)
-        card = model_card(experiment, self.plans["plan"], scores)
+        card = model_card(experiment, self.plans["plan"], self.bytes_of("plan"), scores)
         assemble(experiment.model, experiment.folder, pieces, recipe.serve, folder, card)
         self.view.advance("assemble")
         import torch
@@ -220,7 +203,10 @@ class Pipeline:
 
 
 def model_card(
-    experiment: Experiment, plan: Plan, scores: Mapping[str, Mapping[str, Any]] | None
+    experiment: Experiment,
+    plan: Plan,
+    plan_bytes: int,
+    scores: Mapping[str, Mapping[str, Any]] | None,
 ) -> str:
     """Text of the checkpoint's README.md: how it was made and what it scores."""
     recipe = experiment.recipe
@@ -234,7 +220,7 @@ def model_card(
         "---",
         f"# {recipe.name}",
         "",
-        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan.bytes:,}"
+        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan_bytes:,}"
         f" bytes of {experiment.size.dense_bytes:,}.",
         "",
         *_loading(recipe),

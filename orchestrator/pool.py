@@ -86,9 +86,38 @@ def connect(compute: Compute) -> bool:
 
 
 class Pool:
-    """Long-lived workers of equal size on whatever the cluster has."""
+    """Long-lived workers of equal size on whatever the cluster has; a context manager.
+
+    Ray and the workers are started when the first task comes: a run whose work was all done before
+    needs neither.
+    """
 
     def __init__(self, compute: Compute) -> None:
+        self.compute = compute
+        self.workers: list[Any] = []
+        self.replaced = 0
+        self._local = False
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        if self._local:
+            ray.shutdown()
+
+    @property
+    def size(self) -> int:
+        """Number of workers; starts them."""
+        if not self.workers:
+            self._open()
+        return len(self.workers)
+
+    def _open(self) -> None:
+        self._local = connect(self.compute)
+        compute = self.compute
         resources = ray.cluster_resources()
         total_cpus, total_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
         self.cpus = compute.cpus_per_worker
@@ -98,14 +127,13 @@ class Pool:
         fitting = total_cpus // self.cpus
         if self.gpus:
             fitting = min(fitting, int(total_gpus / self.gpus))
-        self.size = compute.workers or max(fitting, 1)
-        if self.size > fitting:
+        count = compute.workers or max(fitting, 1)
+        if count > fitting:
             raise UserError(
-                f"compute: {self.size} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
+                f"compute: {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
                 f" fit the cluster ({total_cpus} CPU, {total_gpus:g} GPU: at most {fitting})"
             )
-        self.workers: list[Any] = [self._start() for _ in range(self.size)]
-        self.replaced = 0
+        self.workers = [self._start() for _ in range(count)]
         self._await_ready(self.workers)
 
     def _start(self) -> Any:
@@ -144,6 +172,8 @@ class Pool:
         waiting: list[tuple[tuple[int, ...], int, Task]] = []
         for task in tasks:
             heapq.heappush(waiting, (task.priority, next(order), task))
+        if not waiting:
+            return
         running: dict[Any, tuple[int, Task]] = {}
         idle = set(range(self.size))
         last_tick = 0.0
@@ -209,8 +239,3 @@ class Pool:
         self.workers[worker] = self._start()
         self._await_ready([self.workers[worker]])
         self.replaced += 1
-
-    def close(self) -> None:
-        """Ends the workers."""
-        for worker in self.workers:
-            ray.kill(worker)

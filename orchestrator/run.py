@@ -9,7 +9,8 @@ from typing import Any
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pipeline import Pipeline, open_pool
+from moesaic.orchestrator.pipeline import Pipeline
+from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.store import Store
 
@@ -34,7 +35,7 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
     started = time.monotonic()
     experiment = open_experiment(recipe_file, output)
     result: dict[str, Any] = {"name": experiment.recipe.name, "output": str(experiment.output)}
-    with View() as view, open_pool(experiment.recipe) as pool:
+    with View() as view, Pool(experiment.recipe.compute) as pool:
         pipeline = Pipeline(experiment, pool, view)
         if tuple(stages) == ("calibrate",):
             pipeline.calibrate()
@@ -42,7 +43,7 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
             pipeline.measure()
         if not {"calibrate", "measure"} >= set(stages):
             plan = pipeline.search()
-            result["plan"] = {"bytes": plan.bytes, "predicted_kl": plan.loss}
+            result["plan"] = {key: value for key, value in plan.items() if key != "units"}
         if "evaluate" in stages:
             result["scores"] = pipeline.evaluate()
         if "assemble" in stages:

@@ -43,8 +43,7 @@ class Calibration:
         self.view = view
         self.walk = experiment.walk
         self.wanted = {unit: list(chains) for unit, chains in wanted.items()}
-        self.blocks = experiment.model.blocks
-        self.ranges = ranges(self.walk.shards, pool.size)
+        self.blocks: int = experiment.model.blocks
         self.passed = [0] * self.blocks
         self.reversed = [0] * self.blocks
         self.held: list[Task] = []
@@ -72,14 +71,16 @@ class Calibration:
         tasks = [task for block in sorted(self.stats) for task in jobs.get(block, [])]
         self.jobs = jobs
         self.floor = start
+        if start == self.blocks == len(self.gradients):
+            self.pool.run(tasks, self.view.tick)
+            return
+        self.ranges = ranges(self.walk.shards, self.pool.size)
         if start < self.blocks:
             tasks += [self._forward(start, w, span) for w, span in enumerate(self.ranges)]
-        elif len(self.gradients) < self.blocks:
+        else:
             tasks += self._start_reverse()
         self.pool.run(tasks, self.view.tick)
-        experiment_done = len(self.stats) == self.blocks == len(self.gradients)
-        if experiment_done:
-            remove_folder(walk.scratch())
+        remove_folder(walk.scratch())
 
     def _open_measuring(self) -> dict[int, list[Task]]:
         """Block → jobs that its statistics make possible."""
@@ -104,12 +105,12 @@ class Calibration:
 
     def _forward_start(self) -> int:
         """First block that must be walked: its statistics, or states for the reverse pass, lack."""
-        start = min(set(range(self.blocks)) - self.stats, default=self.blocks)
+        start: int = min(set(range(self.blocks)) - self.stats, default=self.blocks)
         missing = set(range(self.blocks)) - self.gradients
         if not missing:
             return start
         walk, shards = self.walk, range(self.walk.shards)
-        top = max(missing)
+        top: int = max(missing)
         self.top = top
         returned = all(gradient_path(walk, top + 1, s).exists() for s in shards)
         if top + 1 < self.blocks and not returned:
@@ -234,16 +235,16 @@ def propagated(experiment: Experiment, pool: Pool, view: View, name: str, choice
         the walk under whose statistics the plan's pieces are named.
     """
     blocks = experiment.model.blocks
-    prefixes, before = [], []
+    prefixes: list[str] = []
+    before: list[Any] = []
     by_block: dict[int, list[str]] = {}
     for unit in experiment.units:
         by_block.setdefault(unit.block, []).append(unit.name)
     for block in range(blocks):
         prefixes.append(digest(before))
-        for unit in by_block.get(block, []):
-            before.append([unit, [[spec.method, spec.options] for spec in choice[unit]]])
+        for member in by_block.get(block, []):
+            before.append([member, [[spec.method, spec.options] for spec in choice[member]]])
     walk = replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
-    spans = list(enumerate(ranges(walk.shards, pool.size)))
     stage = f"propagate {name}"
     view.stage(stage, blocks)
 
@@ -251,7 +252,7 @@ def propagated(experiment: Experiment, pool: Pool, view: View, name: str, choice
         arguments = {"walk": plain(walk), "block": block, **more}
         return [
             Task(function, {**arguments, "span": span}, f"{function} {block}", (0,), worker)
-            for worker, span in spans
+            for worker, span in enumerate(ranges(walk.shards, pool.size))
         ]
 
     for block in range(blocks):

@@ -1,0 +1,67 @@
+"""Problems made of numbers alone, and the best plan found by looking at every one."""
+
+import itertools
+
+import numpy as np
+
+from moesaic.methods.base import Chain, Spec
+from moesaic.search.base import Budget, Measurement, Plan, Problem
+
+FIXED = 1000
+Table = list[tuple[int, float]]
+
+
+def chain(number: int) -> Chain:
+    return (Spec.of("rtn", {"bits": 2 + number % 7, "group_size": 8 * (1 + number // 7)}),)
+
+
+def problem(tables: list[Table], unit_bytes: int, ties: list[list[int]] | None = None) -> Problem:
+    """Unit ``u0``, ``u1`` … with a table of (bytes, loss) per chain each."""
+    choices = {
+        f"u{unit}": [
+            Measurement(f"u{unit}", chain(number), size, loss, None, 0.0)
+            for number, (size, loss) in enumerate(table)
+        ]
+        for unit, table in enumerate(tables)
+    }
+    named = [[f"u{unit}" for unit in tie] for tie in ties or []]
+    return Problem(choices, named, Budget(FIXED + unit_bytes, FIXED))
+
+
+def extremes(given: Problem) -> tuple[int, int]:
+    """Bytes of the smallest and of the largest plan's units."""
+    sizes = [[size for _, size, _ in offers] for _, offers in given.groups()]
+    return sum(map(min, sizes)), sum(map(max, sizes))
+
+
+def best_by_looking_at_all(given: Problem) -> Plan | None:
+    """The fitting plan of least (loss, bytes)."""
+    groups = given.groups()
+    plans = []
+    for pick in itertools.product(*(offers for _, offers in groups)):
+        chosen = {
+            unit: choice
+            for (units, _), (choice, _, _) in zip(groups, pick, strict=True)
+            for unit in units
+        }
+        plans.append(given.plan(chosen))
+    fitting = [plan for plan in plans if plan.bytes <= given.budget.total_bytes]
+    return min(fitting, key=lambda plan: (plan.loss, plan.bytes), default=None)
+
+
+def realistic(units: int, choices: int, share: float, seed: int = 0) -> Problem:
+    """Losses that fall by four per bit, units of uneven importance and odd sizes.
+
+    ``share`` says where between the smallest and the largest plan the budget lies.
+    """
+    rng = np.random.default_rng(seed)
+    tables: list[Table] = []
+    for _ in range(units):
+        bits = np.linspace(2, 8, choices)
+        size = rng.integers(10_000, 1_000_000) * bits / 8 * (1 + 0.05 * rng.random(choices))
+        loss = np.exp(rng.normal(0, 1.5)) * 4.0**-bits * np.exp(rng.normal(0, 0.2, choices))
+        tables.append([(int(s), float(x)) for s, x in zip(size, loss, strict=True)])
+    given = problem(tables, 0)
+    low, high = extremes(given)
+    budget = Budget(FIXED + int(low + share * (high - low)), FIXED)
+    return Problem(given.choices, given.ties, budget)
