@@ -217,7 +217,7 @@ class _Programme:
             less = move.bytes[1:] < 0
             saving[stage] = rate[less].min(initial=_NEVER)
             leaving[stage] = rate[~less].min(initial=self.price)
-        return tuple(np.minimum.accumulate(r[::-1])[::-1] for r in (saving, leaving))
+        return _suffix_minima(saving), _suffix_minima(leaving)
 
     def run(self) -> list[int]:
         """Position of each group's choice in the best plan."""
@@ -289,6 +289,11 @@ class _Programme:
             picked[move.group] = int(move.picks[picks[state]])
             state = int(states[state])
         return picked
+
+
+def _suffix_minima(values: Floats) -> Floats:
+    """Of every position, the smallest value from there to the end."""
+    return np.minimum.accumulate(values[::-1])[::-1]
 
 
 def _moves(number: int, group: _Group, base: int, price: float) -> _Moves:

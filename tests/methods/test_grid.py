@@ -83,9 +83,6 @@ def test_clip_search_finds_the_best_of_its_hundred_ranges(make_weight, bits, sym
         error = (groups - codes * scale[..., None]).abs().pow(2.4).sum(-1)
         best = torch.minimum(best, error)
     assert torch.allclose(found, best, rtol=1e-4)
-    assert float(found.sum()) < float(
-        norm(weight, round_nearest(weight, bits=bits, symmetric=symmetric, group_size=10)).sum()
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,6 +94,7 @@ def test_clip_search_is_never_worse_in_its_norm(make_weight, bits, symmetric, dt
     plain = norm(weight, round_nearest(weight, **options))
     clipped = norm(weight, round_nearest(weight, **options, clip="mse"))
     assert bool((clipped <= plain * (1 + 1e-5)).all())
+    assert bits > 3 or float(clipped.sum()) < 0.9 * float(plain.sum())
 
 
 def test_clip_search_minimises_the_weighted_norm_when_weights_are_given(make_weight):

@@ -84,8 +84,8 @@ def assert_same(a: Result, b: Result) -> None:
 @pytest.mark.parametrize("name", methods())
 def test_declarations_are_in_the_agreed_words(name):
     module = method_module(name)
-    assert module.SCOPE and module.SCOPE <= {"linear", "bank"}
-    assert module.NEEDS <= SITE_STATISTICS.keys() | OUTPUT_STATISTICS.keys()
+    assert module.SCOPE and {"linear", "bank"} >= module.SCOPE
+    assert SITE_STATISTICS.keys() | OUTPUT_STATISTICS.keys() >= module.NEEDS
     assert isinstance(module.ROWWISE, bool)
     assert issubclass(module.Options, MethodOptions)
     assert module.__doc__ and len(module.__doc__.splitlines()[0]) > 20

@@ -20,20 +20,18 @@ def tables(losses: st.SearchStrategy[float], units: int) -> st.SearchStrategy[li
 
 
 def check(given: Problem) -> None:
+    """Losses that are multiples of 1/64 have exact sums, so that equal plans are equal here too."""
     best = best_by_looking_at_all(given)
     if best is None:
         with pytest.raises(Infeasible):
             knapsack.search(given)
         return
     plan = knapsack.search(given)
-    assert plan.loss == pytest.approx(best.loss, rel=1e-12, abs=1e-12)
-    assert plan.bytes <= given.budget.total_bytes
-    if plan.loss == best.loss:
-        assert plan.bytes == best.bytes
+    assert (plan.loss, plan.bytes) == (best.loss, best.bytes)
 
 
 @settings(max_examples=150, deadline=None)
-@for_all(tables(st.floats(0, 100), 5), st.integers(0, 300))
+@for_all(tables(st.integers(0, 6400).map(lambda n: n / 64), 5), st.integers(0, 300))
 def test_knapsack_equals_brute_force(drawn: list[Table], unit_bytes: int) -> None:
     check(problem(drawn, unit_bytes))
 
@@ -47,7 +45,7 @@ def test_knapsack_equals_brute_force_when_losses_are_equal(
 
 
 @settings(max_examples=100, deadline=None)
-@for_all(tables(st.floats(-5, 5), 7), st.integers(0, 400))
+@for_all(tables(st.integers(-320, 320).map(lambda n: n / 64), 7), st.integers(0, 400))
 def test_knapsack_equals_brute_force_when_units_are_tied(
     drawn: list[Table], unit_bytes: int
 ) -> None:
