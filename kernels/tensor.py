@@ -18,7 +18,8 @@ class CompressedTensor:
     """A weight ``[*batch, out, in]`` in a named format.
 
     ``batch`` is empty for a linear layer and ``(experts,)`` for an expert bank; every part then has
-    the same leading dimension, so that slicing a bank is slicing its parts.
+    the same leading dimension, so that slicing a bank is slicing its parts. A format whose parts
+    lie otherwise defines ``select(tensor, index)``.
 
     Attributes:
         format: file name of a module in ``kernels/``.
@@ -47,6 +48,10 @@ class CompressedTensor:
         """Member ``index`` of a bank."""
         if len(self.shape) < 3:
             raise IndexError(f"a weight of shape {self.shape} is not a bank")
+        select = getattr(format_module(self.format), "select", None)
+        if select is not None:
+            chosen: CompressedTensor = select(self, index)
+            return chosen
         parts = {name: part[index] for name, part in self.parts.items()}
         return CompressedTensor(self.format, parts, self.shape[1:], self.dtype, self.params)
 

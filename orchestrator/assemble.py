@@ -34,6 +34,8 @@ from moesaic.orchestrator.targets import Serve, can_be_packed
 from moesaic.orchestrator.tensorfile import Blob, Stored, file_bytes, read_file, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
+# A part of a mosaic is called group{number}_{part}; integer groups have at most four parts.
+_GROUP_NAME_BYTES, _MOST_PARTS = 10, 4
 _METADATA = {"format": "pt"}
 # Length, metadata and padding.
 _SHARD_HEADER_BYTES = 64
@@ -79,11 +81,14 @@ def assemble(
         _copy_companions(source, folder)
 
 
-def header_bytes_bound(model: StreamedModel, units: Sequence[Unit], serve: Serve) -> int:
+def header_bytes_bound(
+    model: StreamedModel, units: Sequence[Unit], serve: Serve, schemes: int = 1
+) -> int:
     """What the headers of the model's files take at most, in bytes.
 
     Args:
         units: those that may be compressed; the others are left as they are.
+        schemes: how many different choices a bank may mix, where ``serve`` loads that.
     """
     checkpoint = model.checkpoint
     compressible = {unit.name for unit in units}
@@ -100,6 +105,9 @@ def header_bytes_bound(model: StreamedModel, units: Sequence[Unit], serve: Serve
         packed = 0
         if unit.name in compressible and can_be_packed(unit, serve, model.family):
             packed = size(unit_tensors(model, unit, largest_piece(unit, serve), serve))
+            if serve == "moesaic" and unit.kind == "bank" and schemes > 1:
+                groups = min(schemes, unit.shapes["gate"][0])
+                packed = groups * (packed + _GROUP_NAME_BYTES * len(unit.shapes) * _MOST_PARTS)
         total += max(dense, packed)
     # Two neighbouring shards hold more than the limit together.
     shards = 1 + 2 * checkpoint.total_bytes // MAX_SHARD_BYTES

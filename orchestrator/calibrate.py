@@ -15,6 +15,7 @@ model's own distribution, so that the sum is a Fisher information and not an err
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ from moesaic.orchestrator.statistics import (
     save_stats,
     tree_sum,
 )
-from moesaic.orchestrator.store import Store, code_digest, digest, write_atomically
+from moesaic.orchestrator.store import (
+    Store,
+    code_digest,
+    digest,
+    scratch_folder,
+    write_atomically,
+)
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
@@ -80,7 +87,7 @@ class Walk:
     store: str
     prefixes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Digest of everything that fixes the hidden states and the statistics."""
         inputs = {
@@ -96,6 +103,9 @@ class Walk:
                 "orchestrator/streaming.py",
                 "orchestrator/experts.py",
                 "orchestrator/family.py",
+                "orchestrator/skeleton.py",
+                "orchestrator/layout.py",
+                "orchestrator/bank.py",
             ),
         }
         return digest(inputs)
@@ -113,9 +123,11 @@ class Walk:
             (shard + 1) * self.sequences // self.shards,
         )
 
+    @cached_property
     def scratch(self) -> Path:
         """Folder of unfinished work: hidden states, partial sums."""
-        return Store(Path(self.store)).scratch(digest([self.key, self.prefixes]))
+        own = [self.key, self.prefixes, self.gradients, self.seed]
+        return scratch_folder(Path(self.store), digest(own))
 
 
 def _load(path: Path) -> Tensor | None:
@@ -142,16 +154,16 @@ def _ids(walk: Walk, shard: int) -> Tensor:
         return rows
 
 
-def _hidden_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch() / f"hidden-{block:04d}-{shard:04d}.safetensors"
+def hidden_path(walk: Walk, block: int, shard: int) -> Path:
+    return walk.scratch / f"hidden-{block:04d}-{shard:04d}.safetensors"
 
 
 def boundary_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch() / f"boundary-{block:04d}-{shard:04d}.safetensors"
+    return walk.scratch / f"boundary-{block:04d}-{shard:04d}.safetensors"
 
 
 def _node_path(walk: Walk, what: str, block: int, node: Node) -> Path:
-    return walk.scratch() / f"{what}-{block:04d}-{node[0]:04d}-{node[1]:04d}.safetensors"
+    return walk.scratch / f"{what}-{block:04d}-{node[0]:04d}-{node[1]:04d}.safetensors"
 
 
 def _model(state: WorkerState, walk: Walk) -> StreamedModel:
@@ -175,12 +187,12 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
         return kept
     model = _model(state, walk)
     start = block
-    hidden = _load(_hidden_path(walk, start, shard))
+    hidden = _load(hidden_path(walk, start, shard))
     while hidden is None and start > 0:
         if walk.prefixes:
             raise RunError(f"the hidden states before block {block} of shard {shard} are missing")
         start -= 1
-        hidden = _load(_hidden_path(walk, start, shard))
+        hidden = _load(hidden_path(walk, start, shard))
     if hidden is None:
         ids = _ids(walk, shard)
         hidden = torch.cat(
@@ -207,7 +219,7 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    advanced = all(_hidden_path(plan, block + 1, s).exists() for s in range(*span))
+    advanced = all(hidden_path(plan, block + 1, s).exists() for s in range(*span))
     if not (advanced and all(_node_path(plan, "stats", block, n).exists() for n in nodes)):
         model = _model(state, plan)
         module = model.load_block(block)
@@ -234,7 +246,7 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _hidden(state, plan, block, shard)
-            _save(_hidden_path(plan, block, shard), hidden)
+            _save(hidden_path(plan, block, shard), hidden)
             observer = StatisticsObserver(_units(model, block), plan.needs, model.device)
             with observing(model, block, module, observer, experts=plan.experts):
                 for x in _batches(plan, hidden):
@@ -252,7 +264,7 @@ def advance(
     """Takes the shards of ``span`` through a block made of ``pieces`` (unit → file)."""
     plan = Walk(**walk)
     started = time.monotonic()
-    if not all(_hidden_path(plan, block + 1, s).exists() for s in range(*span)):
+    if not all(hidden_path(plan, block + 1, s).exists() for s in range(*span)):
         model = _model(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
@@ -305,9 +317,10 @@ def _advance(
             f"block {block}: its output has NaN or Inf values in {model.dtype};"
             " try compute.dtype: float32"
         )
-    _save(_hidden_path(walk, block + 1, shard), after)
-    state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
-    if block + 1 == model.blocks:
+    _save(hidden_path(walk, block + 1, shard), after)
+    if block + 1 < model.blocks:
+        state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
+    else:
         _keep_boundary(walk, block + 1, shard, after)
 
 
@@ -315,7 +328,7 @@ def _finished(walk: Walk, block: int, span: Node, started: float) -> dict[str, A
     """Drops hidden states that no resume needs: the block before the one just passed."""
     if block > 0:
         for shard in range(*span):
-            _hidden_path(walk, block - 1, shard).unlink(missing_ok=True)
+            hidden_path(walk, block - 1, shard).unlink(missing_ok=True)
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
 
 
@@ -333,6 +346,10 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
         what: ``stats`` or ``gradients``.
     """
     plan = Walk(**walk)
+    store = Store(Path(plan.store))
+    key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
+    if store.get(what, key) is not None:  # by a worker that died while it removed the nodes
+        return {"peak_bytes": peak_memory_bytes()}
     root: Node = (0, plan.shards)
     used: list[Path] = []
 
@@ -353,12 +370,10 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
         for name, value in stats.sums.items():
             if not torch.isfinite(value).all():
                 raise RunError(f"{site}: its {name} is not finite; try compute.dtype: float32")
-    key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
     counts = {
         name: {site: stats[name].tolist() for site, stats in total.items() if name in stats}
         for name in ("tokens", "routed")
     }
-    store = Store(Path(plan.store))
     store.put(what, key, lambda p: save_stats(p, total), {"block": block, **counts})
     for path in used:
         path.unlink(missing_ok=True)
@@ -382,7 +397,7 @@ def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Genera
 
 
 def gradient_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch() / f"gradient-{block:04d}-{shard:04d}.safetensors"
+    return walk.scratch / f"gradient-{block:04d}-{shard:04d}.safetensors"
 
 
 def _required(path: Path, what: str, shard: int) -> Tensor:

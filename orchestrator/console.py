@@ -37,6 +37,7 @@ class View:
         self._peak_bytes = 0
         self.seconds: dict[str, float] = {}
         self._started: dict[str, float] = {}
+        self._before: dict[str, int] = {}
         self.progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -68,6 +69,7 @@ class View:
             name, total=total, completed=done, note="", rate=""
         )
         self._started[name] = time.monotonic()
+        self._before[name] = done
         self.seconds.setdefault(name, 0.0)
         if done:
             self.line(f"{name}: {done} of {total} were finished before")
@@ -92,7 +94,8 @@ class View:
         for task in self.progress.tasks:
             if not task.finished and task.total:
                 elapsed = time.monotonic() - self._started[task.description]
-                rate = task.completed / elapsed if elapsed else 0.0
+                finished = task.completed - self._before[task.description]
+                rate = finished / elapsed if elapsed else 0.0
                 left = f"{(task.total - task.completed) / rate:.0f} s left" if rate else ""
                 self.line(
                     f"{task.description}: {task.completed:.0f}/{task.total:.0f}"

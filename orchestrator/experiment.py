@@ -16,6 +16,7 @@ from moesaic.methods.base import Chain, Unit, chain_text, method_module
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.choices import tied_choices
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
@@ -124,7 +125,7 @@ class Experiment:
                     problems.setdefault(text, f"baseline {text} on {unit.name}: {reason}")
                 else:
                     self.unloadable[reason] = self.unloadable.get(reason, 0) + 1
-            if not offered and not problems:
+            if not problems and not set(offered) & set(self.recipe.candidates):
                 problems[unit.name] = f"{unit.name}: serve: {self.recipe.serve} can load none of"
                 problems[unit.name] += f" the candidates here ({reason})"
         if problems:
@@ -151,7 +152,9 @@ class Experiment:
         for unit in self.model.units():
             if unit.name not in self.by_name:
                 fixed += self.dense_bytes(unit)
-        fixed += header_bytes_bound(self.model, self.units, self.recipe.serve)
+        fixed += header_bytes_bound(
+            self.model, self.units, self.recipe.serve, len(self.recipe.candidates)
+        )
         smallest = 0
         for unit in self.units:
             smallest += min(
@@ -176,7 +179,9 @@ class Experiment:
         if not chain:
             return self.dense_bytes(unit)
         spec = chain[-1]
-        return method_module(spec.method).predict_bytes(unit.shapes, self.dtype, spec.parsed())
+        first = next(iter(self.model.unit_tensors(unit).values()))[0]
+        dtype = self.model.checkpoint.dtype(first)
+        return method_module(spec.method).predict_bytes(unit.shapes, dtype, spec.parsed())
 
     def _budget(self) -> Budget:
         wanted, size = self.recipe.budget, self.size
@@ -199,9 +204,14 @@ class Experiment:
             )
         return Budget(total_bytes=total, fixed_bytes=size.fixed_bytes)
 
+    @property
+    def mixed_banks(self) -> bool:
+        """Whether the target loads banks whose experts differ."""
+        return self.recipe.serve == "moesaic"
+
     def ties(self) -> list[list[str]]:
-        """Units that must take the same chain so that the target can load the result."""
-        return [list(group) for group in ties(self.units, self.recipe.serve)]
+        """Choices that must take the same chain so that the target can load the result."""
+        return tied_choices(self.units, ties(self.units, self.recipe.serve), self.mixed_banks)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -272,11 +282,12 @@ class Experiment:
         )
 
     def entries(self) -> list[Path]:
-        """Files of every entry that the recipe uses or will use."""
+        """Files of every entry that the recipe uses or will use, and folders of unfinished work."""
         walk, store = self.walk, self.store
         blocks = range(self.model.blocks)
         keys = [self.key(u, chain, walk) for u, chains in self.offers.items() for chain in chains]
         return [
+            walk.scratch,
             Path(walk.ids),
             Path(self.judge.ids),
             *(store.path("stats", walk.stats_key(block)) for block in blocks),

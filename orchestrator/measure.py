@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Event, Spec, Stats, Unit, method_module
+from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
@@ -174,7 +175,7 @@ def _write(
     own = [e for e in events if e.unit in ("", unit.name) or e.unit.startswith(f"{unit.name}|")]
     metadata = {
         "unit": unit.name,
-        "bytes": sum(tensor.nbytes for tensor in members.values()),
+        "bytes": {member: tensor.nbytes for member, tensor in members.items()},
         "seconds": seconds,
         "events": [
             {"kind": e.kind, "message": e.message, "unit": unit.name, "value": e.value} for e in own
@@ -184,10 +185,10 @@ def _write(
     store.put("pieces", key, lambda p: write_piece(p, members, {"unit": unit.name}), metadata)
 
 
-def predicted_loss(
+def predicted_losses(
     errors: Path, gradients: Mapping[str, Stats] | None, unit: Unit, all_tokens: int
-) -> tuple[float, float | None]:
-    """Error and predicted loss of a finished pair.
+) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """Errors and predicted losses of a finished pair, member by member.
 
     The loss is the second-order estimate of the KL to the dense model, in nats per token:
 
@@ -204,43 +205,54 @@ def predicted_loss(
         all_tokens: tokens of the reverse pass; a member that is not an expert saw them all.
 
     Returns:
-        (Σ ‖ΔW x‖² / Σ ‖W x‖², predicted loss or None).
+        member → (Σ‖ΔW x‖², Σ‖W x‖², predicted loss or None), float64 ``[*batch]`` each.
     """
-    total = norm = loss = 0.0
+    found = {}
     with safe_open(errors, framework="pt") as file:
         for member in unit.shapes:
-            error = file.get_tensor(f"error|{member}").double()
-            tokens = file.get_tensor(f"tokens|{member}").double().clamp_min(1)
-            total += float(error.sum())
-            norm += float(file.get_tensor(f"norm|{member}").double().sum())
-            if gradients is None:
-                continue
-            stats = gradients[f"{unit.name}|{member}"]
-            # Σg² over all tokens of the reverse pass: the share that was routed here is included.
-            weight = stats["grad_sq"].double() / all_tokens
-            loss += 0.5 * float((weight * error / tokens[..., None]).sum())
-    return total / max(norm, 1e-30), None if gradients is None else loss
+            error = file.get_tensor(f"error|{member}").double()  # [*batch, out]
+            norm = file.get_tensor(f"norm|{member}").double()
+            loss = None
+            if gradients is not None:
+                # Σg² over all tokens of the reverse pass: the share routed here is included.
+                squares = gradients[f"{unit.name}|{member}"]["grad_sq"].double() / all_tokens
+                tokens = file.get_tensor(f"tokens|{member}").double().clamp_min(1)
+                loss = 0.5 * (squares * error / tokens[..., None]).sum(-1)
+            found[member] = (error.sum(-1), norm.sum(-1), loss)
+    return found
 
 
-def to_measurement(
+def to_measurements(
     unit: Unit,
     chain: Chain,
     piece: Entry,
     errors: Entry,
     gradients: Mapping[str, Stats] | None,
     all_tokens: int,
-) -> Measurement:
-    """What a search needs to know of a finished pair."""
-    error, score = predicted_loss(errors.path, gradients, unit, all_tokens)
+) -> list[Measurement]:
+    """What a search needs to know of a finished pair: one measurement per choice of the unit.
+
+    Events are told with the first choice, so that their sum is right.
+    """
+    losses = predicted_losses(errors.path, gradients, unit, all_tokens)
     counts: dict[str, int] = {}
     for event in piece.metadata["events"]:
         counts[event["kind"]] = counts.get(event["kind"], 0) + 1
-    return Measurement(
-        unit=unit.name,
-        chain=chain,
-        bytes=int(piece.metadata["bytes"]),
-        error=error,
-        score=score,
-        seconds=float(piece.metadata["seconds"]),
-        events=counts,
-    )
+    found = []
+    wanted = choices(unit)
+    for choice in wanted:
+        index = () if choice.expert is None else choice.expert
+        error, norm, loss = losses[choice.member]
+        slices = 1 if choice.expert is None else unit.shapes[choice.member][0]
+        found.append(
+            Measurement(
+                unit=choice.name,
+                chain=chain,
+                bytes=int(piece.metadata["bytes"][choice.member]) // slices,
+                error=float(error[index]) / max(float(norm[index]), 1e-30),
+                score=None if loss is None else float(loss[index]),
+                seconds=float(piece.metadata["seconds"]) / len(wanted),
+                events={} if found else counts,
+            )
+        )
+    return found

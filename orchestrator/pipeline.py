@@ -17,13 +17,16 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import Event, chain_text
-from moesaic.orchestrator import stages
+from moesaic.orchestrator import results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.choices import chains_of, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
+from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.verify import verify
@@ -60,7 +63,7 @@ class Pipeline:
     def calibrate(self) -> None:
         """Statistics of all blocks, and gradients."""
         stages.Calibration(self.experiment, self.pool, self.view, {}).run()
-        _, events = stages.expert_load(self.experiment, self.experiment.walk)
+        _, events = results.expert_load(self.experiment, self.experiment.walk)
         self.view.events(events)
 
     def measure(self) -> None:
@@ -70,27 +73,30 @@ class Pipeline:
         self._write_table()
 
     @cached_property
-    def table(self) -> stages.Table:
-        return stages.measurements(self.experiment)
+    def table(self) -> results.Table:
+        return results.measurements(self.experiment)
 
     def _write_table(self) -> None:
-        units = self.experiment.by_name
-        rows = [
-            {
-                "unit": m.unit,
-                "block": units[m.unit].block,
-                "part": units[m.unit].part,
-                "chain": chain_text(m.chain),
-                "specs": json.dumps([spec.to_json() for spec in m.chain]),
-                "bytes": m.bytes,
-                "bits_per_weight": m.bytes * 8 / units[m.unit].parameters,
-                "error": m.error,
-                "predicted_kl": m.score,
-                "seconds": m.seconds,
-                "events": json.dumps(dict(m.events)),
-            }
-            for m in self.table.measurements
-        ]
+        owners = {c.name: (unit, c) for unit in self.experiment.units for c in choices(unit)}
+        rows = []
+        for m in self.table.measurements:
+            unit, choice = owners[m.unit]
+            out, inputs = unit.shapes[choice.member][-2:]
+            rows.append(
+                {
+                    "unit": m.unit,
+                    "block": unit.block,
+                    "part": unit.part,
+                    "chain": chain_text(m.chain),
+                    "specs": json.dumps([spec.to_json() for spec in m.chain]),
+                    "bytes": m.bytes,
+                    "bits_per_weight": m.bytes * 8 / (out * inputs),
+                    "error": m.error,
+                    "predicted_kl": m.score,
+                    "seconds": m.seconds,
+                    "events": json.dumps(dict(m.events)),
+                }
+            )
         frame = pd.DataFrame(rows)
         write_atomically(self.output / "measurements.parquet", lambda p: frame.to_parquet(p))
 
@@ -98,14 +104,14 @@ class Pipeline:
     def plans(self) -> dict[str, Plan]:
         """The baselines and, last, ``plan``."""
         experiment = self.experiment
-        everything = stages.problem(experiment, self.table, candidates_only=False)
+        everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
             name: everything.plan(dict.fromkeys(everything.choices, chain))
             for name, chain in experiment.recipe.baselines.items()
         }
         strategy = search_module(experiment.recipe.search)
         try:
-            found["plan"] = strategy.search(stages.problem(experiment, self.table))
+            found["plan"] = strategy.search(results.problem(experiment, self.table))
         except Infeasible as error:
             raise UserError(f"budget: {error}") from None
         return found
@@ -128,7 +134,7 @@ class Pipeline:
         """With ``propagate``, every plan solved again on its own compressed predecessors."""
         for name, plan in self.plans.items():
             if self.experiment.recipe.propagate:
-                walk = stages.propagated(self.experiment, self.pool, self.view, name, plan.units)
+                walk = Propagation(self.experiment, self.pool, self.view, name, plan.units).run()
             else:
                 walk = self.experiment.walk
             self.walks[name] = walk
@@ -137,7 +143,7 @@ class Pipeline:
         """Unit → file of its piece in a plan; units that stay dense are left out."""
         if name not in self.walks:
             self.propagate()
-        return stages.piece_paths(self.experiment, self.walks[name], self.plans[name].units)
+        return plan_pieces(self.experiment, self.walks[name], self.plans[name].units)
 
     def bits_per_weight(self, name: str) -> float:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
@@ -194,11 +200,14 @@ class Pipeline:
     def events(self) -> list[Event]:
         """What happened in calibration and to the pieces of the plan."""
         events = list(self.table.events)
-        for path in self.pieces("plan").values():
-            entry = self.experiment.store.get("pieces", Path(path).stem)
-            if entry is None:
-                raise RunError(f"{path}: the piece is gone; run the same command again")
-            events += [Event(**event) for event in entry.metadata["events"]]
+        experiment, chosen = self.experiment, self.plans["plan"].units
+        for unit in experiment.units:
+            for chain in filter(None, chains_of(unit, chosen)):
+                key = experiment.key(unit.name, chain, self.walks["plan"])
+                entry = experiment.store.get("pieces", key)
+                if entry is None:
+                    raise RunError(f"{unit.name}: its piece is gone; run the same command again")
+                events += [Event(**event) for event in entry.metadata["events"]]
         return events
 
 

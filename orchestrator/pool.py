@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe import Compute
@@ -41,7 +41,8 @@ class Task:
     """One call on a worker.
 
     Attributes:
-        function: ``module:name`` of a function in ``moesaic.orchestrator``.
+        function: ``module:name`` of a function; a module without a dot is one of
+            ``moesaic.orchestrator``.
         arguments: its keyword arguments, plain data and paths.
         label: what a person would call it, for progress and errors.
         priority: smaller runs first.
@@ -85,6 +86,11 @@ def connect(compute: Compute) -> bool:
         raise RunError(f"{where} cannot be reached or started: {reason}") from error
 
 
+def _shares(gpus: float, each: float) -> int:
+    """Workers that a node's accelerators carry; Ray does not spread a fraction over two of them."""
+    return int(gpus) * int(1 / each) if each < 1 else int(gpus / each)
+
+
 class Pool:
     """Long-lived workers of equal size on whatever the cluster has; a context manager.
 
@@ -118,23 +124,29 @@ class Pool:
     def _open(self) -> None:
         self._local = connect(self.compute)
         compute = self.compute
-        resources = ray.cluster_resources()
-        total_cpus, total_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
         self.cpus = compute.cpus_per_worker
         self.gpus = compute.gpus_per_worker
         if self.gpus is None:
             self.gpus = 1.0 if total_gpus >= 1 else 0.0
-        fitting = total_cpus // self.cpus
-        if self.gpus:
-            fitting = min(fitting, int(total_gpus / self.gpus))
+        # Node by node: a worker cannot be spread over two of them.
+        fitting = sum(self._fitting(node) for node in nodes)
         count = compute.workers or max(fitting, 1)
         if count > fitting:
             raise UserError(
                 f"compute: {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
-                f" fit the cluster ({total_cpus} CPU, {total_gpus:g} GPU: at most {fitting})"
+                f" fit the cluster ({len(nodes)} node(s), {total_cpus} CPU, {total_gpus:g} GPU:"
+                f" at most {fitting})"
             )
         self.workers = [self._start() for _ in range(count)]
         self._await_ready(self.workers)
+
+    def _fitting(self, node: Mapping[str, float]) -> int:
+        """Number of workers that an empty node has room for."""
+        count = int(node.get("CPU", 0)) // self.cpus
+        return min(count, _shares(node.get("GPU", 0.0), self.gpus)) if self.gpus else count
 
     def _start(self) -> Any:
         from moesaic.orchestrator.worker import Worker
@@ -155,8 +167,9 @@ class Pool:
                 f"{len(workers)} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU did not start"
                 f" within {_START_SECONDS:.0f} s: is the cluster busy?"
             ) from None
-        except RayTaskError as error:
-            raise RunError(f"a worker failed to start: {error.cause}") from error
+        except RayError as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise RunError(f"a worker failed to start: {reason}") from error
 
     def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.
@@ -223,7 +236,7 @@ class Pool:
             if isinstance(cause, UserError | RunError):
                 raise cause from error
             raise RunError(f"{task.label}: {type(cause).__name__}: {cause}") from error
-        except RayActorError as error:
+        except RayError as error:
             task.attempts += 1
             if task.attempts >= _ATTEMPTS:
                 raise RunError(

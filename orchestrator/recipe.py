@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -29,7 +30,7 @@ _UNITS |= {unit + "i": 1024**power for power, unit in enumerate("kmgt", start=1)
 
 def parse_bytes(value: Any) -> int:
     """``1.5 GB``, ``800 MiB`` or a number: bytes. Raises ValueError on anything else."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(value).lower())
+    match = re.fullmatch(r"\s*([0-9.]+)\s*((?:[kmgt]i?)?)b?\s*", str(value).lower())
     try:
         number = float(match[1]) * _UNITS[match[2]] if match else 0.0
     except ValueError:
@@ -86,7 +87,7 @@ class Source(Section):
     config: str | None = None
     split: str = "train"
     field: str = "text"
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e9)
     name: str | None = None
 
     @model_validator(mode="after")
@@ -106,7 +107,16 @@ class Texts(Section):
     texts: list[Source] = Field(min_length=1)
     sequences: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=2)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("texts")
+    @classmethod
+    def _distinct(cls, texts: list[Source]) -> list[Source]:
+        labels = [source.label for source in texts]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"several sources are called {', '.join(twice)}: give each a name")
+        return texts
 
     @property
     def batch(self) -> int:
@@ -168,36 +178,57 @@ def _specs(link: Any) -> Iterator[Spec]:
 def _candidates(value: Any) -> list[Chain]:
     if not isinstance(value, list) or not value:
         raise ValueError("needs a list with at least one candidate")
-    return list(dict.fromkeys(chain for entry in value for chain in _chains(entry)))
+    found: list[Chain] = []
+    problems = []
+    for number, entry in enumerate(value, start=1):
+        try:
+            found += _chains(entry)
+        except ValueError as error:
+            problems.append(f"entry {number}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return list(dict.fromkeys(found))
 
 
 def _baselines(value: Any) -> dict[str, Chain]:
     if not isinstance(value, dict):
         raise ValueError("baselines are a mapping: name → one spec")
     found = {}
+    problems = []
     for name, entry in value.items():
-        chains = _chains(entry)
+        if name in ("dense", "plan"):
+            problems.append(f"{name!r} is no name for a baseline (dense and plan are taken)")
+        elif not re.fullmatch(r"[A-Za-z0-9_. -]+", str(name)):
+            problems.append(f"{name!r} is no name for a baseline (letters, digits, _ . - only)")
+        try:
+            chains = _chains(entry)
+        except ValueError as error:
+            problems.append(f"{name!r}: {error}")
+            continue
         if len(chains) != 1:
-            raise ValueError(f"baseline {name!r} must be a single choice, not {len(chains)}")
-        if name in ("dense", "plan") or not re.fullmatch(r"[A-Za-z0-9_. -]+", str(name)):
-            raise ValueError(f"{name!r} is no name for a baseline (letters, digits, _ . - only)")
+            problems.append(f"{name!r} must be a single choice, not {len(chains)}")
         found[str(name)] = chains[0]
+    if problems:
+        raise ValueError("; ".join(problems))
     return found
 
 
 def _check_patterns(patterns: list[str]) -> list[str]:
+    problems = []
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            problems.append(f"{pattern!r} is no regular expression: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
     return patterns
 
 
 class Recipe(Section):
     """The whole recipe. Field names are the YAML keys."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     model: str
     trust_remote_code: bool = False
     serve: Literal["vllm", "transformers", "moesaic"] = "moesaic"
@@ -295,25 +326,28 @@ def load_recipe(file: Path) -> Recipe:
 
 def _resolved(recipe: Recipe, file: Path) -> Recipe:
     base = file.resolve().parent
-    try:
-        model = resolve(recipe.model, base)
-        sections = {}
-        for name in ("calibration", "evaluation"):
-            section: Texts = getattr(recipe, name)
-            texts = [
-                s.model_copy(update={"file": resolve(s.file, base)}) if s.file else s
-                for s in section.texts
-            ]
-            sections[name] = section.model_copy(update={"texts": texts})
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
-    missing = [
-        f"{file}: {name}.texts: no file {source.file}"
-        for name, section in sections.items()
-        for source in section.texts
-        if source.file and not Path(source.file).is_file()
-    ]
-    if missing:
-        raise UserError("\n".join(missing))
+    problems: list[str] = []
+
+    def found(key: str, name: str) -> str:
+        try:
+            return resolve(name, base)
+        except ValueError as error:
+            problems.append(f"{file}: {key}: {error}")
+            return name
+
+    model = found("model", recipe.model)
+    sections = {}
+    for name in ("calibration", "evaluation"):
+        section: Texts = getattr(recipe, name)
+        texts = []
+        for index, source in enumerate(section.texts):
+            key = f"{name}.texts.{index}.file"
+            path = found(key, source.file) if source.file else None
+            if path is not None and not path.startswith(BUILTIN) and not Path(path).is_file():
+                problems.append(f"{file}: {key}: no file {path}")
+            texts.append(source.model_copy(update={"file": path}))
+        sections[name] = section.model_copy(update={"texts": texts})
+    if problems:
+        raise UserError("\n".join(problems))
     store = str((base / recipe.store).resolve()) if recipe.store else None
     return recipe.model_copy(update={"model": model, "store": store, **sections})

@@ -2,54 +2,130 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from moesaic.methods.base import chain_text
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
-from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.track import Tracker
+
+# What a run leaves besides the checkpoint; see pipeline.py.
+_FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet")
 
 
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
     """Reads the recipe and the model's headers, draws the tokens: everything that can be wrong."""
     recipe = load_recipe(recipe_file)
-    experiment = Experiment(recipe, (output or Path("runs") / recipe.name).resolve())
+    return _ready(Experiment(recipe, _output(recipe, output)))
+
+
+def _output(recipe: Recipe, output: Path | None) -> Path:
+    return (output or Path("runs") / recipe.name).resolve()
+
+
+def _ready(experiment: Experiment) -> Experiment:
     _ = experiment.walk, experiment.judge
     return experiment
 
 
 def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) -> Mapping[str, Any]:
-    """Runs stages and what they need.
+    """Runs stages and what they need; with ``report`` among them, MLflow keeps the record.
 
     Args:
-        stages: of ``calibrate``, ``measure``, ``search``, ``evaluate``, ``assemble``, ``report``.
+        stages: of ``calibrate``, ``measure``, ``search``, ``evaluate``, ``assemble``, ``report``
+            (which needs the two before it).
 
     Returns:
         what ``--json`` prints.
     """
     started = time.monotonic()
-    experiment = open_experiment(recipe_file, output)
-    result: dict[str, Any] = {"name": experiment.recipe.name, "output": str(experiment.output)}
-    with View() as view, Pool(experiment.recipe.compute) as pool:
-        pipeline = Pipeline(experiment, pool, view)
-        if tuple(stages) == ("calibrate",):
-            pipeline.calibrate()
-        else:
-            pipeline.measure()
-        if not {"calibrate", "measure"} >= set(stages):
-            plan = pipeline.search()
-            result["plan"] = {key: value for key, value in plan.items() if key != "units"}
-        if "evaluate" in stages:
-            result["scores"] = pipeline.evaluate()
-        if "assemble" in stages:
-            result["model"] = str(pipeline.assemble(result.get("scores")))
+    recipe = load_recipe(recipe_file)
+    folder = _output(recipe, output)
+    result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
+    if "report" in stages:
+        # Opened before the model is: whatever goes wrong from here on is on record.
+        with (
+            Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
+            _pipeline(recipe, folder) as pipeline,
+        ):
+            result["tracking_uri"] = tracker.uri
+            _run(pipeline, stages, result)
+            _track(tracker, pipeline, result)
+    else:
+        with _pipeline(recipe, folder) as pipeline:
+            _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
+
+
+@contextmanager
+def _pipeline(recipe: Recipe, output: Path) -> Iterator[Pipeline]:
+    experiment = _ready(Experiment(recipe, output))
+    with View() as view, Pool(recipe.compute) as pool:
+        yield Pipeline(experiment, pool, view)
+
+
+def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> None:
+    """The stages; what there is to tell goes into ``result``."""
+    if tuple(stages) == ("calibrate",):
+        pipeline.calibrate()
+    else:
+        pipeline.measure()
+    if not {"calibrate", "measure"} >= set(stages):
+        plan = pipeline.search()
+        result["plan"] = {key: value for key, value in plan.items() if key != "units"}
+    if "evaluate" in stages:
+        result["scores"] = pipeline.evaluate()
+    if "assemble" in stages:
+        result["model"] = str(pipeline.assemble(result.get("scores")))
+
+
+def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> None:
+    """Puts everything that a finished run has to tell on record."""
+    output = pipeline.output
+    tracker.log_scores(result["scores"], pipeline.plans)
+    tracker.log_table(_layers(pipeline))
+    tracker.log_events(pipeline.events())
+    tracker.log_stages(pipeline.view.seconds)
+    tracker.log_files(output / name for name in _FILES)
+    tracker.log_model(Path(result["model"]), result["scores"]["plan"])
+
+
+def _layers(pipeline: Pipeline) -> pd.DataFrame:
+    """The rows of ``measurements.parquet`` that the plan chose, one per unit in model order."""
+    table = pd.read_parquet(pipeline.output / "measurements.parquet")
+    chosen = {unit: chain_text(chain) for unit, chain in pipeline.plans["plan"].units.items()}
+    rows = table[table["chain"] == table["unit"].map(chosen)]
+    return rows.drop(columns=["specs"])
+
+
+def run_params(recipe: Recipe) -> dict[str, Any]:
+    """What tells one run from another: recipe, machine and version, nested as the recipe is.
+
+    Where the record is kept is left out: it changes nothing, and may hold a password.
+    """
+    plain = recipe.model_dump(mode="json", exclude={"tracking", "candidates", "baselines"})
+    return {
+        **plain,
+        "candidates": {
+            "count": len(recipe.candidates),
+            "chains": "; ".join(map(chain_text, recipe.candidates)),
+        },
+        "baselines": {name: chain_text(chain) for name, chain in recipe.baselines.items()},
+        "machine": describe_machine(),
+        "moesaic": version("moesaic"),
+    }
 
 
 def collect_garbage(

@@ -2,29 +2,26 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, Event, Unit
+from moesaic.methods.base import Chain, Unit
 from moesaic.orchestrator.calibrate import Walk, boundary_path, gradient_path
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import score
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.measure import Job, to_measurement
+from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.statistics import Node, load_stats, ranges
-from moesaic.orchestrator.store import Entry, digest
-from moesaic.search.base import Measurement, Problem
+from moesaic.orchestrator.statistics import Node, ranges
+from moesaic.orchestrator.store import Entry, digest, remove_scratch
 
 # A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
 _LEAD = 2
 _EVALUATION_PARTS = 4
 _FORWARD, _REDUCE, _REVERSE, _MEASURE = range(4)
-Choice = Mapping[str, Chain]
 
 
-def _entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:
+def finished_entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:
     """Finished entries by key; their bytes are checked, several at a time."""
     wanted = list(keys)
     with ThreadPoolExecutor(4) as threads:
@@ -73,6 +70,7 @@ class Calibration:
         self.floor = start
         if start == self.blocks == len(self.gradients):
             self.pool.run(tasks, self.view.tick)
+            remove_scratch(walk.scratch)
             return
         self.ranges = ranges(self.walk.shards, self.pool.size)
         if start < self.blocks:
@@ -80,7 +78,7 @@ class Calibration:
         else:
             tasks += self._start_reverse()
         self.pool.run(tasks, self.view.tick)
-        remove_folder(walk.scratch())
+        remove_scratch(walk.scratch)
 
     def _open_measuring(self) -> dict[int, list[Task]]:
         """Block → jobs that its statistics make possible."""
@@ -169,13 +167,6 @@ class Calibration:
         return Task("calibrate:reverse", arguments, f"back {block}", priority, worker, done)
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a scratch folder; files that vanish meanwhile are no concern."""
-    for path in folder.iterdir():
-        path.unlink(missing_ok=True)
-    folder.rmdir()
-
-
 def missing_pairs(
     experiment: Experiment, walk: Walk, wanted: Mapping[str, Iterable[Chain]]
 ) -> dict[str, list[tuple[Chain, str]]]:
@@ -185,8 +176,8 @@ def missing_pairs(
         for unit, chains in wanted.items()
         for chain in chains
     }
-    pieces = _entries(experiment, "pieces", keys.values())
-    errors = _entries(experiment, "errors", keys.values())
+    pieces = finished_entries(experiment, "pieces", keys.values())
+    errors = finished_entries(experiment, "errors", keys.values())
     missing: dict[str, list[tuple[Chain, str]]] = {}
     for (unit, chain), key in keys.items():
         if key not in pieces or key not in errors:
@@ -228,141 +219,6 @@ def measure_task(job: Job, priority: tuple[int, ...], done: Any) -> Task:
     return Task("measure:compress_job", {"job": plain(job)}, label, priority, None, done)
 
 
-def propagated(experiment: Experiment, pool: Pool, view: View, name: str, choice: Choice) -> Walk:
-    """Solves a plan again from front to back: each block learns from its compressed predecessors.
-
-    Returns:
-        the walk under whose statistics the plan's pieces are named.
-    """
-    blocks = experiment.model.blocks
-    prefixes: list[str] = []
-    before: list[Any] = []
-    by_block: dict[int, list[str]] = {}
-    for unit in experiment.units:
-        by_block.setdefault(unit.block, []).append(unit.name)
-    for block in range(blocks):
-        prefixes.append(digest(before))
-        for member in by_block.get(block, []):
-            before.append([member, [[spec.method, spec.options] for spec in choice[member]]])
-    walk = replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
-    stage = f"propagate {name}"
-    view.stage(stage, blocks)
-
-    def call(function: str, block: int, **more: Any) -> list[Task]:
-        arguments = {"walk": plain(walk), "block": block, **more}
-        return [
-            Task(function, {**arguments, "span": span}, f"{function} {block}", (0,), worker)
-            for worker, span in enumerate(ranges(walk.shards, pool.size))
-        ]
-
-    for block in range(blocks):
-        wanted = {unit: [choice[unit]] for unit in by_block.get(block, []) if choice[unit]}
-        if experiment.store.get("stats", walk.stats_key(block)) is None:
-            pool.run(call("calibrate:collect", block), view.tick)
-            arguments = {"walk": plain(walk), "what": "stats", "block": block}
-            pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], view.tick)
-        missing = missing_pairs(experiment, walk, wanted)
-        jobs = measuring_jobs(experiment, walk, missing)
-        pool.run([measure_task(job, (0,), lambda result: ()) for job in jobs], view.tick)
-        if block + 1 < blocks:
-            pieces = piece_paths(experiment, walk, {u: c[0] for u, c in wanted.items()})
-            pool.run(call("calibrate:advance", block, pieces=pieces), view.tick)
-        view.advance(stage)
-    remove_folder(walk.scratch())
-    return walk
-
-
-def piece_paths(experiment: Experiment, walk: Walk, choice: Choice) -> dict[str, str]:
-    """Unit → file of its piece; units that stay dense are left out."""
-    return {
-        unit: str(experiment.store.path("pieces", experiment.key(unit, chain, walk)))
-        for unit, chain in choice.items()
-        if chain
-    }
-
-
-@dataclass(frozen=True)
-class Table:
-    """All measurements of an experiment, and what happened while they were made."""
-
-    measurements: list[Measurement]
-    load: dict[int, list[int]]
-    events: list[Event]
-
-
-def measurements(experiment: Experiment) -> Table:
-    """Reads what was measured: per unit its offers, and the unit left as it is."""
-    walk = experiment.walk
-    keys = {
-        (unit.name, chain): experiment.key(unit.name, chain, walk)
-        for unit in experiment.units
-        for chain in experiment.offers[unit.name]
-    }
-    pieces = _entries(experiment, "pieces", keys.values())
-    errors = _entries(experiment, "errors", keys.values())
-    tokens = experiment.gradient_tokens()
-    found: list[Measurement] = []
-    for block in range(experiment.model.blocks):
-        gradients = None
-        if walk.gradients:
-            path = experiment.store.path("gradients", walk.gradients_key(block))
-            gradients = load_stats(path)
-        for unit in (u for u in experiment.units if u.block == block):
-            for chain in experiment.offers[unit.name]:
-                key = keys[unit.name, chain]
-                found.append(
-                    to_measurement(unit, chain, pieces[key], errors[key], gradients, tokens)
-                )
-            score = None if gradients is None else 0.0
-            size = experiment.dense_bytes(unit)
-            found.append(Measurement(unit.name, (), size, 0.0, score, 0.0))
-    load, events = expert_load(experiment, walk)
-    return Table(found, load, events)
-
-
-def expert_load(experiment: Experiment, walk: Walk) -> tuple[dict[int, list[int]], list[Event]]:
-    """Block → tokens routed to each expert, and an event for every site with starved experts."""
-    load: dict[int, list[int]] = {}
-    events: list[Event] = []
-    for unit in experiment.units:
-        if unit.kind != "bank":
-            continue
-        entry = experiment.store.get("stats", walk.stats_key(unit.block))
-        if entry is None:
-            continue
-        load[unit.block] = entry.metadata["routed"][unit.sites["gate"]]
-        for member in ("gate", "down"):
-            counts = entry.metadata["tokens"][unit.sites[member]]
-            width = unit.shapes[member][-1]
-            starved = [index for index, count in enumerate(counts) if count < width]
-            if starved:
-                least = min(starved, key=lambda index: counts[index])
-                events.append(
-                    Event(
-                        "few_tokens",
-                        f"{len(starved)} of {len(counts)} experts saw fewer tokens than the"
-                        f" {width} inputs of {member}_proj (expert {least}: {counts[least]})",
-                        unit.name,
-                        float(len(starved)),
-                    )
-                )
-    return load, events
-
-
-def problem(experiment: Experiment, table: Table, candidates_only: bool = True) -> Problem:
-    """The measurements as a search wants them.
-
-    Args:
-        candidates_only: leave out chains that only baselines use.
-    """
-    allowed = {*experiment.recipe.candidates, ()} if candidates_only else None
-    choices: dict[str, list[Measurement]] = {unit.name: [] for unit in experiment.units}
-    for measurement in table.measurements:
-        if allowed is None or measurement.chain in allowed:
-            choices[measurement.unit].append(measurement)
-    return Problem(choices, experiment.ties(), experiment.budget)
-
-
 def evaluated(
     experiment: Experiment, pool: Pool, view: View, plans: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, Any]]:
@@ -377,7 +233,8 @@ def evaluated(
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
     view.stage("evaluate", len(all_plans) * len(rows))
     for name, pieces in all_plans.items():
-        key = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
+        made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
+        key = digest([made_of, sequences.labels, sequences.source.tolist()])
         known = store.get_json("scores", key)
         hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
         if known is not None and (name != "dense" or hidden_known):

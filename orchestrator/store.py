@@ -8,6 +8,7 @@ file system may make the same entry at the same time, and the last rename wins w
 
     STORE/<kind>/<first two digits>/<key>.<suffix>
     STORE/<kind>/<first two digits>/<key>.seal.json
+    STORE/scratch/<key>/         unfinished work
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,11 +25,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moesaic.orchestrator.errors import RunError, UserError
 
 _CHUNK = 1 << 20
 _SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
+_SCRATCH = "scratch"
+KINDS = ("ids", "stats", "gradients", "pieces", "errors", "mosaics", "hidden", "scores")
 
 
 def digest(value: Any) -> str:
@@ -80,6 +86,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         raise
+    except SafetensorError as error:
+        # Its message is all that it keeps of the system's error.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        with disk_errors(path):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -118,6 +131,8 @@ class Store:
                 probe.unlink()
             except (FileExistsError, NotADirectoryError):
                 raise UserError(f"{root}: the store must be a folder") from None
+            except FileNotFoundError as error:  # what /proc and dead links answer to mkdir
+                raise UserError(f"{root}: cannot be written: {error.strerror}") from None
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""
@@ -133,10 +148,12 @@ class Store:
         try:
             sealed = json.loads(seal.read_text(encoding="utf-8"))
             size = path.stat().st_size
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            if size == sealed["size"] and file_digest(path) == sealed["digest"]:
+                return Entry(path, size, sealed["metadata"])
+        except FileNotFoundError:  # never finished, or another process is removing it
             return None
-        if size == sealed.get("size") and file_digest(path) == sealed.get("digest"):
-            return Entry(path, size, sealed["metadata"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            pass  # the seal itself was altered
         seal.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return None
@@ -150,6 +167,8 @@ class Store:
         suffix: str = "safetensors",
     ) -> Entry:
         """Makes the entry: ``write`` is given the path to fill."""
+        if kind not in KINDS:
+            raise ValueError(f"no kind of entry {kind!r}: there are {', '.join(KINDS)}")
         path = self.path(kind, key, suffix)
         sealed: dict[str, Any] = {}
 
@@ -172,17 +191,14 @@ class Store:
         entry = self.get(kind, key, suffix="json")
         return None if entry is None else json.loads(entry.path.read_text(encoding="utf-8"))
 
-    def scratch(self, key: str) -> Path:
-        """A folder for unfinished work of one key; made on demand, removed when done."""
-        path = self.root / "scratch" / key
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        return path
-
     def gc(self, used: Iterable[Path], minimum_age_seconds: float = 3600.0) -> tuple[int, int]:
         """Removes entries that ``used`` does not name, and temporary files of dead writers.
 
         Files younger than ``minimum_age_seconds`` are kept: another run may be about to use them.
+        Files that are not the store's are never touched, wherever it lies.
+
+        Args:
+            used: files of entries, or folders of unfinished work.
 
         Returns:
             (number of files removed, bytes freed).
@@ -190,20 +206,46 @@ class Store:
         keep = {path.resolve() for path in used}
         newest = time.time() - minimum_age_seconds
         removed = freed = 0
-        for path in sorted(self.root.rglob("*")):
-            if not path.is_file() or path.stat().st_mtime > newest:
-                continue
+        for path in self._files():
             owner = path.with_name(path.name.removesuffix(_SEAL))
             sealed = [owner.with_name(f"{owner.name}.{s}") for s in ("safetensors", "json")]
-            if path.resolve() in keep or any(p.resolve() in keep for p in sealed):
+            if any(p.resolve() in keep for p in (path, path.parent, *sealed)):
                 continue
-            freed += path.stat().st_size
-            removed += 1
-            path.unlink()
-        for folder in sorted(self.root.rglob("*"), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # its writer finished or removed it
+                state = path.stat()
+                if state.st_mtime > newest:
+                    continue
+                path.unlink()
+                freed += state.st_size
+                removed += 1
+        for folder in list(self._folders()):
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         return removed, freed
+
+    def _folders(self) -> Iterator[Path]:
+        """Folders that hold files of the store."""
+        for kind in KINDS:
+            yield from (self.root / kind).glob("[0-9a-f][0-9a-f]/")
+        yield from (self.root / _SCRATCH).glob("[0-9a-f]*/")
+
+    def _files(self) -> list[Path]:
+        """Every file of the store, temporary ones included."""
+        own = [path for folder in self._folders() for path in folder.iterdir() if path.is_file()]
+        return sorted([*own, *self.root.glob(f"{_TEMPORARY}*")])
+
+
+def scratch_folder(root: Path, key: str) -> Path:
+    """Where unfinished work of one key lies; it is there once something was written into it."""
+    return root / _SCRATCH / key
+
+
+def remove_scratch(folder: Path) -> None:
+    """Removes a scratch folder with all that is in it, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _seal_path(path: Path) -> Path:

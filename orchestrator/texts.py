@@ -1,9 +1,11 @@
 """Text sources → token sequences: weighted, packed, seeded."""
 
+import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,26 +68,40 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def _jsonl_rows(source: Source) -> Iterator[str]:
-    import gzip
-
     assert source.file is not None
     opener = gzip.open if source.file.endswith(".gz") else open
-    with opener(source.file, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield str(row[source.field])
-            except (json.JSONDecodeError, TypeError) as error:
-                raise UserError(
-                    f"{source.file}, line {number}: not a JSON object: {error}"
-                ) from None
-            except KeyError:
-                raise UserError(
-                    f"{source.file}, line {number}: no field {source.field!r}"
-                    f" (there are: {', '.join(row)})"
-                ) from None
+    number = characters = 0
+    try:
+        with opener(source.file, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if characters >= _FILE_CHARACTERS:
+                    return
+                if line.strip():
+                    text = _jsonl_text(line, source.field, f"{source.file}, line {number}")
+                    characters += len(text)
+                    yield text
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{source.file}: cannot be read after line {number}: {error}") from None
+
+
+def _jsonl_text(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object: {line.strip()[:60]}")
+    return _text(row, field, where)
+
+
+def _text(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of a row; raises UserError where there is none."""
+    if field not in row:
+        raise UserError(f"{where}: no field {field!r} (there are: {', '.join(map(str, row))})")
+    text = row[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {field!r} is not text but {text!r:.60}")
+    return text
 
 
 def _dataset_rows(source: Source) -> Iterator[str]:
@@ -97,10 +113,8 @@ def _dataset_rows(source: Source) -> Iterator[str]:
         ) from None
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, streaming=True)
-        for row in rows:
-            yield str(row[source.field])
-    except KeyError:
-        raise UserError(f"dataset {source.dataset}: no field {source.field!r}") from None
+        for number, row in enumerate(rows, start=1):
+            yield _text(row, source.field, f"dataset {source.dataset}, row {number}")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"dataset {source.dataset}: cannot be read: {reason}") from None
@@ -154,6 +168,11 @@ def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
     origin: list[int] = []
     counts = allotment(texts.sequences, [source.weight for source in texts.texts])
     for index, (source, count) in enumerate(zip(texts.texts, counts, strict=True)):
+        if count == 0:
+            raise UserError(
+                f"{what}.texts: {source.label} gets none of the {texts.sequences} sequences: its"
+                f" weight {source.weight:g} is too small"
+            )
         tokens = _token_stream(tokenizer, source, count * body)
         windows = len(tokens) // body
         if windows < count:

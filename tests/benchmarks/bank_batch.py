@@ -50,15 +50,11 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(
-        f"{'threads':>7} {'experts':>7} {'out x in':>11} {'batch ms':>9} {'loop ms':>8} {'ratio':>6}"
-    )
+    print("threads experts    out x in  batch ms   loop ms  ratio")
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for experts, rows, inputs, factor in BANKS:
@@ -73,11 +69,8 @@ def main() -> None:
                 times["batch"].append(milliseconds(lambda w=weight, s=sums: batched(w, s)))
                 times["loop"].append(milliseconds(lambda w=weight, s=sums: looped(w, s)))
             batch, loop = (statistics.median(times[name]) for name in ("batch", "loop"))
-            shape = f"{rows} x {inputs}"
-            print(
-                f"{threads:>7} {experts:>7} {shape:>11} {batch:>9.1f} {loop:>8.1f} {loop / batch:>6.2f}",
-                flush=True,
-            )
+            shape, ratio = f"{rows} x {inputs}", loop / batch
+            print(f"{threads:>7} {experts:>7} {shape:>11} {batch:>9.1f} {loop:>9.1f} {ratio:>6.2f}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from moesaic.methods.base import Chain
 from moesaic.orchestrator import stages
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.pipeline import Pipeline
+from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.run import open_experiment
 from moesaic.search.base import Measurement
@@ -76,7 +77,7 @@ def main() -> None:
             for name, plan in plans.items()
         }
         pieces = {
-            name: stages.piece_paths(experiment, experiment.walk, choice)
+            name: plan_pieces(experiment, experiment.walk, choice)
             for name, choice in choices.items()
         }
         scores = stages.evaluated(experiment, pool, view, pieces)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import int_group
+from moesaic.kernels import int_group, mosaic
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,8 +29,23 @@ def int_group_example(
     )
 
 
+def mosaic_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """Even slices in 3 bits, odd ones in 5, per channel."""
+    parts = []
+    for first, bits in ((0, 3), (1, 5)):
+        slices = list(range(first, shape[0], 2))
+        scale = (len(slices), *shape[1:-1], 1)
+        codes = torch.randint(-4, 4, (len(slices), *shape[1:]), generator=generator)
+        scales = (torch.rand(scale, generator=generator) + 0.1).to(dtype)
+        tensor = int_group.pack(codes, scales, None, bits=bits, group_size=-1, dtype=dtype)
+        parts.append((tensor, slices))
+    return mosaic.pack(parts)
+
+
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
-EXAMPLES: dict[str, Example] = {"int_group": int_group_example}
+EXAMPLES: dict[str, Example] = {"int_group": int_group_example, "mosaic": mosaic_example}
 
 
 def example(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CompressedTensor:
@@ -112,3 +127,10 @@ def test_matmul_refuses_the_cpu_instead_of_falling_back(name: str) -> None:
     tensor = example(name, (35, 42), torch.float16)
     with pytest.raises(RuntimeError, match="matmul_reference"):
         format_module(name).matmul(torch.ones(2, 42, dtype=torch.float16), tensor)
+
+
+@pytest.mark.parametrize("slices", [[[0, 2], [0]], [[0], [2]], []])
+def test_mosaic_refuses_groups_that_do_not_cover_every_slice_once(slices: list[list[int]]) -> None:
+    tensors = [example("int_group", (len(each), 4, 6), torch.float32) for each in slices]
+    with pytest.raises(ValueError, match="slices|at least one"):
+        mosaic.pack(list(zip(tensors, slices, strict=True)))

@@ -71,7 +71,7 @@ def sample_text(seed: int, words: int = 4000) -> str:
     return ".\n".join(lines) + "\n"
 
 
-def make_recipe(path: Path, model: Path | str, **changes: Any) -> Path:
+def make_recipe(path: Path, model: Path | str, /, **changes: Any) -> Path:
     """Writes text files and a small valid recipe for ``model`` into the folder ``path``.
 
     Args:
@@ -118,7 +118,9 @@ def merge(recipe: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         if value is None:
             recipe.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(recipe.get(key), dict) and key != "baselines":
+        elif (
+            isinstance(value, Mapping) and isinstance(recipe.get(key), dict) and key != "baselines"
+        ):
             merge(recipe[key], value)
         else:
             recipe[key] = value

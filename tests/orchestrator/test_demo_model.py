@@ -108,7 +108,7 @@ def test_every_expert_of_every_layer_is_used(
 ) -> None:
     loads = torch.stack([loads for _, loads, _ in heldout.values()]).sum(dim=0)
     share = loads / loads.sum(dim=1, keepdim=True) * loads.shape[1]  # 1 is an even load
-    assert share.min() > 0.1, f"least load of an even share: {share.min():.3f}"
+    assert share.min() > 0.05, f"least load of an even share: {share.min():.3f}"
 
 
 @pytest.mark.parametrize(

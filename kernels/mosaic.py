@@ -1,0 +1,149 @@
+"""Mosaic: slices of one weight in different formats.
+
+The first dimension of the weight (experts of a bank, rows of a linear) is cut into groups; each
+group is a compressed tensor of its own, with its own format, bits and group size. So every expert
+gets the bits that it is worth, and experts of equal choice still lie together.
+
+Parts are named ``group{g}_{part}``. ``params["groups"]`` is JSON: for every group its ``format``,
+its ``params`` and ``slices``, the indices along the first dimension in the order in which they lie
+in the group's parts.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels.tensor import CompressedTensor, Param, format_module
+
+_GROUPS = "groups"
+
+
+def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> CompressedTensor:
+    """Joins groups into one tensor.
+
+    Args:
+        groups: (tensor ``[slices, …]``, indices that its slices have in the whole). Together the
+            indices are 0, 1, … without gap or repetition.
+
+    Raises:
+        ValueError: the indices are not that, or shapes and dtypes do not fit together.
+    """
+    if not groups:
+        raise ValueError("a mosaic needs at least one group")
+    indices = [index for _, slices in groups for index in slices]
+    if sorted(indices) != list(range(len(indices))):
+        raise ValueError(f"the slices {sorted(indices)} do not cover 0 … {len(indices) - 1} once")
+    first = groups[0][0]
+    described, parts = [], {}
+    for number, (tensor, slices) in enumerate(groups):
+        if tensor.shape != (len(slices), *first.shape[1:]) or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"group {number} is {tensor.shape} {tensor.dtype}, expected"
+                f" {(len(slices), *first.shape[1:])} {first.dtype}"
+            )
+        described.append(
+            {"format": tensor.format, "params": dict(tensor.params), "slices": list(slices)}
+        )
+        parts |= {f"group{number}_{name}": part for name, part in tensor.parts.items()}
+    return CompressedTensor(
+        format="mosaic",
+        parts=parts,
+        shape=(len(indices), *first.shape[1:]),
+        dtype=first.dtype,
+        params={_GROUPS: json.dumps(described, sort_keys=True)},
+    )
+
+
+def take(bank: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
+    """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own."""
+    if len(bank.shape) < 3:
+        raise ValueError(f"a weight of shape {bank.shape} is not a bank")
+    parts = {name: part[list(slices)].contiguous() for name, part in bank.parts.items()}
+    shape = (len(slices), *bank.shape[1:])
+    return CompressedTensor(bank.format, parts, shape, bank.dtype, bank.params)
+
+
+def groups(tensor: CompressedTensor) -> list[tuple[CompressedTensor, list[int]]]:
+    """The groups that :func:`pack` joined; parts are shared, not copied."""
+    found = []
+    for number, described in enumerate(_described(tensor.params)):
+        prefix = f"group{number}_"
+        parts = {
+            name.removeprefix(prefix): part
+            for name, part in tensor.parts.items()
+            if name.startswith(prefix)
+        }
+        slices = described["slices"]
+        shape = (len(slices), *tensor.shape[1:])
+        member = CompressedTensor(
+            described["format"], parts, shape, tensor.dtype, described["params"]
+        )
+        found.append((member, slices))
+    return found
+
+
+def _described(params: Mapping[str, Param]) -> list[dict[str, Any]]:
+    described: list[dict[str, Any]] = json.loads(str(params[_GROUPS]))
+    return described
+
+
+def select(tensor: CompressedTensor, index: int) -> CompressedTensor:
+    """Slice ``index`` of a bank, in its own format."""
+    for member, slices in groups(tensor):
+        if index in slices:
+            return member[slices.index(index)]
+    raise IndexError(f"slice {index} of a mosaic of {tensor.shape[0]}")
+
+
+def unpack(tensor: CompressedTensor) -> Tensor:
+    """Dense weight, ``tensor.shape`` and ``tensor.dtype``."""
+    found = groups(tensor)
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=_device(tensor))
+    for member, slices in found:
+        dense[slices] = member.dense()
+    return dense
+
+
+def _device(tensor: CompressedTensor) -> torch.device:
+    return next(iter(tensor.parts.values())).device
+
+
+def part_shapes(
+    shape: tuple[int, ...], dtype: torch.dtype, params: Mapping[str, Param]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every part, from the dense shape alone."""
+    found = {}
+    for number, described in enumerate(_described(params)):
+        inner = format_module(described["format"]).part_shapes(
+            (len(described["slices"]), *shape[1:]), dtype, described["params"]
+        )
+        found |= {f"group{number}_{name}": part for name, part in inner.items()}
+    return found
+
+
+def matmul_reference(x: Tensor, tensor: CompressedTensor) -> Tensor:
+    """``x [*, in] @ weightᵀ -> [*, out]``, each group of rows by its format's reference."""
+    return _by_rows(x, tensor, lambda member: format_module(member.format).matmul_reference)
+
+
+def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
+    """The same by the formats' kernels; one launch per group of rows."""
+    return _by_rows(x, tensor, lambda member: format_module(member.format).matmul)
+
+
+def _by_rows(
+    x: Tensor,
+    tensor: CompressedTensor,
+    function: Callable[[CompressedTensor], Callable[[Tensor, CompressedTensor], Tensor]],
+) -> Tensor:
+    if len(tensor.shape) != 2:
+        raise ValueError(
+            f"a weight [out, in] is needed, not {tensor.shape}: multiply expert by expert"
+        )
+    out = torch.empty((*x.shape[:-1], tensor.shape[0]), dtype=x.dtype, device=x.device)
+    for member, slices in groups(tensor):
+        out[..., slices] = function(member)(x, member)
+    return out

@@ -1,0 +1,389 @@
+"""What can be told before anything starts: what a model consists of, what a recipe will take.
+
+Everything that a recipe may do wrong was found when its :class:`Experiment` was made. Here bytes
+are exact (the headers of files are bounded from above), memory is predicted from shapes, and time
+is estimated from speeds measured on this machine.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.methods.base import Chain, Event, Unit, chain_text
+from moesaic.orchestrator import memory, timing
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.experiment import Experiment, find_model
+from moesaic.orchestrator.machine import Crew, crew
+from moesaic.orchestrator.memory import Sizes, experts_per_token
+from moesaic.orchestrator.recipe import resolve
+from moesaic.orchestrator.stages import expert_load, missing_pairs
+from moesaic.orchestrator.streaming import StreamedModel
+
+_SHOWN_EVENTS = 8
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """What a model consists of, from its headers alone.
+
+    Args:
+        model: a folder, a name on the hub, or ``builtin:demo``.
+
+    Returns:
+        plain data: ``bytes`` and ``parameters`` of all tensors and of the ``fixed`` ones, ``parts``
+        (part → units, parameters, bytes), ``experts`` (per layer, per token, layers) or None.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read.
+    """
+    try:
+        folder = find_model(resolve(model, Path.cwd()))
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    streamed = StreamedModel(Checkpoint(folder))
+    checkpoint, units = streamed.checkpoint, streamed.units()
+    fixed = streamed.fixed_names()
+    parts: dict[str, dict[str, int]] = {}
+    for unit in units:
+        part = parts.setdefault(unit.part, {"units": 0, "parameters": 0, "bytes": 0})
+        names = {n for group in streamed.unit_tensors(unit).values() for n in group}
+        part["units"] += 1
+        part["parameters"] += unit.parameters
+        part["bytes"] += sum(checkpoint.nbytes(name) for name in names)
+    banks = [unit for unit in units if unit.kind == "bank"]
+    return {
+        "model": str(folder),
+        "model_type": streamed.family.model_type,
+        "blocks": streamed.blocks,
+        "hidden_size": streamed.hidden_size,
+        "vocabulary": streamed.vocab_size,
+        "dtype": str(streamed.dtype).removeprefix("torch."),
+        "files": len(checkpoint.files),
+        "bytes": checkpoint.total_bytes,
+        "parameters": _parameters(checkpoint, checkpoint.names()),
+        "parts": parts,
+        "fixed": {
+            "tensors": len(fixed),
+            "parameters": _parameters(checkpoint, fixed),
+            "bytes": sum(checkpoint.nbytes(name) for name in fixed),
+        },
+        "experts": _experts(banks, streamed.config) if banks else None,
+    }
+
+
+def _parameters(checkpoint: Checkpoint, names: list[str]) -> int:
+    return sum(math.prod(checkpoint.shape(name)) for name in names)
+
+
+def _experts(banks: list[Unit], config: object) -> dict[str, Any]:
+    return {
+        "per_layer": max(bank.shapes["gate"][0] for bank in banks),
+        "per_token": experts_per_token(config),
+        "layers": len(banks),
+    }
+
+
+def show_model(result: Mapping[str, Any], console: Console) -> None:
+    """Prints what :func:`inspect_model` found."""
+    console.print(
+        f"{result['model']}: {result['model_type']}, {result['blocks']} blocks,"
+        f" hidden size {result['hidden_size']:,}, vocabulary {result['vocabulary']:,},"
+        f" {result['dtype']}",
+        markup=False,
+    )
+    experts = result["experts"]
+    if experts:
+        console.print(
+            f"{experts['per_layer']} experts in each of {experts['layers']} layers,"
+            f" {experts['per_token'] or 'all'} per token",
+            markup=False,
+        )
+    table = _table("", "units", "parameters", "bytes", "share")
+    rows = {
+        **result["parts"],
+        "fixed": {**result["fixed"], "units": result["fixed"]["tensors"]},
+        "total": {"units": "", "parameters": result["parameters"], "bytes": result["bytes"]},
+    }
+    for name, row in rows.items():
+        count = f"{row['units']} tensors" if name == "fixed" else str(row["units"])
+        share = f"{row['bytes'] / result['bytes']:.1%}"
+        table.add_row(name, count, f"{row['parameters']:,}", f"{row['bytes']:,}", share)
+    console.print(table)
+
+
+def forecast(experiment: Experiment) -> dict[str, Any]:
+    """What a run of the recipe will take, as plain data; see the keys below.
+
+    ``bytes`` of plans, ``work`` to do and how much of it is done, ``store`` and ``memory`` in
+    bytes, ``time`` in seconds for what is left, ``experts``, ``events``, ``unloadable`` (reason →
+    number of units and candidates).
+    """
+    team = crew(experiment.recipe.compute)
+    sizes = Sizes(experiment, team)
+    left = _left(experiment)
+    stages = memory.predict_memory(sizes)
+    store = memory.predict_store(sizes)
+    seconds = timing.predict_seconds(experiment, team, left)
+    peak = max(parts["total"] for parts in stages.values())
+    _, events = expert_load(experiment, experiment.walk)
+    events += _expected_events(experiment, left.blocks)
+    events += _machine_events(experiment, team, peak, sum(store.values()))
+    return {
+        "recipe": experiment.recipe.name,
+        "model": str(experiment.folder),
+        "model_type": experiment.model.family.model_type,
+        "bytes": _bytes(experiment),
+        "work": _work(experiment, left),
+        "store": {
+            "path": str(experiment.store.root),
+            **store,
+            "total": sum(store.values()),
+            "free": shutil.disk_usage(experiment.store.root).free,
+        },
+        "memory": {
+            "stages": stages,
+            "peak": peak,
+            "workers": team.workers,
+            "available": psutil.virtual_memory().available,
+            "method": memory.METHOD,
+        },
+        "time": {**seconds, "crew": asdict(team), "method": timing.METHOD},
+        "experts": _expert_tokens(experiment),
+        "events": [asdict(event) for event in events],
+        "unloadable": dict(experiment.unloadable),
+    }
+
+
+def _left(experiment: Experiment) -> timing.Left:
+    """What the store lacks; entries are checked as a resuming run checks them."""
+    walk, store = experiment.walk, experiment.store
+    blocks = range(experiment.model.blocks)
+    missing = missing_pairs(experiment, walk, experiment.offers)
+    return timing.Left(
+        blocks=[b for b in blocks if store.get("stats", walk.stats_key(b)) is None],
+        gradients=sum(
+            store.get("gradients", walk.gradients_key(b)) is None
+            for b in (blocks if walk.gradients else ())
+        ),
+        pairs={unit: [chain for chain, _ in pairs] for unit, pairs in missing.items()},
+    )
+
+
+def _bytes(experiment: Experiment) -> dict[str, Any]:
+    size = experiment.size
+
+    def entry(total: int) -> dict[str, float]:
+        bits = (total - size.fixed_bytes) * 8 / size.weights
+        return {"bytes": total, "bits_per_weight": bits}
+
+    def uniform(chain: Chain) -> int:
+        return size.fixed_bytes + sum(
+            experiment.predicted_bytes(u, chain) for u in experiment.units
+        )
+
+    dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+    return {
+        "fixed": size.fixed_bytes,
+        "weights": size.weights,
+        "dense": {"bytes": size.dense_bytes, "bits_per_weight": dense * 8 / size.weights},
+        "budget": entry(experiment.budget.total_bytes),
+        "smallest": entry(size.smallest_bytes),
+        "baselines": {
+            name: {"choice": chain_text(chain), **entry(uniform(chain))}
+            for name, chain in experiment.recipe.baselines.items()
+        },
+    }
+
+
+def _work(experiment: Experiment, left: timing.Left) -> dict[str, int]:
+    section, blocks = experiment.recipe.calibration, experiment.model.blocks
+    pairs = sum(len(chains) for chains in experiment.offers.values())
+    return {
+        "units": len(experiment.units),
+        "candidates": len(experiment.recipe.candidates),
+        "pairs": pairs,
+        "pairs_finished": pairs - sum(len(chains) for chains in left.pairs.values()),
+        "blocks": blocks,
+        "blocks_finished": blocks - len(left.blocks),
+        "gradients": blocks if experiment.walk.gradients else 0,
+        "gradients_finished": (blocks - left.gradients) if experiment.walk.gradients else 0,
+        "calibration_tokens": section.sequences * section.length,
+        "gradient_tokens": experiment.gradient_tokens(),
+        "evaluation_tokens": experiment.recipe.evaluation.sequences
+        * experiment.recipe.evaluation.length,
+    }
+
+
+def _expert_tokens(experiment: Experiment) -> dict[str, Any] | None:
+    """Tokens that an expert sees in calibration if routing is even."""
+    banks = [unit for unit in experiment.model.units() if unit.kind == "bank"]
+    if not banks:
+        return None
+    found = _experts(banks, experiment.model.config)
+    section = experiment.recipe.calibration
+    share = (found["per_token"] or found["per_layer"]) / found["per_layer"]
+    if section.experts == "all":
+        share = 1.0
+    return {**found, "expected_tokens": section.sequences * section.length * share}
+
+
+def _expected_events(experiment: Experiment, blocks: list[int]) -> Iterator[Event]:
+    """Experts that cannot see as many tokens as they have inputs, where none were counted yet."""
+    found = _expert_tokens(experiment)
+    banks = [u for u in experiment.units if u.kind == "bank" and u.block in blocks]
+    if found is None:
+        return
+    expected, length = found["expected_tokens"], experiment.recipe.calibration.length
+    widths = {(m, u.shapes[m][-1]): u for u in banks for m in ("gate", "down")}
+    for (member, width), unit in widths.items():
+        if expected < width:
+            sequences = experiment.recipe.calibration.sequences * width / expected
+            yield Event(
+                "few_tokens",
+                f"{expected:,.0f} tokens per expert are to be expected, fewer than the {width:,}"
+                f" inputs of {member}_proj: calibration.sequences: {math.ceil(sequences):,} or more"
+                f" of {length:,} tokens would do, or experts: all",
+                unit.name,
+                expected,
+            )
+
+
+def _machine_events(
+    experiment: Experiment, team: Crew, peak: int, store_bytes: int
+) -> Iterator[Event]:
+    """What this machine does not have."""
+    if team.cluster:
+        yield Event(
+            "cluster_unknown",
+            f"memory and time are for this machine, not for the cluster at {team.cluster}",
+        )
+        return
+    if team.workers > team.fitting:
+        yield Event(
+            "too_many_workers",
+            f"{team.workers} worker(s) of {team.cpus} CPU do not fit this machine"
+            f" (at most {team.fitting})",
+            value=team.workers,
+        )
+    available = psutil.virtual_memory().available
+    if peak * team.workers > available:
+        yield Event(
+            "memory_short",
+            f"{team.workers} worker(s) of up to {_size(peak)} need more than the"
+            f" {_size(available)} that are available",
+            value=peak * team.workers,
+        )
+    free = shutil.disk_usage(experiment.store.root).free
+    if store_bytes > free:
+        yield Event(
+            "disk_short",
+            f"{experiment.store.root} has {_size(free)} free, the store may take"
+            f" {_size(store_bytes)}",
+            value=store_bytes,
+        )
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(title=None)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    return table
+
+
+def show_forecast(result: Mapping[str, Any], console: Console) -> None:
+    """Prints what :func:`forecast` found."""
+    work = result["work"]
+    console.print(
+        f"{result['recipe']}: {result['model']} ({result['model_type']}), {work['blocks']} blocks,"
+        f" {work['units']} units, {work['candidates']} candidates",
+        markup=False,
+    )
+    console.print(_bytes_table(result["bytes"]))
+    console.print(_stage_table(result))
+    store, team = result["store"], result["time"]["crew"]
+    console.print(
+        f"store   {store['path']}: {_size(store['total'])} in the end"
+        f" (pieces {_size(store['pieces'])}, statistics {_size(store['stats'])}, unfinished work"
+        f" {_size(store['scratch'])}), {_size(store['free'])} free",
+        markup=False,
+    )
+    console.print(
+        f"memory  {result['memory']['method']}\ntime    {team['workers']} worker(s) of"
+        f" {team['cpus']} CPU on {team['device']}; {result['time']['method']}",
+        markup=False,
+        style="dim",
+    )
+    _show_warnings(result, console)
+
+
+def _bytes_table(sizes: Mapping[str, Any]) -> Table:
+    table = _table("", "bytes", "bits/weight")
+    rows = {
+        "dense": sizes["dense"],
+        **{f"baseline {name}": entry for name, entry in sizes["baselines"].items()},
+        "budget": sizes["budget"],
+        "smallest plan": sizes["smallest"],
+    }
+    for name, entry in rows.items():
+        style = "bold" if name == "budget" else None
+        bits = f"{entry['bits_per_weight']:.3f}"
+        table.add_row(name, f"{entry['bytes']:,}", bits, style=style)
+    table.add_row("of which not compressed", f"{sizes['fixed']:,}", "")
+    return table
+
+
+def _stage_table(result: Mapping[str, Any]) -> Table:
+    """Stages: steps, how many are finished, seconds, largest process."""
+    work, stages = result["work"], result["memory"]["stages"]
+    steps = {
+        "calibrate": f"{work['blocks_finished']} of {work['blocks']} blocks",
+        "gradients": f"{work['gradients_finished']} of {work['gradients']} blocks",
+        "measure": f"{work['pairs_finished']} of {work['pairs']} pairs",
+    }
+    table = _table("stage", "finished before", "time left", "largest process")
+    for name, seconds in result["time"].items():
+        if isinstance(seconds, float):
+            memory_bytes = stages[name]["total"] if name in stages else None
+            size = "" if memory_bytes is None else _size(memory_bytes)
+            size = _size(result["memory"]["peak"]) if name == "total" else size
+            table.add_row(name, steps.get(name, ""), _duration(seconds), size)
+    return table
+
+
+def _show_warnings(result: Mapping[str, Any], console: Console) -> None:
+    experts = result["experts"]
+    if experts:
+        console.print(
+            f"experts {experts['per_layer']} per layer, {experts['per_token'] or 'all'} per token:"
+            f" about {experts['expected_tokens']:,.0f} calibration tokens each",
+            markup=False,
+        )
+    for reason, count in result["unloadable"].items():
+        console.print(f"not offered {count} times: {reason}", markup=False)
+    events = result["events"]
+    for event in events[:_SHOWN_EVENTS]:
+        place = f"{event['unit']}: " if event["unit"] else ""
+        console.print(f"event {event['kind']}: {place}{event['message']}", markup=False)
+    if len(events) > _SHOWN_EVENTS:
+        console.print(f"… and {len(events) - _SHOWN_EVENTS} more events (--json lists all)")

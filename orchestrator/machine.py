@@ -1,0 +1,264 @@
+"""What this machine can do: how many workers fit, and how fast the operations of a run are here.
+
+The speeds are measured in about two seconds on matrices of the model's widths, cut where they are
+large. They are rough: one size stands for all of a kind, and what other processes do at that moment
+counts.
+"""
+
+import os
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.statistics import StatisticsObserver
+from moesaic.orchestrator.store import write_atomically
+
+# One matrix product of a measurement takes at most this many operations, on sides of at most
+# this width.
+_PROBE_OPERATIONS = 2e8
+_PROBE_WIDTH = 2048
+_PROBE_SECONDS = 0.1
+_PROBE_REPEATS = 5
+# A layer to compress: inputs (at least) and the two numbers of rows that give the slope.
+_LAYER_INPUTS, _LAYER_ROWS = 256, (32, 256)
+_READ_BYTES = 64 << 20
+_HEAD_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The workers of a run.
+
+    Attributes:
+        workers: how many; what the recipe says, or as many as fit this machine.
+        fitting: how many fit this machine.
+        cpus: cores of each.
+        device: ``cpu`` or ``cuda``.
+        cluster: address of a cluster that was not asked, or empty.
+    """
+
+    workers: int
+    fitting: int
+    cpus: int
+    device: str
+    cluster: str
+
+
+def crew(compute: Compute) -> Crew:
+    """The workers that the recipe gives on this machine."""
+    gpus = torch.cuda.device_count()
+    per_worker = compute.gpus_per_worker
+    if per_worker is None:
+        per_worker = 1.0 if gpus else 0.0
+    fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
+    if per_worker:
+        fitting = min(fitting, int(gpus / per_worker))
+    return Crew(
+        workers=compute.workers or max(fitting, 1),
+        fitting=fitting,
+        cpus=compute.cpus_per_worker,
+        device="cuda" if gpus and per_worker else "cpu",
+        cluster=compute.address or os.environ.get("RAY_ADDRESS", ""),
+    )
+
+
+@dataclass(frozen=True)
+class Compressing:
+    """Seconds of a method: per column of a site, per weight, and per weight to make dense again."""
+
+    column: float
+    weight: float
+    dense: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast one worker is.
+
+    Attributes:
+        matmul: operations per second of a linear, in the model's dtype.
+        hessian: operations per second of x xᵀ, in float32.
+        expert_matmul, expert_hessian: the same with the few tokens that one expert sees of a batch.
+        head: seconds per token for logits and their log-softmax.
+        read: bytes per second of a tensor read from the checkpoint and checked.
+        write: seconds to write a small file so that it survives a crash.
+        compress: chain → seconds; chains of methods that take no linears are not in it.
+    """
+
+    matmul: float
+    hessian: float
+    expert_matmul: float
+    expert_hessian: float
+    head: float
+    read: float
+    write: float
+    compress: Mapping[Chain, Compressing]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    """Median time of a call; the first, which may set things up, counts only if it stays alone."""
+    times: list[float] = []
+    while not times or (sum(times) < _PROBE_SECONDS and len(times) < _PROBE_REPEATS):
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:] or times)
+
+
+@torch.no_grad()
+def measure_speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
+    """Measures this machine with the threads of one worker.
+
+    Args:
+        tokens: of one batch.
+        expert_tokens: of one batch that one expert sees; 0 in a dense model.
+    """
+    model = experiment.model
+    hidden = model.hidden_size
+    with _threads(crew.cpus), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linears = [unit.shapes["weight"][0] for unit in model.units() if unit.kind == "linear"]
+        banks = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
+        out, few = max(linears, default=hidden), expert_tokens or tokens
+        narrow = max(banks, default=out)
+        return Speeds(
+            matmul=_matmul(tokens, hidden, out, model.dtype, crew.device),
+            hessian=_hessian(tokens, hidden, model.dtype, crew.device),
+            expert_matmul=_matmul(few, hidden, 2 * narrow, model.dtype, crew.device),
+            expert_hessian=_hessian(few, hidden, model.dtype, crew.device),
+            head=_head(hidden, model.vocab_size, model.dtype, crew.device),
+            read=_read(model.checkpoint),
+            write=_write(experiment),
+            compress=_compressing(experiment, crew.device),
+        )
+
+
+def _cut(rows: int, inputs: int, out: int) -> tuple[int, int, int]:
+    inputs, out = min(inputs, _PROBE_WIDTH), min(out, _PROBE_WIDTH)
+    return max(1, min(rows, int(_PROBE_OPERATIONS / (2 * inputs * out)))), inputs, out
+
+
+def _matmul(rows: int, inputs: int, out: int, dtype: torch.dtype, device: str) -> float:
+    rows, inputs, out = _cut(rows, inputs, out)
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(out, inputs, device=device).to(dtype)
+    seconds = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    return 2 * rows * inputs * out / seconds
+
+
+def _hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
+    rows, inputs, _ = _cut(rows, inputs, inputs)
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    total = torch.zeros(inputs, inputs, device=device)
+
+    def add() -> Tensor:
+        wide = x.float()
+        return total.addmm_(wide.T, wide)
+
+    return 2 * rows * inputs * inputs / _seconds(add, device)
+
+
+def _head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> float:
+    rows, inputs, out = _HEAD_ROWS, min(hidden, _PROBE_WIDTH), min(vocabulary, 2 * _PROBE_WIDTH)
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(out, inputs, device=device).to(dtype)
+    logits = torch.nn.functional.linear(x, weight)
+    product = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    softmax = _seconds(lambda: logits.float().log_softmax(-1).exp().sum(-1), device)
+    return (product * hidden / inputs + softmax) * vocabulary / out / rows
+
+
+def _read(checkpoint: Checkpoint) -> float:
+    sizes = sorted((checkpoint.nbytes(name), name) for name in checkpoint.names())
+    size, name = next((s for s in reversed(sizes) if s[0] <= _READ_BYTES), sizes[0])
+    return size / _seconds(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "cpu")
+
+
+def _write(experiment: Experiment) -> float:
+    path = experiment.store.root / f".probe-{uuid.uuid4().hex}"
+
+    def write() -> None:
+        write_atomically(path, _fill)
+        path.unlink()
+
+    return _seconds(write, "cpu")
+
+
+def _fill(path: Path) -> None:
+    path.write_bytes(bytes(4096))
+
+
+def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing]:
+    """Measures one chain of every method and setting of its switches.
+
+    Numbers among the options (bits, group size) are taken not to change the time much; flags and
+    names (act-order, clipping) do.
+    """
+    known: dict[tuple[tuple[str, object], ...], Compressing] = {}
+    found: dict[Chain, Compressing] = {}
+    for chain in experiment.recipe.chains():
+        if any("linear" not in method_module(spec.method).SCOPE for spec in chain):
+            continue
+        switches = tuple(_switches(chain))
+        if switches not in known:
+            known[switches] = _compress(chain, experiment.dtype, device, experiment.units)
+        found[chain] = known[switches]
+    return found
+
+
+def _switches(chain: Chain) -> Iterator[tuple[str, object]]:
+    for spec in chain:
+        yield spec.method, ""
+        for name, value in spec.parsed().model_dump().items():
+            if isinstance(value, bool | str):
+                yield name, value
+
+
+def _compress(chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]) -> Compressing:
+    (spec,) = chain
+    method, options = method_module(spec.method), spec.parsed()
+    widths = [*range(_LAYER_INPUTS, 4 * _LAYER_INPUTS, 8)]
+    widths += sorted({shape[-1] for unit in units for shape in unit.shapes.values()})
+    inputs = next(w for w in widths if not method.problem({"weight": (_LAYER_ROWS[0], w)}, options))
+
+    def layer(rows: int) -> Callable[[], Result]:
+        unit = Unit("probe", "linear", 0, "mlp", {"weight": (rows, inputs)}, {"weight": "probe"})
+        observer = StatisticsObserver([unit], tuple(method.NEEDS), torch.device(device))
+        observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device), None)
+        sums = observer.stats["probe"].sums
+        weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
+        # New Stats every time: what a method derives from them would be reused.
+        return lambda: method.compress(weights, {"weight": Stats(sums)}, options)
+
+    few, many = _LAYER_ROWS
+    short, long = (_seconds(layer(rows), device) for rows in _LAYER_ROWS)
+    weight = max(0.0, (long - short) / ((many - few) * inputs))
+    member = layer(many)().members["weight"]
+    return Compressing(
+        column=max(0.0, short / inputs - weight * few),
+        weight=weight,
+        dense=_seconds(member.dense, device) / (many * inputs),
+    )

@@ -1,0 +1,74 @@
+"""The pieces of a plan: those of its units, and mosaics of them.
+
+A bank whose choices differ is put together from slices of its finished pieces, as a piece in the
+format ``mosaic``. That is copying, no compression.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moesaic.kernels import mosaic
+from moesaic.kernels.tensor import CompressedTensor
+from moesaic.methods.base import Chain, Unit
+from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.choices import Chosen, chains_of, choices
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.pieces import read_piece, write_piece
+from moesaic.orchestrator.store import digest
+
+
+def plan_pieces(experiment: Experiment, walk: Walk, chosen: Chosen) -> dict[str, str]:
+    """Unit → file of its piece under a plan; units that stay dense are left out.
+
+    Args:
+        chosen: choices of all units, or of those that are wanted.
+
+    Raises:
+        RunError: a piece that the plan needs is not there.
+    """
+    return {
+        unit.name: path
+        for unit in experiment.units
+        if choices(unit)[0].name in chosen
+        for path in _unit_piece(experiment, walk, unit, chosen)
+    }
+
+
+def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) -> Iterator[str]:
+    chains = chains_of(unit, chosen)
+    paths = {
+        chain: experiment.store.path("pieces", experiment.key(unit.name, chain, walk))
+        for chain in chains
+        if chain
+    }
+    if len(chains) == 1:
+        yield from (str(path) for path in paths.values())
+        return
+    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices(unit)]
+    key = digest(["mosaic", parts])
+    entry = experiment.store.get("mosaics", key)
+    if entry is None:
+        members = _mosaic(unit, paths, chosen)
+        entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
+    yield str(entry.path)
+
+
+def _mosaic(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> dict[str, CompressedTensor]:
+    """Every member of a bank from slices of the pieces of its chains."""
+    try:
+        pieces = {chain: read_piece(path) for chain, path in paths.items()}
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename}: the piece is gone; run the same command again") from None
+    members = {}
+    for member in unit.shapes:
+        experts: dict[Chain, list[int]] = {}
+        for choice in choices(unit):
+            if choice.member == member and choice.expert is not None:
+                experts.setdefault(chosen[choice.name], []).append(choice.expert)
+        groups = [
+            (mosaic.take(pieces[chain][member], slices), slices)
+            for chain, slices in sorted(experts.items())
+        ]
+        members[member] = groups[0][0] if len(groups) == 1 else mosaic.pack(groups)
+    return members

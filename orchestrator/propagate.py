@@ -1,0 +1,121 @@
+"""``propagate: true``: a plan solved again, each block on what its compressed predecessors give."""
+
+from dataclasses import replace
+from typing import Any
+
+from moesaic.methods.base import Chain
+from moesaic.orchestrator.calibrate import Walk, hidden_path
+from moesaic.orchestrator.choices import Chosen, chains_of, choices
+from moesaic.orchestrator.console import View
+from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.stages import (
+    measure_task,
+    measuring_jobs,
+    missing_pairs,
+)
+from moesaic.orchestrator.statistics import ranges
+from moesaic.orchestrator.store import digest, remove_scratch
+
+
+def _names(experiment: Experiment, block: int) -> list[str]:
+    """The choices of a block."""
+    return [c.name for unit in experiment.units if unit.block == block for c in choices(unit)]
+
+
+def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
+    """The walk where each block reads what the blocks before it give as ``chosen`` has them."""
+    prefixes: list[str] = []
+    before: list[Any] = []
+    for block in range(experiment.model.blocks):
+        prefixes.append(digest(before))
+        for name in _names(experiment, block):
+            before.append([name, [[spec.method, spec.options] for spec in chosen[name]]])
+    return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
+
+
+class Propagation:
+    """Solves a plan again, front to back: each block learns from its compressed predecessors."""
+
+    def __init__(
+        self, experiment: Experiment, pool: Pool, view: View, name: str, chosen: Chosen
+    ) -> None:
+        self.experiment = experiment
+        self.pool = pool
+        self.view = view
+        self.stage = f"propagate {name}"
+        self.walk = prefixed(experiment, chosen)
+        self.chosen: dict[int, Chosen] = {
+            block: {name: chosen[name] for name in _names(experiment, block)}
+            for block in range(experiment.model.blocks)
+        }
+
+    def run(self) -> Walk:
+        """Does all that is missing.
+
+        Returns:
+            the walk under whose statistics the plan's pieces are named.
+        """
+        blocks = range(self.experiment.model.blocks)
+        first = next((block for block in blocks if not self._finished(block)), len(blocks))
+        self.view.stage(self.stage, len(blocks), first)
+        for block in blocks[self._reached(first) : first]:
+            self._advance(block)
+        for block in blocks[first:]:
+            self._solve(block)
+            if block + 1 < len(blocks):
+                self._advance(block)
+            self.view.advance(self.stage)
+        remove_scratch(self.walk.scratch)
+        return self.walk
+
+    def _has_stats(self, block: int) -> bool:
+        return self.experiment.store.get("stats", self.walk.stats_key(block)) is not None
+
+    def _missing(self, block: int) -> dict[str, list[tuple[Chain, str]]]:
+        wanted = {
+            unit.name: [chain for chain in chains_of(unit, self.chosen[block]) if chain]
+            for unit in self.experiment.units
+            if unit.block == block
+        }
+        return missing_pairs(self.experiment, self.walk, wanted)
+
+    def _finished(self, block: int) -> bool:
+        return self._has_stats(block) and not self._missing(block)
+
+    def _reached(self, first: int) -> int:
+        """The last block up to ``first`` before which the hidden states are still there."""
+        if first == self.experiment.model.blocks:
+            return first
+        shards = range(self.walk.shards)
+        known = (
+            block
+            for block in range(first, 0, -1)
+            if all(hidden_path(self.walk, block, shard).exists() for shard in shards)
+        )
+        return next(known, 0)
+
+    def _solve(self, block: int) -> None:
+        """Statistics and pieces of a block."""
+        if not self._has_stats(block):
+            self._run("calibrate:collect", block)
+            arguments = {"walk": plain(self.walk), "what": "stats", "block": block}
+            self.pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], self.view.tick)
+        jobs = measuring_jobs(self.experiment, self.walk, self._missing(block))
+        tasks = [measure_task(job, (0,), lambda result: ()) for job in jobs]
+        self.pool.run(tasks, self.view.tick)
+
+    def _advance(self, block: int) -> None:
+        """Takes the hidden states through a block made of its pieces."""
+        pieces = plan_pieces(self.experiment, self.walk, self.chosen[block])
+        self._run("calibrate:advance", block, pieces=pieces)
+
+    def _run(self, function: str, block: int, **more: Any) -> None:
+        arguments = {"walk": plain(self.walk), "block": block, **more}
+        spans = ranges(self.walk.shards, self.pool.size)
+        tasks = [
+            Task(function, {**arguments, "span": span}, f"{function} {block}", (0,), worker)
+            for worker, span in enumerate(spans)
+        ]
+        self.pool.run(tasks, self.view.tick)

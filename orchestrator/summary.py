@@ -1,0 +1,149 @@
+"""Everything that a finished run has to tell, as plain data: what report and tracking are given."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from moesaic.methods.base import Chain, Event, Unit, chain_text
+from moesaic.search.base import Measurement, Plan
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run.
+
+    Attributes:
+        name: of the run.
+        model: what a person calls the model.
+        created: date and time.
+        command: that made the run, and makes it again.
+        machine: in words.
+        serve: engine that the checkpoint is for.
+        recipe: text of the recipe as resolved.
+        units: in model order.
+        dense_unit_bytes: unit → bytes in the original checkpoint.
+        dense_bytes: of the whole original checkpoint.
+        budget_bytes: limit for the whole checkpoint.
+        plan: the plan.
+        baselines: name → plan that it is compared with.
+        measurements: every unit under every chain of plan and baselines, at least.
+        scores: ``dense``, ``plan`` and each baseline → ``bytes``, ``bits_per_weight``,
+            ``perplexity``, ``kl`` (nats per token), and what else the evaluation gave; numbers but
+            for ``sources``, text source → ``perplexity`` and ``kl``.
+        expert_load: block → tokens routed to each expert.
+        events: in order of time.
+        stage_seconds: stage → seconds, in order of time.
+    """
+
+    name: str
+    model: str
+    created: str
+    command: str
+    machine: str
+    serve: str
+    recipe: str
+    units: Sequence[Unit]
+    dense_unit_bytes: Mapping[str, int]
+    dense_bytes: int
+    budget_bytes: int
+    plan: Plan
+    baselines: Mapping[str, Plan]
+    measurements: Sequence[Measurement]
+    scores: Mapping[str, Mapping[str, Any]]
+    expert_load: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    events: Sequence[Event] = ()
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """The baselines and, last, ``plan``."""
+        return {**self.baselines, "plan": self.plan}
+
+    @cached_property
+    def _measured(self) -> dict[tuple[str, Chain], Measurement]:
+        return {(m.unit, m.chain): m for m in self.measurements}
+
+    def measured(self, plan: Plan, unit: Unit) -> Measurement:
+        """What was measured for a unit under the chain that a plan gives it.
+
+        Raises:
+            KeyError: it is not among the measurements.
+        """
+        return self._measured[unit.name, plan.units[unit.name]]
+
+    def part_bytes(self, plan: Plan | None) -> dict[str, int]:
+        """Kind of module → bytes under a plan, or of the original; ``not compressed`` last."""
+        sizes: Counter[str] = Counter()
+        for unit in self.units:
+            dense = self.dense_unit_bytes[unit.name]
+            sizes[unit.part] += dense if plan is None else self.measured(plan, unit).bytes
+        whole = self.dense_bytes if plan is None else plan.bytes
+        return {**sizes, "not compressed": whole - sizes.total()}
+
+    def block_losses(self, plan: Plan) -> dict[int, float]:
+        """Block → sum of its units' predicted losses under a plan."""
+        losses: dict[int, float] = {}
+        for unit in self.units:
+            found = self.measured(plan, unit)
+            losses[unit.block] = losses.get(unit.block, 0.0) + found.loss
+        return losses
+
+    @property
+    def loss_is_kl(self) -> bool:
+        """Whether losses are predicted KL; otherwise they are relative output errors."""
+        return all(m.score is not None for m in self.measurements)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per unit: what the plan does to it and what that costs."""
+        rows = []
+        for unit in self.units:
+            found = self.measured(self.plan, unit)
+            rows.append(
+                {
+                    "unit": unit.name,
+                    "block": unit.block,
+                    "part": unit.part,
+                    "chain": chain_text(found.chain),
+                    "parameters": unit.parameters,
+                    "bytes": found.bytes,
+                    "bits_per_weight": found.bytes * 8 / unit.parameters,
+                    "error": found.error,
+                    "predicted_kl": found.score,
+                    "seconds": found.seconds,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def event_counts(self) -> dict[str, int]:
+        """Kind → how often, the most frequent first."""
+        return dict(Counter(event.kind for event in self.events).most_common())
+
+    def starved(self, block: int) -> list[int]:
+        """Experts of a block that saw fewer tokens than their inputs are wide."""
+        bank = next(u for u in self.units if u.kind == "bank" and u.block == block)
+        width = bank.shapes["gate"][-1]
+        return [expert for expert, n in enumerate(self.expert_load[block]) if n < width]
+
+
+def module_names(units: Sequence[Unit]) -> dict[str, str]:
+    """Unit → short name of its module, the same in all blocks: ``q``, ``down``, ``experts``.
+
+    Modules that share their last word keep as many words as tell them apart.
+    """
+    paths = {u.name: re.sub(rf"^.*?\.{u.block}\.", "", u.name, count=1) for u in units}
+    words = {path: path.removesuffix("_proj").split(".") for path in dict.fromkeys(paths.values())}
+    short: dict[str, str] = {}
+    for path, all_words in words.items():
+        for count in range(1, len(all_words) + 1):
+            tail = all_words[-count:]
+            if sum(other[-count:] == tail for other in words.values()) == 1:
+                break
+        short[path] = ".".join(tail)
+    return {unit: short[path] for unit, path in paths.items()}

@@ -1,0 +1,217 @@
+"""How long the stages of a run will take, from counted operations and measured speeds.
+
+A token costs two operations per weight that it meets, a Hessian two per pair of inputs; what a
+method takes per column and per weight was measured on one small layer, its matrix products are
+counted. Every call of a layer adds a little that does not depend on sizes. All of it is divided by
+the workers that can share it. Expect a factor of two either way; reading from a slow disk and
+other users of the machine come on top.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moesaic.methods.base import Chain, Unit, method_module
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
+from moesaic.orchestrator.memory import (
+    Sizes,
+    experts_per_token,
+    site_shape,
+    sites,
+    slices,
+)
+from moesaic.orchestrator.stages import _EVALUATION_PARTS
+
+# Ray and its workers, until torch and transformers are loaded: measured on two cores.
+START_SECONDS = 15.0
+# One call of a layer with its hooks, whatever its size: measured on one core.
+_CALL_SECONDS = 2e-4
+
+METHOD = (
+    "operations counted from shapes, over speeds measured here in about two seconds; rough: expect"
+    " a factor of two either way, more while other processes use the machine"
+)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an earlier run did not finish.
+
+    Attributes:
+        blocks: whose statistics lack.
+        gradients: number of blocks whose gradients lack.
+        pairs: unit → chains that lack.
+    """
+
+    blocks: list[int]
+    gradients: int
+    pairs: Mapping[str, list[Chain]]
+
+
+class Clock:
+    """Seconds of one worker for the parts of a run."""
+
+    def __init__(self, experiment: Experiment, crew: Crew) -> None:
+        self.experiment = experiment
+        self.crew = crew
+        self.sizes = Sizes(experiment, crew)
+        self.model = experiment.model
+        banks = [unit for unit in self.model.units() if unit.kind == "bank"]
+        self.experts = banks[0].shapes["gate"][0] if banks else 0
+        self.per_token = (experts_per_token(self.model.config) or self.experts) if banks else 0
+        tokens = self.sizes.batch_tokens()
+        few = max(1, tokens * self.per_token // self.experts) if banks else 0
+        self.speeds: Speeds = measure_speeds(experiment, crew, tokens, few)
+
+    def linears(self, block: int, tokens: int) -> float:
+        """The layers of a block for ``tokens`` tokens."""
+        seconds = 0.0
+        for unit in self.sizes.block_units(block):
+            if unit.kind == "linear":
+                seconds += 2 * tokens * unit.parameters / self.speeds.matmul
+            else:
+                met = unit.parameters * self.per_token / self.experts
+                seconds += 2 * tokens * met / self.speeds.expert_matmul
+        return seconds
+
+    def calls(self, block: int, batches: int) -> float:
+        """What layers cost besides their arithmetic, for a number of batches."""
+        units = self.sizes.block_units(block)
+        layers = sum(2 * u.shapes["gate"][0] if u.kind == "bank" else 1 for u in units)
+        return _CALL_SECONDS * batches * (layers + 4)
+
+    def load(self, block: int) -> float:
+        return self.sizes.weights(block) / self.speeds.read
+
+    def statistics(self, block: int, tokens: int) -> float:
+        """Hessians of the sites of a block, and for ``experts: all`` the inputs of its experts."""
+        everything = self.experiment.recipe.calibration.experts == "all"
+        units, seconds = self.sizes.block_units(block), 0.0
+        for names, group in sites(units).items():
+            for site in names:
+                experts, _, inputs = site_shape(group, site)
+                work = 2.0 * tokens * inputs * inputs
+                if group[0].kind == "linear":
+                    seconds += work / self.speeds.hessian
+                elif everything:
+                    seconds += work * experts / self.speeds.hessian
+                else:
+                    seconds += work * self.per_token / self.speeds.expert_hessian
+            if group[0].kind == "bank" and everything:
+                gate = math.prod(group[0].shapes["gate"])
+                seconds += 2 * 2 * tokens * gate / self.speeds.matmul
+        return seconds if "hessian" in self.experiment.walk.needs else 0.0
+
+    def calibrate(self, blocks: list[int]) -> float:
+        """Forward through the blocks from the first that lacks, with statistics and their sums."""
+        walk, sizes = self.experiment.walk, self.sizes
+        tokens = walk.sequences * sizes.length
+        batches = sum(
+            math.ceil((high - low) / walk.batch)
+            for low, high in map(walk.shard_rows, range(walk.shards))
+        )
+        seconds = 0.0
+        for block in range(min(blocks), self.model.blocks) if blocks else ():
+            size = sum(sizes.statistics(sizes.block_units(block)).values())
+            seconds += self.linears(block, tokens) + self.statistics(block, tokens)
+            # Every shard's sums are zeroed, added and, at the end, written.
+            seconds += self.calls(block, batches) + (walk.shards + 2) * size / self.speeds.read
+            seconds += self.load(block) * self.walkers + walk.shards * 2 * self.speeds.write
+        return seconds
+
+    @property
+    def walkers(self) -> int:
+        """Workers that can share the walk."""
+        return min(self.crew.workers, self.experiment.walk.shards)
+
+    def gradients(self, lacking: int) -> float:
+        """Forward and back through the blocks for a few sequences, and labels from the head."""
+        walk = self.experiment.walk
+        if not lacking or not walk.gradients:
+            return 0.0
+        tokens = self.experiment.gradient_tokens()
+        sequences = tokens // self.sizes.length
+        seconds = 3 * tokens * self.speeds.head
+        for block in range(self.model.blocks):
+            seconds += 2 * self.linears(block, tokens) + 3 * self.calls(block, sequences)
+            seconds += self.load(block) * self.walkers + walk.shards * self.speeds.write
+        return seconds
+
+    def measure(self, pairs: Mapping[str, list[Chain]]) -> float:
+        """Compression of the pairs that lack, their errors, and the files."""
+        units = [self.experiment.by_name[name] for name in pairs]
+        seconds = 0.0
+        for names, group in sites(units).items():
+            stats = sum(self.sizes.statistics(group).values())
+            size = sum(self.experiment.dense_bytes(unit) for unit in group)
+            seconds += (stats + size) / self.speeds.read
+            chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
+            for chain in chains:
+                todo = [unit for unit in group if chain in pairs[unit.name]]
+                seconds += sum(self.compress(todo, site, chain) for site in names)
+                seconds += 4 * self.speeds.write * len(todo)
+        return seconds
+
+    def compress(self, units: list[Unit], site: str, chain: Chain) -> float:
+        """One chain on the members that read one site, and the errors of what it made."""
+        experts, rows, inputs = site_shape(units, site)
+        speed = self.speeds.compress.get(chain)
+        if speed is None:
+            return 0.0
+        parts, _ = slices(experts, rows, inputs, self.crew.device)
+        weights = experts * rows * inputs
+        products = 4.0 * weights * inputs  # Δw H and w H
+        if any("hessian" in method_module(spec.method).NEEDS for spec in chain):
+            products += weights * inputs + experts * inputs**3  # feedback, factorisation
+        return (
+            speed.column * inputs * parts
+            + (speed.weight + speed.dense) * weights
+            + products / self.speeds.hessian
+        )
+
+    def evaluate(self) -> float:
+        """The dense model, every baseline and the plan on the held-out text."""
+        recipe = self.experiment.recipe
+        texts = recipe.evaluation
+        plans = len(recipe.baselines) + 1
+        tokens = texts.sequences * texts.length
+        dense = max((speed.dense for speed in self.speeds.compress.values()), default=0.0)
+        parts = min(_EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
+        batches = math.ceil(texts.sequences / texts.batch)
+        blocks = range(self.model.blocks)
+        walk = sum(self.linears(b, tokens) + self.calls(b, batches) for b in blocks)
+        load = sum(self.load(block) for block in blocks) * parts
+        head = tokens * self.speeds.head
+        unpack = self.experiment.size.weights * dense * parts
+        return (plans + 1) * (walk + load) + (1 + 2 * plans) * head + plans * unpack
+
+    def evaluators(self) -> int:
+        """Workers that can share the evaluation."""
+        texts = self.experiment.recipe.evaluation
+        return min(self.crew.workers, _EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
+
+
+def predict_seconds(experiment: Experiment, crew: Crew, left: Left) -> dict[str, float]:
+    """Stage → seconds of what is left to do with the crew's workers; ``total`` is their sum."""
+    clock = Clock(experiment, crew)
+    jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
+    found = {
+        "start": START_SECONDS,
+        "calibrate": clock.calibrate(left.blocks) / clock.walkers,
+        "gradients": clock.gradients(left.gradients) / clock.walkers,
+        "measure": clock.measure(left.pairs) / max(1, min(crew.workers, jobs)),
+        "evaluate": clock.evaluate() / clock.evaluators(),
+    }
+    if experiment.recipe.propagate:
+        found["propagate"] = _propagate(clock)
+    return {**found, "total": sum(found.values())}
+
+
+def _propagate(clock: Clock) -> float:
+    """Every plan solved again from front to back: two passes per block, one chain per unit."""
+    experiment = clock.experiment
+    plans = len(experiment.recipe.baselines) + 1
+    passes = 2 * clock.calibrate(list(range(experiment.model.blocks))) / clock.walkers
+    first = {name: chains[:1] for name, chains in experiment.offers.items()}
+    return plans * (passes + clock.measure(first) / clock.crew.workers)

@@ -1,0 +1,179 @@
+import base64
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from moesaic.orchestrator.pictures import byte_scale, draw
+from moesaic.orchestrator.report import number_text, seconds_text, write_report
+from moesaic.orchestrator.summary import RunSummary, module_names
+from tests.orchestrator.summaries import summary, units
+
+
+class Page(HTMLParser):
+    """Cells of tables by id, addresses of everything that is loaded, and tags that never close."""
+
+    EMPTY = frozenset({"meta", "img", "link", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loaded += [values[key] or "" for key in ("src", "href") if key in values]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        if tag == "table":
+            self.rows = self.tables[values["id"] or ""] = []
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run() -> RunSummary:
+    return summary(blocks=3, experts=8)
+
+
+@pytest.fixture(scope="module")
+def report(run: RunSummary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(run, tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    found = Page(report.read_text(encoding="utf-8"))
+    assert found.open == []
+    return found
+
+
+def test_report_is_self_contained(page: Page, report: Path) -> None:
+    assert len(page.loaded) == 5
+    assert all(address.startswith("data:image/png;base64,") for address in page.loaded)
+    assert not re.search(r"https?://|@import|url\(", report.read_text(encoding="utf-8"))
+
+
+def test_report_holds_the_pictures_beside_it(page: Page, report: Path) -> None:
+    beside = {path.read_bytes() for path in (report.parent / "pictures").glob("*.png")}
+    assert {base64.b64decode(address.split(",")[1]) for address in page.loaded} == beside
+
+
+def test_report_lists_every_unit_with_its_numbers(page: Page, run: RunSummary) -> None:
+    rows = {row[0]: row for row in page.tables["units"][1:]}
+    assert list(rows) == [unit.name for unit in run.units]
+    for unit in run.units:
+        found = run.measured(run.plan, unit)
+        row = rows[unit.name]
+        assert row[3] == f"{found.bytes:,}"
+        assert float(row[4]) == pytest.approx(found.bytes * 8 / unit.parameters, abs=6e-4)
+        assert float(row[5]) == pytest.approx(found.error, rel=1e-3)
+        assert float(row[6]) == pytest.approx(found.score, rel=1e-3)
+
+
+def test_report_shows_the_scores(page: Page, run: RunSummary) -> None:
+    rows = {row[0]: row for row in page.tables["scores"][1:]}
+    assert set(rows) == set(run.scores)
+    for name, score in run.scores.items():
+        assert rows[name][1] == f"{score['bytes']:,}"
+        assert float(rows[name][4]) == pytest.approx(score["kl"], rel=1e-3)
+    assert "412" not in rows["dense"][6]
+    assert rows["plan"][6] == "812"
+
+
+def test_report_counts_events_and_escapes_them(page: Page, report: Path) -> None:
+    assert "12 × few tokens" in page.text
+    assert "and 4 more" in page.text
+    assert "damping 0.01 → 0.1 <not positive>" in page.text
+    assert "&lt;not positive&gt;" in report.read_text(encoding="utf-8")
+
+
+def test_report_choices_add_up(page: Page, run: RunSummary) -> None:
+    rows = page.tables["choices"][1:]
+    assert sum(int(row[1]) for row in rows) == len(run.units)
+    compressed = sum(run.measured(run.plan, unit).bytes for unit in run.units)
+    assert sum(int(row[2].replace(",", "")) for row in rows) == compressed
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_report_of_a_dense_model_without_evaluation(tmp_path: Path, scored: bool) -> None:
+    run = summary(blocks=2, with_scores=scored)
+    bare = RunSummary(**{**vars(run), "scores": {}, "events": (), "stage_seconds": {}})
+    page = Page(write_report(bare, tmp_path).read_text(encoding="utf-8"))
+    assert len(page.loaded) == 3
+    assert "scores" not in page.tables and "Events" in page.text
+
+
+def test_pictures_decode_and_show_something(tmp_path: Path) -> None:
+    files = draw(summary(blocks=2, experts=8), tmp_path)
+    assert len(files) == 5
+    for path in files.values():
+        image = imread(BytesIO(path.read_bytes()), format="png")
+        assert image.shape[0] > 250 and image.shape[1] > 500
+        assert len(np.unique((image[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 20
+
+
+def test_pictures_are_the_same_bytes_again(tmp_path: Path) -> None:
+    run = summary(blocks=2)
+    first = {name: path.read_bytes() for name, path in draw(run, tmp_path / "a").items()}
+    again = {name: path.read_bytes() for name, path in draw(run, tmp_path / "b").items()}
+    assert first == again
+
+
+def test_part_bytes_sum_to_the_checkpoint(run: RunSummary) -> None:
+    assert sum(run.part_bytes(None).values()) == run.dense_bytes
+    for plan in run.plans.values():
+        parts = run.part_bytes(plan)
+        assert sum(parts.values()) == plan.bytes
+        assert parts["not compressed"] == run.part_bytes(None)["not compressed"]
+
+
+def test_starved_experts_saw_fewer_tokens_than_inputs(run: RunSummary) -> None:
+    for block, load in run.expert_load.items():
+        assert run.starved(block) == [e for e, count in enumerate(load) if count < 64]
+    assert any(run.starved(block) for block in run.expert_load)
+
+
+def test_module_names_are_short_and_tell_modules_apart() -> None:
+    dense = set(module_names(units(3, 0)).values())
+    assert dense == {"q", "k", "v", "o", "gate", "up", "down"}
+    mixed = module_names(units(2, 4))
+    assert mixed["model.layers.0.mlp.gate_proj"] == "mlp.gate"
+    assert mixed["model.layers.1.mlp.shared_experts.gate_proj"] == "shared_experts.gate"
+    assert mixed["model.layers.1.mlp.experts"] == "experts"
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [number_text(x) for x in (None, 0.0, 0.00012345, 12.3456, float("nan"))] == [
+        "–",
+        "0",
+        "1.235e-04",
+        "12.35",
+        "–",
+    ]
+    assert [seconds_text(s) for s in (4.25, 59.99, 200, 3720)] == [
+        "4.2 s",
+        "60.0 s",
+        "3 min 20 s",
+        "1 h 02 min",
+    ]
+    assert byte_scale(2.5e9) == (1e9, "GB") and byte_scale(12) == (1.0, "bytes")

@@ -1,0 +1,318 @@
+"""The store: what is finished is there, what is not is not, whoever writes and whatever happens."""
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moesaic.orchestrator import store as module
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.store import (
+    Store,
+    digest,
+    file_digest,
+    remove_scratch,
+    scratch_folder,
+    write_atomically,
+)
+
+KEY = "ab" + "0" * 38
+OTHER = "cd" + "1" * 38
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def writing(content: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_an_entry_is_there_after_put_with_its_metadata(store: Store) -> None:
+    assert store.get("pieces", KEY) is None
+    made = store.put("pieces", KEY, writing(b"some bytes"), {"unit": "größe"})
+    found = store.get("pieces", KEY)
+    assert found == made and found is not None
+    assert found.path == store.path("pieces", KEY)
+    assert (found.size, found.metadata) == (10, {"unit": "größe"})
+    assert files(store.root) == [f"pieces/ab/{KEY}.safetensors", f"pieces/ab/{KEY}.seal.json"]
+    assert store.get("errors", KEY) is None
+
+
+def test_json_comes_back_as_it_went_in(store: Store) -> None:
+    value = {"a": [1, 2.5, None], "ö": {"kl": 1e-300}}
+    store.put_json("scores", KEY, value)
+    assert store.get_json("scores", KEY) == value
+    assert store.get_json("scores", OTHER) is None
+
+
+def test_a_kind_that_gc_would_not_know_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="no kind of entry 'piece': there are .*pieces"):
+        store.put("piece", KEY, writing(b""))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        lambda path: path.write_bytes(b"S" + path.read_bytes()[1:]),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["truncated", "longer", "altered", "empty"],
+)
+def test_a_damaged_entry_is_removed_and_can_be_made_again(
+    store: Store, damage: Callable[[Path], None]
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("pieces", OTHER, writing(b"other bytes"))
+    damage(store.path("pieces", KEY))
+    assert store.get("pieces", KEY) is None
+    assert files(store.root) == [f"pieces/cd/{OTHER}.safetensors", f"pieces/cd/{OTHER}.seal.json"]
+    store.put("pieces", KEY, writing(b"some bytes"))
+    assert store.get("pieces", KEY) is not None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"null", b'{"size": 10}', b"\xff\xfe", b'"text"']
+)
+def test_an_altered_seal_is_no_entry(store: Store, content: bytes) -> None:
+    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    (path.parent / f"{KEY}.seal.json").write_bytes(content)
+    assert store.get("pieces", KEY) is None
+    assert files(store.root) == []
+
+
+def test_a_seal_without_metadata_is_no_entry(store: Store) -> None:
+    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    seal = path.parent / f"{KEY}.seal.json"
+    sealed = json.loads(seal.read_text())
+    del sealed["metadata"]
+    seal.write_text(json.dumps(sealed))
+    assert store.get("pieces", KEY) is None
+
+
+@pytest.mark.parametrize("lost", ["safetensors", "seal.json"])
+def test_half_an_entry_is_no_entry(store: Store, lost: str) -> None:
+    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    (path.parent / f"{KEY}.{lost}").unlink()
+    assert store.get("pieces", KEY) is None
+
+
+@pytest.mark.parametrize("moment", ["before", "amid"])
+def test_a_writer_that_fails_leaves_nothing(store: Store, moment: str) -> None:
+    def write(path: Path) -> None:
+        if moment == "amid":
+            path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.put("pieces", KEY, write)
+    assert files(store.root) == []
+    assert store.get("pieces", KEY) is None
+
+
+def test_an_entry_does_not_exist_before_its_seal(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("pieces", KEY, writing(b"some bytes"))
+    assert files(store.root) == [f"pieces/ab/{KEY}.safetensors"]
+    assert store.get("pieces", KEY) is None
+
+
+def test_a_failed_rewrite_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_atomically(path, writing(b"old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"ne")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and files(tmp_path) == ["plan.json"]
+
+
+def _write_many(root: Path, seed: int, wrong: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    store = Store(root)
+    for turn in range(40):
+        key = digest((turn * 7 + seed) % 5)
+        content = key.encode() * 2000
+        store.put("pieces", key, writing(content), {"writer": seed})
+        found = store.get("pieces", key)
+        if found is None or found.path.read_bytes() != content:
+            wrong.put(key)
+
+
+def test_many_writers_of_the_same_keys_leave_valid_entries(store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    wrong = context.Queue()
+    writers = [context.Process(target=_write_many, args=(store.root, s, wrong)) for s in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert wrong.empty()
+    for number in range(5):
+        key = digest(number)
+        found = store.get("pieces", key)
+        assert found is not None and found.path.read_bytes() == key.encode() * 2000
+    assert len(files(store.root)) == 10  # no temporary is left
+
+
+def _full(path: Path) -> None:
+    path.write_bytes(b"the first half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_temporary(store: Store) -> None:
+    store.put("pieces", OTHER, writing(b"finished"))
+    before = files(store.root)
+    with pytest.raises(RunError) as error:
+        store.put("pieces", KEY, _full)
+    assert "the disk is full" in str(error.value) and "\n" not in str(error.value)
+    assert str(store.path("pieces", KEY)) in str(error.value)
+    assert files(store.root) == before
+    assert store.get("pieces", OTHER) is not None
+
+
+def test_a_full_disk_is_recognised_when_safetensors_meets_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library raises its own error, with the system's number only in its text."""
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    monkeypatch.setattr(module.errno, "EDQUOT", errno.EFBIG)  # a limit that a test may set
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+        with pytest.raises(RunError, match="the disk is full"):
+            store.put("stats", KEY, lambda p: save_file({"a": torch.zeros(1 << 16)}, p))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert files(store.root) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_store_that_is_not_writable_is_the_users_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(self: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="cannot be written") as error:
+        Store(tmp_path / "store")
+    assert str(tmp_path / "store") in str(error.value)
+
+
+def test_a_store_where_no_folder_can_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc/store: cannot be written"):
+        Store(Path("/proc/store"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(UserError, match="must be a folder"):
+            Store(path)
+
+
+def _age(path: Path, seconds: float = 7200) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_gc_keeps_what_is_used_or_young_and_removes_the_rest(store: Store) -> None:
+    used = store.put("pieces", KEY, writing(b"used")).path
+    unused = store.put("pieces", OTHER, writing(b"unused")).path
+    used_json = store.put_json("scores", KEY, {"kl": 1}).path
+    unused_json = store.put_json("scores", OTHER, {"kl": 2}).path
+    leftover = unused.with_name(f"{unused.name}.tmp-123")
+    leftover.write_bytes(b"12345")
+    old = [path for path in store.root.rglob("*") if path.is_file()]
+    expected = sum(
+        path.stat().st_size
+        for path in (unused, unused_json, leftover, *store.root.glob(f"*/cd/{OTHER}.seal.json"))
+    )
+    for path in old:
+        _age(path)
+    young = store.put("errors", OTHER, writing(b"young")).path
+    removed = store.gc([used, used_json], minimum_age_seconds=3600)
+    assert removed == (5, expected)
+    assert files(store.root) == sorted(
+        [
+            f"pieces/ab/{KEY}.safetensors",
+            f"pieces/ab/{KEY}.seal.json",
+            f"scores/ab/{KEY}.json",
+            f"scores/ab/{KEY}.seal.json",
+            f"errors/cd/{OTHER}.safetensors",
+            f"errors/cd/{OTHER}.seal.json",
+        ]
+    )
+    assert store.get("pieces", KEY) and store.get_json("scores", KEY) and young.exists()
+    assert not (store.root / "pieces" / "cd").exists()
+    assert store.gc([], minimum_age_seconds=0)[0] == 6
+    assert files(store.root) == []
+
+
+def test_gc_keeps_unfinished_work_that_is_named(store: Store) -> None:
+    folders = [scratch_folder(store.root, key) for key in (KEY, OTHER)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "hidden.safetensors").write_bytes(b"x")
+        _age(folder / "hidden.safetensors")
+    assert store.gc([folders[0]]) == (1, 1)
+    assert files(store.root) == [f"scratch/{KEY}/hidden.safetensors"]
+
+
+def test_gc_touches_nothing_that_is_not_the_stores(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put("pieces", KEY, writing(b"x"))
+    for name in ("mlflow.db", "pieces/notes.txt", "model/model.safetensors", "stats.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for path in tmp_path.rglob("*"):
+        _age(path)
+    assert store.gc([])[0] == 2
+    mine = ["mlflow.db", "model/model.safetensors", "pieces/notes.txt", "stats.csv"]
+    assert files(tmp_path) == mine
+
+
+def test_scratch_is_removed_with_its_files_and_may_be_gone_already(tmp_path: Path) -> None:
+    folder = scratch_folder(tmp_path, KEY)
+    remove_scratch(folder)
+    write_atomically(folder / "a", writing(b"x"))
+    remove_scratch(folder)
+    assert not folder.exists()
+
+
+def test_digests_depend_on_the_value_only(tmp_path: Path) -> None:
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": (2, 3), "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"x" * 3_000_000)
+    two.write_bytes(b"x" * 3_000_000)
+    assert file_digest(one) == file_digest(two)
+    two.write_bytes(b"x" * 2_999_999 + b"y")
+    assert file_digest(one) != file_digest(two)

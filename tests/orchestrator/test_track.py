@@ -1,0 +1,410 @@
+"""The record of runs in MLflow, read back with MLflow's own client.
+
+Making a database takes seconds: the tests share one, each with an experiment of its own.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from moesaic.methods.base import Event, Spec
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.track import Tracker
+from moesaic.search.base import Plan
+
+RTN, GPTQ = Spec.of("rtn", {"bits": 3}), Spec.of("gptq", {"bits": 4, "group_size": 32})
+PLANS = {
+    "rtn 3": Plan({"a": (RTN,), "b": (RTN,), "c": (RTN,)}, 90, 0.4),
+    "plan": Plan({"a": (RTN,), "b": (GPTQ,), "c": (RTN,)}, 100, 0.2),
+}
+SCORES: dict[str, dict[str, Any]] = {
+    "dense": {"bytes": 400, "kl": 0.0, "sources": {"wiki.txt": {"kl": 0.0}}},
+    "rtn 3": {"bytes": 90, "kl": 0.5, "sources": {"wiki.txt": {"kl": 0.5}}},
+    "plan": {
+        "bytes": 100,
+        "kl": 0.25,
+        "note": "no number",
+        "sources": {"wiki.txt": {"kl": 0.125}, "ça (new)": {"kl": math.nan}},
+    },
+}
+PARAMS = {"model": "tiny", "budget": {"bytes": 100, "bits_per_weight": None}, "keep": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('record')}/shared.db"
+
+
+@pytest.fixture
+def tracking(database: str, request: pytest.FixtureRequest) -> Tracking:
+    return Tracking(uri=database, experiment=request.node.name)
+
+
+@pytest.fixture
+def client(database: str) -> MlflowClient:
+    return MlflowClient(database)
+
+
+@pytest.fixture
+def track(tracking: Tracking, tmp_path: Path) -> Callable[..., Tracker]:
+    def make(params: Any = PARAMS, output: str = "small", **changes: Any) -> Tracker:
+        changed = tracking.model_copy(update=changes)
+        return Tracker(changed, "small-0.6b", tmp_path / output, params)
+
+    return make
+
+
+def children(client: MlflowClient, run: Run) -> dict[str, Run]:
+    found = client.search_runs(
+        [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    )
+    assert len({child.info.run_name for child in found}) == len(found)
+    return {child.info.run_name: child for child in found}
+
+
+def artifact(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+def test_run_is_running_inside_and_finished_after(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    with track() as tracker:
+        assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "small-0.6b"
+    assert run.data.params == {"model": "tiny", "budget.bytes": "100", "keep": '["lm_head"]'}
+    assert run.data.tags["output"] == str(tmp_path / "small")
+    assert "failure" not in run.data.tags
+    memory = json.loads((tmp_path / "small" / "mlflow_run.json").read_text())
+    assert memory == {"run_id": tracker.run_id, "uri": tracker.uri}
+
+
+def test_scores_are_on_the_run_and_on_a_child_per_plan(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    with track() as tracker:
+        tracker.log_scores(SCORES, PLANS)
+    run = client.get_run(tracker.run_id)
+    (odd,) = (name for name in run.data.metrics if name.startswith("sources/_a _new_-"))
+    assert math.isnan(run.data.metrics.pop(odd))
+    assert run.data.metrics == {"bytes": 100, "kl": 0.25, "sources/wiki.txt/kl": 0.125}
+    found = children(client, run)
+    assert found.keys() == SCORES.keys()
+    assert {child.info.status for child in found.values()} == {"FINISHED"}
+    assert found["rtn 3"].data.metrics == {"bytes": 90, "kl": 0.5, "sources/wiki.txt/kl": 0.5}
+    assert found["rtn 3"].data.params == {"choice.rtn bits:3": "3"}
+    assert found["dense"].data.params == {}
+    assert found["plan"].data.params == {
+        "choice.rtn bits:3": "2",
+        "choice.gptq group_size:32": "1",
+    }
+
+
+def test_more_metrics_and_params_than_one_batch_are_all_kept(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    params = {f"p{index}": index for index in range(203)}
+    with track(params) as tracker:
+        tracker.log_stages({f"s{index}": index / 2 for index in range(2001)})
+    run = client.get_run(tracker.run_id)
+    assert run.data.params == {name: str(value) for name, value in params.items()}
+    assert run.data.metrics == {f"seconds.s{index}": index / 2 for index in range(2001)}
+
+
+def test_table_files_and_events_are_artifacts(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"unit": ["a<b>", "c"], "bits": [3.0, 4.25]})
+    (tmp_path / "plan.json").write_text("{}")
+    events = [
+        Event("few_tokens", "3 of 64", "a", 3.0),
+        Event("few_tokens", "5 of 64", "b", 5.0),
+        Event("damping grew", "0.1", "c", 0.1),
+    ]
+    with track() as tracker:
+        tracker.log_table(frame)
+        tracker.log_files([tmp_path / "plan.json"])
+        tracker.log_events(events)
+    names = {file.path for file in client.list_artifacts(tracker.run_id)}
+    assert names == {"layers.parquet", "layers.html", "plan.json", "events.json"}
+    folder = tmp_path / "fetched"
+    fetched = artifact(client, tracker.run_id, "layers.parquet", folder)
+    pd.testing.assert_frame_equal(pd.read_parquet(fetched), frame)
+    html = artifact(client, tracker.run_id, "layers.html", folder).read_text()
+    assert "a&lt;b&gt;" in html and "4.25" in html
+    listed = json.loads(artifact(client, tracker.run_id, "events.json", folder).read_text())
+    assert [Event(**event) for event in listed["events"]] == events
+    metrics = client.get_run(tracker.run_id).data.metrics
+    assert metrics == {"events.few_tokens": 2, "events.damping grew": 1}
+
+
+def test_param_over_6000_characters_is_kept_whole_as_an_artifact(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    long = "x" * 6001
+    with track({"fits": "y" * 6000, "candidates": {"chains": long}}) as tracker:
+        pass
+    params = client.get_run(tracker.run_id).data.params
+    assert params["fits"] == "y" * 6000
+    file = "params/candidates.chains.txt"
+    assert params["candidates.chains"].startswith(f"6,001 characters, see artifact {file} (")
+    assert artifact(client, tracker.run_id, file, tmp_path / "fetched").read_text() == long
+
+
+def test_failure_ends_the_run_and_open_children_with_the_reason(
+    track: Callable[..., Tracker], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(score: Any) -> Any:
+        raise RunError("layer 3:\n  the matrix is singular")
+
+    monkeypatch.setattr("moesaic.orchestrator.track.numbers", breaks)
+    tracker = track()
+    with pytest.raises(RunError, match="singular"), tracker:
+        tracker.log_scores(SCORES, PLANS)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"] == "layer 3: the matrix is singular"
+    assert {c.info.run_name: c.info.status for c in children(client, run).values()} == {
+        "dense": "FAILED"
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt"),
+        (ValueError("a\nb"), "FAILED", "ValueError: a b"),
+        (OSError(28, "No space left on device"), "FAILED", "OSError: [Errno 28] No space left"),
+        (UserError("budget: too few"), "FAILED", "budget: too few"),
+    ],
+    ids=["ctrl-c", "bug", "disk", "user"],
+)
+def test_error_passes_through_and_is_on_record(
+    track: Callable[..., Tracker],
+    client: MlflowClient,
+    error: BaseException,
+    status: str,
+    reason: str,
+) -> None:
+    tracker = track()
+    with pytest.raises(type(error)) as caught, tracker:
+        raise error
+    assert caught.value is error
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == status
+    assert run.data.tags["failure"].startswith(reason)
+    assert "\n" not in run.data.tags["failure"]
+
+
+def test_failed_run_goes_on_when_started_again(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    first = track()
+    with pytest.raises(KeyboardInterrupt), first:
+        first.log_scores(SCORES, PLANS)
+        raise KeyboardInterrupt
+    with track() as second:
+        run = client.get_run(first.run_id)
+        assert (run.info.status, run.data.tags.get("failure")) == ("RUNNING", None)
+        second.log_scores(SCORES, PLANS)
+    assert second.run_id == first.run_id
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert children(client, run).keys() == SCORES.keys()
+
+
+def test_run_left_behind_by_kill_9_goes_on(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    first = track().__enter__()  # and nobody leaves the block
+    with track() as second:
+        pass
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def fail(tracker: Tracker) -> str:
+    with pytest.raises(RunError, match="stop"), tracker:
+        raise RunError("stop")
+    return tracker.run_id
+
+
+def test_new_run_begins_when_params_changed(track: Callable[..., Tracker]) -> None:
+    first = fail(track())
+    with track({**PARAMS, "model": "other"}) as second:
+        assert second.run_id != first
+
+
+def test_new_run_begins_when_only_the_end_of_a_long_param_changed(
+    track: Callable[..., Tracker],
+) -> None:
+    first = fail(track({"long": "x" * 9000 + "a"}))
+    with track({"long": "x" * 9000 + "b"}) as second:
+        assert second.run_id != first
+
+
+def test_new_run_begins_when_the_last_one_finished(track: Callable[..., Tracker]) -> None:
+    with track() as first, track(output="elsewhere") as elsewhere:
+        assert elsewhere.run_id != first.run_id
+    with track() as second:
+        assert second.run_id != first.run_id
+
+
+def test_new_run_begins_when_the_last_one_was_deleted(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    first = fail(track())
+    client.delete_run(first)
+    with track() as second:
+        assert second.run_id != first
+
+
+def test_new_run_begins_when_the_database_does_not_know_the_last_one(
+    track: Callable[..., Tracker], tmp_path: Path
+) -> None:
+    first = fail(track())
+    memory = tmp_path / "small" / "mlflow_run.json"
+    memory.write_text(memory.read_text().replace(first, "0" * 32))
+    with track() as second:
+        assert second.run_id not in (first, "0" * 32)
+
+
+def test_damaged_memory_is_named(track: Callable[..., Tracker], tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mlflow_run.json").write_text("{")
+    with pytest.raises(UserError, match=r"mlflow_run\.json: is damaged; remove it"), track():
+        pass
+
+
+def test_model_points_to_its_folder_and_is_registered_once(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small" / "model"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"\1" * 100_000)
+    first = track(register_as="tiny model")
+    with pytest.raises(RunError, match="later"), first:
+        first.log_scores(SCORES, PLANS)
+        model_id = first.log_model(folder, SCORES["plan"])
+        raise RunError("later")
+    with track(register_as="tiny model") as second:
+        second.log_scores(SCORES, PLANS)
+        assert second.log_model(folder, SCORES["plan"]) == model_id
+    model = client.get_logged_model(model_id)
+    assert model.tags["path"] == str(folder)
+    assert model.source_run_id == first.run_id
+    assert model.params["model"] == "tiny"
+    assert {m.key: m.value for m in model.metrics if m.key == "kl"} == {"kl": 0.25}
+    (version,) = client.search_model_versions("name = 'tiny model'")
+    assert (version.run_id, version.model_id) == (first.run_id, model_id)
+    # Scores and model of one attempt are one point each on the run's curves.
+    assert len(client.get_metric_history(first.run_id, "kl")) == 2
+    kept = second.place.artifacts
+    assert kept is not None
+    assert max(file.stat().st_size for file in kept.rglob("*") if file.is_file()) < 10_000
+
+
+def test_model_leaves_the_default_place_alone(
+    track: Callable[..., Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with track() as tracker:
+        tracker.log_model(tmp_path, SCORES["plan"])
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:9"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b"])
+def test_name_that_the_registry_refuses_is_found_out_at_the_start(
+    track: Callable[..., Tracker], name: str
+) -> None:
+    with pytest.raises(UserError, match=r"tracking\.register_as"):
+        track(register_as=name)
+
+
+def test_default_place_is_beside_the_output(tmp_path: Path) -> None:
+    tracker = Tracker(Tracking(), "small", tmp_path / "runs" / "small", {})
+    assert tracker.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracker.place.artifacts == tmp_path / "runs" / "mlartifacts"
+
+
+def test_relative_sqlite_uri_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker(Tracking(uri="sqlite:///mine.db"), "small", tmp_path / "out", {})
+    assert tracker.uri == f"sqlite:///{tmp_path}/mine.db"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "file:mlruns", "mlruns", "/tmp/mlruns"])
+def test_folder_of_files_is_refused_with_advice(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match=r"no longer writes: write sqlite:///FILE\.db"):
+        Tracker(Tracking(uri=uri), "small", tmp_path, {})
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/x", "sqlite:///", "sqlite://", ""])
+def test_other_bad_uri_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri"):
+        Tracker(Tracking(uri=uri), "small", tmp_path, {})
+
+
+def unreachable(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    yield "http://user:secret@127.0.0.1:9", "http://user:***@127.0.0.1:9"
+    yield f"sqlite:///{tmp_path}/file/mlflow.db", "NotADirectory|FileExists"
+    yield f"sqlite:///{tmp_path}/file", "file is not a database"
+
+
+@pytest.mark.parametrize("case", range(3), ids=["server", "folder", "no database"])
+def test_unreachable_place_is_one_line_within_seconds(tmp_path: Path, case: int) -> None:
+    (tmp_path / "file").write_text("no database at all, but long enough for a header " * 4)
+    uri, reason = list(unreachable(tmp_path))[case]
+    started = time.monotonic()
+    with pytest.raises(RunError, match="^tracking: MLflow at ") as caught:
+        Tracker(Tracking(uri=uri), "small", tmp_path / "out", {}).__enter__()
+    assert time.monotonic() - started < 8
+    assert caught.match(reason.replace("*", r"\*"))
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_server_does_not_hide_the_error_of_the_work(
+    track: Callable[..., Tracker], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tracker = track()
+    with pytest.raises(ValueError, match="the real one"), tracker:
+        tracker._client = MlflowClient("http://127.0.0.1:9")
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        raise ValueError("the real one")
+    del os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+    assert "the failure is not recorded: tracking: MLflow at" in capsys.readouterr().err
+
+
+def test_deleted_experiment_is_named(
+    track: Callable[..., Tracker], client: MlflowClient, tracking: Tracking
+) -> None:
+    client.delete_experiment(client.create_experiment(tracking.experiment))
+    with pytest.raises(UserError, match="was deleted"), track():
+        pass
+
+
+def test_nothing_is_printed(
+    track: Callable[..., Tracker], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fresh = f"sqlite:///{tmp_path}/fresh/new.db"
+    with track(uri=fresh) as tracker:
+        tracker.log_scores(SCORES, PLANS)
+        tracker.log_model(tmp_path, SCORES["plan"])
+    assert capfd.readouterr() == ("", "")
