@@ -32,9 +32,9 @@ NEEDS = frozenset({"hessian", "tokens"})
 # Working memory of one slice of a bank, by kind of device: two float64 Hessians, factor and three
 # float32 weights per expert. On a processor that should fit its cache; a slice has at least one
 # expert.
-WORK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
-# Factors of a site are kept for its next candidate up to this size. Larger ones are made anew: at
-# such widths that costs less than the column loop, and the memory would be the Hessian's again.
+WORK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Factors of a site are kept for its next candidate up to this size. Larger ones are made anew, at
+# about twice the time per candidate: kept, they would need as much memory as the Hessians again.
 KEEP_BYTES = 256 << 20
 
 

@@ -4,6 +4,7 @@ Nothing is computed here beyond reading headers and drawing tokens; whatever can
 recipe is found out before any work starts.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,6 +193,7 @@ class Experiment:
             total = size.fixed_bytes + int(wanted.bits_per_weight * size.weights / 8)
         if total < size.smallest_bytes:
             bits = (size.smallest_bytes - size.fixed_bytes) * 8 / size.weights
+            bits = math.ceil(bits * 1000) / 1000  # rounded down it would be refused again
             raise UserError(
                 f"budget: {total:,} bytes are too few: the smallest plan that these candidates"
                 f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight);"

@@ -24,7 +24,8 @@ from moesaic.orchestrator.experiment import Experiment, find_model
 from moesaic.orchestrator.machine import Crew, crew
 from moesaic.orchestrator.memory import Sizes, experts_per_token
 from moesaic.orchestrator.recipe import resolve
-from moesaic.orchestrator.stages import expert_load, missing_pairs
+from moesaic.orchestrator.results import expert_load
+from moesaic.orchestrator.stages import missing_pairs
 from moesaic.orchestrator.streaming import StreamedModel
 
 _SHOWN_EVENTS = 8
@@ -271,6 +272,13 @@ def _machine_events(
             f"{team.workers} worker(s) of {team.cpus} CPU do not fit this machine"
             f" (at most {team.fitting})",
             value=team.workers,
+        )
+    busy, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if busy > cores / 2:
+        yield Event(
+            "machine_busy",
+            f"other processes keep {busy:.1f} of {cores} cores busy: all takes longer",
+            value=busy,
         )
     available = psutil.virtual_memory().available
     if peak * team.workers > available:

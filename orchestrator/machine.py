@@ -1,12 +1,10 @@
 """What this machine can do: how many workers fit, and how fast the operations of a run are here.
 
 The speeds are measured in about two seconds on matrices of the model's widths, cut where they are
-large. They are rough: one size stands for all of a kind, and what other processes do at that moment
-counts.
+large, as an undisturbed process has them. They are rough: one size stands for all of a kind.
 """
 
 import os
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -31,9 +30,9 @@ _PROBE_WIDTH = 2048
 _PROBE_SECONDS = 0.1
 _PROBE_REPEATS = 5
 # A layer to compress: inputs (at least) and the two numbers of rows that give the slope.
-_LAYER_INPUTS, _LAYER_ROWS = 256, (32, 256)
-_READ_BYTES = 64 << 20
-_HEAD_ROWS = 16
+_LAYER_INPUTS, _LAYER_ROWS = 256, (32, 512)
+_READ_BYTES, _ADD_BYTES = 64 << 20, 16 << 20
+_HEAD_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class Speeds:
         expert_matmul, expert_hessian: the same with the few tokens that one expert sees of a batch.
         head: seconds per token for logits and their log-softmax.
         read: bytes per second of a tensor read from the checkpoint and checked.
+        add: bytes per second of an array that is set to zero and added to.
         write: seconds to write a small file so that it survives a crash.
         compress: chain → seconds; chains of methods that take no linears are not in it.
     """
@@ -102,6 +102,7 @@ class Speeds:
     expert_hessian: float
     head: float
     read: float
+    add: float
     write: float
     compress: Mapping[Chain, Compressing]
 
@@ -117,15 +118,24 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """Median time of a call; the first, which may set things up, counts only if it stays alone."""
+    """Shortest time of a few calls: the first sets things up.
+
+    On a processor it is the time of its cores, so that other processes do not count.
+    """
     times: list[float] = []
-    while not times or (sum(times) < _PROBE_SECONDS and len(times) < _PROBE_REPEATS):
-        started = time.perf_counter()
+    while len(times) < 2 or (sum(times) < _PROBE_SECONDS and len(times) < _PROBE_REPEATS):
+        started = _now(device)
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:] or times)
+        times.append(_now(device) - started)
+    return max(min(times), 1e-9)
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -151,6 +161,7 @@ def measure_speeds(experiment: Experiment, crew: Crew, tokens: int, expert_token
             expert_hessian=_hessian(few, hidden, model.dtype, crew.device),
             head=_head(hidden, model.vocab_size, model.dtype, crew.device),
             read=_read(model.checkpoint),
+            add=_add(crew.device),
             write=_write(experiment),
             compress=_compressing(experiment, crew.device),
         )
@@ -194,7 +205,12 @@ def _head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> floa
 def _read(checkpoint: Checkpoint) -> float:
     sizes = sorted((checkpoint.nbytes(name), name) for name in checkpoint.names())
     size, name = next((s for s in reversed(sizes) if s[0] <= _READ_BYTES), sizes[0])
-    return size / _seconds(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "cpu")
+    return size / _seconds(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "disk")
+
+
+def _add(device: str) -> float:
+    other = torch.ones(_ADD_BYTES // 4, device=device)
+    return _ADD_BYTES / _seconds(lambda: torch.zeros_like(other).add_(other), device)
 
 
 def _write(experiment: Experiment) -> float:
@@ -204,7 +220,7 @@ def _write(experiment: Experiment) -> float:
         write_atomically(path, _fill)
         path.unlink()
 
-    return _seconds(write, "cpu")
+    return _seconds(write, "disk")
 
 
 def _fill(path: Path) -> None:
@@ -244,21 +260,29 @@ def _compress(chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Uni
     widths += sorted({shape[-1] for unit in units for shape in unit.shapes.values()})
     inputs = next(w for w in widths if not method.problem({"weight": (_LAYER_ROWS[0], w)}, options))
 
-    def layer(rows: int) -> Callable[[], Result]:
+    made: list[Result] = []
+
+    def layer(rows: int) -> Callable[[], None]:
         unit = Unit("probe", "linear", 0, "mlp", {"weight": (rows, inputs)}, {"weight": "probe"})
         observer = StatisticsObserver([unit], tuple(method.NEEDS), torch.device(device))
         observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device), None)
         sums = observer.stats["probe"].sums
         weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
         # New Stats every time: what a method derives from them would be reused.
-        return lambda: method.compress(weights, {"weight": Stats(sums)}, options)
+        return lambda: made.append(method.compress(weights, {"weight": Stats(sums)}, options))
 
     few, many = _LAYER_ROWS
     short, long = (_seconds(layer(rows), device) for rows in _LAYER_ROWS)
     weight = max(0.0, (long - short) / ((many - few) * inputs))
-    member = layer(many)().members["weight"]
     return Compressing(
         column=max(0.0, short / inputs - weight * few),
         weight=weight,
-        dense=_seconds(member.dense, device) / (many * inputs),
+        dense=_seconds(made[-1].members["weight"].dense, device) / (many * inputs),
     )
+
+
+def describe_machine() -> str:
+    """Cores, memory and accelerators, in words."""
+    memory = psutil.virtual_memory().total / 2**30
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {', '.join(gpus) or 'no GPU'}"

@@ -77,14 +77,22 @@ def _without_password(uri: str) -> str:
     return uri.replace(f":{password}@", ":***@", 1) if password else uri
 
 
-def legal_name(name: str, illegal: str = r"[^A-Za-z0-9_\-. :/]") -> str:
-    """``name`` where it is allowed; else what is allowed of it, and a digest to keep it apart."""
-    clean = "/".join(part if part.strip(".") else "_" for part in name.split("/"))
-    clean = re.sub(illegal, "_", clean)[:_NAME_CHARACTERS]
-    if clean == name:
+def legal_name(name: str) -> str:
+    """``name`` where it is allowed; else what is allowed of it, with a digest to keep it apart."""
+    clean = "/".join(_legal_part(part, r"[^A-Za-z0-9_\-. :]") for part in name.split("/"))
+    if len(clean) <= _NAME_CHARACTERS:
         return clean
-    digest = hashlib.blake2b(name.encode(), digest_size=3).hexdigest()
-    return f"{clean[: _NAME_CHARACTERS - 7]}-{digest}"
+    return f"{clean[: _NAME_CHARACTERS - 7]}-{_short_digest(name)}"
+
+
+def _legal_part(part: str, illegal: str) -> str:
+    """One step of a path: legal characters, not empty, no way to another folder."""
+    clean = re.sub(rf"{illegal}|^\.\.|^\.?$", "_", part)
+    return clean if clean == part else f"{clean}-{_short_digest(part)}"
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
 def choice_name(text: str) -> str:
@@ -127,7 +135,7 @@ def safe_params(params: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
         value = leaf if isinstance(leaf, str) else json.dumps(leaf, ensure_ascii=False, default=str)
         name = legal_name(name)
         if len(value) > VALUE_CHARACTERS:
-            file = f"params/{legal_name(name, r'[^A-Za-z0-9_.-]')}.txt"
+            file = f"params/{_legal_part(name, r'[^A-Za-z0-9_.-]')}.txt"
             texts[file] = value
             digest = hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
             value = f"{len(value):,} characters, see artifact {file} (blake2b {digest})"

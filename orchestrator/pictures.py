@@ -5,7 +5,9 @@ palette of Okabe and Ito for kinds. Nothing here uses pyplot, so nothing is shar
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -13,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary, module_names
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 11,
@@ -45,6 +48,7 @@ _BASELINES = ["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5f6368"]
 _MARKERS = "osD^vP"
 # Behind text that may lie on a line.
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+_OUTLINE = [withStroke(linewidth=3, foreground="#202124")]
 _BIT_TICKS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32]
 
 
@@ -70,22 +74,23 @@ def plan_map(summary: RunSummary) -> Figure:
     figure = Figure(figsize=(2.6 + max(3.2, width * len(blocks)), 1.3 + 0.36 * len(modules)))
     axes = figure.add_subplot()
     low, high = float(np.nanmin(bits)), float(np.nanmax(bits))
-    norm = LogNorm(min(low, high / 1.3), max(high, low * 1.3))
+    least, most = min(low, high / 1.3), max(high, low * 1.3)
+    norm = LogNorm(least, most)
     axes.set_facecolor("#eceef1")
     image = axes.imshow(bits, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
     if width >= 0.3:
         for (row, column), value in np.ndenumerate(bits):
             if np.isfinite(value):
                 colour = "white" if norm(value) < 0.55 else "black"
-                size = 7.5 if width > 0.36 else 6
+                points = 7.5 if width > 0.36 else 6
                 text = f"{value:.3g}"
-                axes.text(column, row, text, ha="center", va="center", size=size, color=colour)
+                axes.text(column, row, text, ha="center", va="center", size=points, color=colour)
     _cells(axes, modules, blocks, width)
     axes.set_xlabel("transformer block")
     axes.set_title("The plan: stored bits per weight")
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
-    ticks = [t for t in _BIT_TICKS if norm.vmin <= t <= norm.vmax]
-    ticks = ticks if len(ticks) > 1 else [norm.vmin, norm.vmax]
+    ticks = [t for t in _BIT_TICKS if least <= t <= most]
+    ticks = ticks if len(ticks) > 1 else [least, most]
     bar.locator, bar.formatter = FixedLocator(ticks), FixedFormatter([f"{t:.3g}" for t in ticks])
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.update_ticks()
@@ -253,7 +258,7 @@ def expert_load(summary: RunSummary) -> Figure:
     if marks:
         across, down = zip(*marks, strict=True)
         area = (min(width, height) * 72 * 0.45) ** 2
-        axes.scatter(across, down, marker="x", s=area, color="#202124", linewidth=1)
+        axes.scatter(across, down, marker="x", s=area, color="white", path_effects=_OUTLINE)
     axes.set_xlabel(f"expert (× marks the {len(marks)} with fewer tokens than inputs)")
     axes.set_ylabel("transformer block")
     axes.set_title("Expert load: tokens against an even share")
@@ -291,7 +296,7 @@ def draw(summary: RunSummary, folder: Path) -> dict[str, Path]:
         for name, picture in wanted.items():
             figure = picture(summary)
             files[name] = folder / f"{name}.png"
-            write_atomically(files[name], lambda path, figure=figure: _save(figure, path))
+            write_atomically(files[name], partial(_save, figure))
     return files
 
 

@@ -9,7 +9,11 @@ OUTPUT/report.html           all of it to look at, pictures beside it
 """
 
 import json
+import shlex
+import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,20 +24,25 @@ from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.card import model_card
 from moesaic.orchestrator.choices import chains_of, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
-from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import verify
 from moesaic.search.base import Infeasible, Plan, search_module
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
+# A budget in bytes may stay unused by this share, and is searched again so often at most.
+_SPARE, _REFINEMENTS = 0.001, 6
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -109,12 +118,43 @@ class Pipeline:
             name: everything.plan(dict.fromkeys(everything.choices, chain))
             for name, chain in experiment.recipe.baselines.items()
         }
+        found["plan"] = self._searched()
+        return found
+
+    def _searched(self) -> Plan:
+        """The best plan whose files fit the budget.
+
+        Headers of the files are first reckoned at their bound. Where that matters (small models), a
+        budget in bytes is then spent to the end: the next search gets what the last plan's headers
+        did not need, as long as the files still fit.
+        """
+        experiment = self.experiment
+        given = results.problem(experiment, self.table)
         strategy = search_module(experiment.recipe.search)
         try:
-            found["plan"] = strategy.search(results.problem(experiment, self.table))
+            plan = strategy.search(given)
+            if experiment.recipe.budget.bytes is None:
+                return plan
+            trial, total = plan, given.budget.total_bytes
+            for _ in range(_REFINEMENTS):
+                size = self._file_bytes(trial)
+                if size <= total and trial.loss <= plan.loss:
+                    plan = trial
+                    if total - size < _SPARE * total:
+                        break
+                around = size - (trial.bytes - given.budget.fixed_bytes)
+                budget = replace(given.budget, fixed_bytes=around)
+                trial = given.plan(strategy.search(replace(given, budget=budget)).units)
         except Infeasible as error:
             raise UserError(f"budget: {error}") from None
-        return found
+        return plan
+
+    def _file_bytes(self, plan: Plan) -> int:
+        """Bytes of the safetensors files of a plan, headers included, exactly."""
+        experiment = self.experiment
+        pieces = plan_pieces(experiment, experiment.walk, plan.units)
+        paths = {unit: Path(path) for unit, path in pieces.items()}
+        return folder_bytes(experiment.model, paths, experiment.recipe.serve)
 
     def search(self) -> dict[str, Any]:
         """The plan as ``plan.json`` has it; writes it."""
@@ -156,8 +196,7 @@ class Pipeline:
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a plan's safetensors files, headers included, exactly."""
-        pieces = {unit: Path(path) for unit, path in self.pieces(name).items()}
-        return folder_bytes(self.experiment.model, pieces, self.experiment.recipe.serve)
+        return self._file_bytes(self.plans[name])
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
@@ -197,6 +236,35 @@ class Pipeline:
         self.view.line(f"{folder}: reloaded, logits differ by {difference:.1e} of their scale")
         return folder
 
+    def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
+        """Everything that the run has to tell."""
+        experiment, recipe = self.experiment, self.experiment.recipe
+        plans = dict(self.plans)
+        return RunSummary(
+            name=recipe.name,
+            model=Path(recipe.model).name,
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            command=shlex.join(["moesaic", *sys.argv[1:]]),
+            machine=describe_machine(),
+            serve=recipe.serve,
+            recipe=recipe.to_yaml(),
+            units=experiment.units,
+            dense_unit_bytes={unit.name: experiment.dense_bytes(unit) for unit in experiment.units},
+            dense_bytes=experiment.size.dense_bytes,
+            budget_bytes=experiment.budget.total_bytes,
+            plan=plans.pop("plan"),
+            baselines=plans,
+            measurements=self.table.measurements,
+            scores=scores,
+            expert_load=self.table.load,
+            events=self.events(),
+            stage_seconds=self.view.seconds,
+        )
+
+    def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:
+        """``report.html`` with its pictures beside it."""
+        return write_report(self.summary(scores), self.output)
+
     def events(self) -> list[Event]:
         """What happened in calibration and to the pieces of the plan."""
         events = list(self.table.events)
@@ -209,57 +277,3 @@ class Pipeline:
                     raise RunError(f"{unit.name}: its piece is gone; run the same command again")
                 events += [Event(**event) for event in entry.metadata["events"]]
         return events
-
-
-def model_card(
-    experiment: Experiment,
-    plan: Plan,
-    plan_bytes: int,
-    scores: Mapping[str, Mapping[str, Any]] | None,
-) -> str:
-    """Text of the checkpoint's README.md: how it was made and what it scores."""
-    recipe = experiment.recipe
-    counts: dict[str, int] = {}
-    for chain in plan.units.values():
-        counts[chain_text(chain)] = counts.get(chain_text(chain), 0) + 1
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [moesaic, compressed]",
-        "---",
-        f"# {recipe.name}",
-        "",
-        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan_bytes:,}"
-        f" bytes of {experiment.size.dense_bytes:,}.",
-        "",
-        *_loading(recipe),
-        "| choice | units |",
-        "|---|---:|",
-        *(f"| {text} | {count} |" for text, count in sorted(counts.items())),
-        "",
-    ]
-    if scores is not None:
-        lines += [
-            "Scores on held-out text (KL to the dense model in nats per token):",
-            "",
-            "| | bytes | bits per weight | perplexity | KL |",
-            "|---|---:|---:|---:|---:|",
-            *(
-                f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} | {s['perplexity']:.3f} |"
-                f" {s['kl']:.4f} |"
-                for name, s in scores.items()
-            ),
-            "",
-        ]
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""])
-
-
-def _loading(recipe: Recipe) -> list[str]:
-    code = {
-        "moesaic": "import moesaic\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        "transformers": "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        "vllm": 'from vllm import LLM\n\nmodel = LLM("PATH")',
-    }[recipe.serve]
-    return ["```python", code, "```", ""]

@@ -143,7 +143,7 @@ class Compute(Section):
 
 
 class Tracking(Section):
-    """Where MLflow keeps the record; by default sqlite beside the store."""
+    """Where MLflow keeps the record; by default sqlite beside the run's folder."""
 
     uri: str | None = None
     experiment: str = "moesaic"

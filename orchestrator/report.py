@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from moesaic.methods.base import Event, chain_text
+from moesaic.methods.base import Event
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary
@@ -79,7 +79,7 @@ def render(summary: RunSummary, pictures: Mapping[str, Path]) -> str:
         plan_bytes=summary.scores.get("plan", {}).get("bytes", summary.plan.bytes),
         rows=summary.table.to_dict("records"),
         widest=summary.table["bits_per_weight"].max(),
-        choices=_choices(summary),
+        choices=summary.choice_bytes(summary.plan),
         columns=_extra_columns(summary),
         sources=_sources(summary),
         events=_events(summary),
@@ -92,17 +92,6 @@ def render(summary: RunSummary, pictures: Mapping[str, Path]) -> str:
 
 def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _choices(summary: RunSummary) -> list[tuple[str, int, int]]:
-    """(chain, units, bytes) of the plan, the largest first."""
-    found: dict[str, tuple[int, int]] = {}
-    for unit in summary.units:
-        text = chain_text(summary.plan.units[unit.name])
-        units, size = found.get(text, (0, 0))
-        found[text] = units + 1, size + summary.measured(summary.plan, unit).bytes
-    rows = [(text, units, size) for text, (units, size) in found.items()]
-    return sorted(rows, key=lambda row: (-row[2], row[0]))
 
 
 def _extra_columns(summary: RunSummary) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """A recipe file to results: the stages asked for, with the record kept in MLflow."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from moesaic.methods.base import chain_text
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import Recipe, load_recipe
@@ -21,7 +21,7 @@ from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.track import Tracker
 
 # What a run leaves besides the checkpoint; see pipeline.py.
-_FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet")
+_FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "report.html")
 
 
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
@@ -89,6 +89,8 @@ def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> N
         result["scores"] = pipeline.evaluate()
     if "assemble" in stages:
         result["model"] = str(pipeline.assemble(result.get("scores")))
+    if "report" in stages:
+        result["report"] = str(pipeline.report(result["scores"]))
 
 
 def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> None:
@@ -99,6 +101,7 @@ def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> N
     tracker.log_events(pipeline.events())
     tracker.log_stages(pipeline.view.seconds)
     tracker.log_files(output / name for name in _FILES)
+    tracker.log_files(sorted((output / "pictures").glob("*.png")))
     tracker.log_model(Path(result["model"]), result["scores"]["plan"])
 
 
@@ -148,13 +151,3 @@ def collect_garbage(
             raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
         used += experiment.entries()
     return Store(root).gc(used, minimum_age_seconds)
-
-
-def describe_machine() -> str:
-    """Cores, memory and accelerators, in words."""
-    import psutil
-    import torch
-
-    memory = psutil.virtual_memory().total / 2**30
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {', '.join(gpus) or 'no GPU'}"

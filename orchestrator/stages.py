@@ -18,7 +18,7 @@ from moesaic.orchestrator.store import Entry, digest, remove_scratch
 # A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
 _LEAD = 2
 _EVALUATION_PARTS = 4
-_FORWARD, _REDUCE, _REVERSE, _MEASURE = range(4)
+_REDUCE, _FORWARD, _REVERSE, _MEASURE = range(4)
 
 
 def finished_entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:

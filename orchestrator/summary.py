@@ -10,7 +10,29 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text
+from moesaic.orchestrator.choices import choices
 from moesaic.search.base import Measurement, Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan does to a unit, all its choices together.
+
+    Attributes:
+        text: the chain, or how many choices take which.
+        bytes: stored.
+        error: relative output error, the mean over the choices.
+        score: predicted KL, the sum over the choices; None where no gradients were collected.
+        loss: what the search minimised, the sum over the choices.
+        seconds: that the compression took.
+    """
+
+    text: str
+    bytes: int
+    error: float
+    score: float | None
+    loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,13 +90,33 @@ class RunSummary:
     def _measured(self) -> dict[tuple[str, Chain], Measurement]:
         return {(m.unit, m.chain): m for m in self.measurements}
 
-    def measured(self, plan: Plan, unit: Unit) -> Measurement:
-        """What was measured for a unit under the chain that a plan gives it.
+    def measured(self, plan: Plan, unit: Unit) -> Outcome:
+        """What a plan does to a unit.
 
         Raises:
-            KeyError: it is not among the measurements.
+            KeyError: one of its choices is not among the measurements.
         """
-        return self._measured[unit.name, plan.units[unit.name]]
+        names = [choice.name for choice in choices(unit)]
+        found = [self._measured[name, plan.units[name]] for name in names]
+        counts = Counter(chain_text(measurement.chain) for measurement in found)
+        mixed = ", ".join(f"{count} × {text}" for text, count in counts.most_common())
+        scores = [measurement.score for measurement in found]
+        return Outcome(
+            text=mixed if len(counts) > 1 else next(iter(counts)),
+            bytes=sum(measurement.bytes for measurement in found),
+            error=sum(measurement.error for measurement in found) / len(found),
+            score=None if None in scores else sum(score for score in scores if score is not None),
+            loss=sum(measurement.loss for measurement in found),
+            seconds=sum(measurement.seconds for measurement in found),
+        )
+
+    def choice_bytes(self, plan: Plan) -> dict[str, tuple[int, int]]:
+        """Chain → (choices that take it, their bytes), the largest first."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, chain in plan.units.items():
+            count, size = found.get(chain_text(chain), (0, 0))
+            found[chain_text(chain)] = count + 1, size + self._measured[name, chain].bytes
+        return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
     def part_bytes(self, plan: Plan | None) -> dict[str, int]:
         """Kind of module → bytes under a plan, or of the original; ``not compressed`` last."""
@@ -109,7 +151,7 @@ class RunSummary:
                     "unit": unit.name,
                     "block": unit.block,
                     "part": unit.part,
-                    "chain": chain_text(found.chain),
+                    "chain": found.text,
                     "parameters": unit.parameters,
                     "bytes": found.bytes,
                     "bits_per_weight": found.bytes * 8 / unit.parameters,

@@ -29,8 +29,8 @@ START_SECONDS = 15.0
 _CALL_SECONDS = 2e-4
 
 METHOD = (
-    "operations counted from shapes, over speeds measured here in about two seconds; rough: expect"
-    " a factor of two either way, more while other processes use the machine"
+    "operations counted from shapes, over the speeds of this machine measured just now as if it were"
+    " idle; rough: expect a factor of two either way"
 )
 
 
@@ -115,8 +115,8 @@ class Clock:
         for block in range(min(blocks), self.model.blocks) if blocks else ():
             size = sum(sizes.statistics(sizes.block_units(block)).values())
             seconds += self.linears(block, tokens) + self.statistics(block, tokens)
-            # Every shard's sums are zeroed, added and, at the end, written.
-            seconds += self.calls(block, batches) + (walk.shards + 2) * size / self.speeds.read
+            # Every shard's sums are zeroed and added; the last are written, read and written.
+            seconds += self.calls(block, batches) + (walk.shards + 2) * size / self.speeds.add
             seconds += self.load(block) * self.walkers + walk.shards * 2 * self.speeds.write
         return seconds
 

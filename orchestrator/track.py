@@ -1,93 +1,94 @@
-"""The record in MLflow: one run per run, one child run per plan, the checkpoint by reference.
+"""The record of a run in MLflow: params, scores, tables, files, the checkpoint, and failures.
 
-A run is opened before any work is done, so that a server that cannot be reached is found out at
-once. Which one it is stands in ``mlflow_run.json`` in the output folder: the same command with the
-same parameters continues it, anything else opens a new one.
+One run per ``moesaic run``; below it a child run per plan, baseline and dense model. MLflow takes
+seconds to import, so that happens where it is used.
 """
 
-import contextlib
 import json
 import logging
-import math
 import os
-import re
 import tempfile
 import time
-import urllib.error
-import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moesaic.orchestrator.errors import RunError, UserError
-from moesaic.orchestrator.store import digest, write_atomically
-from moesaic.orchestrator.summary import RunSummary
+import pandas as pd
 
-# MLflow cuts what is longer, without a word; limits of 3.17.
-_PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
-_PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
-_SERVER_SECONDS = 10.0
-_PARENT, _NAME = "mlflow.parentRunId", "mlflow.runName"
+from moesaic.methods.base import Event, chain_text
+from moesaic.orchestrator import mlflow_text
+from moesaic.orchestrator.console import stderr
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
+from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.store import write_atomically
+from moesaic.search.base import Plan
+
+_PARENT = "mlflow.parentRunId"
+_MEMORY = "mlflow_run.json"
+# What MLflow takes in one call.
+_METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
 
 
 class Tracker:
-    """An open MLflow run; leaving the ``with`` block ends it.
+    """One run in MLflow; use as a context manager around the work.
 
-    It ends as FINISHED; as KILLED after Ctrl-C; else as FAILED, with the reason in the tag
-    ``failure``.
+    Leaving the block ends the run as FINISHED, or as KILLED (Ctrl-C) or FAILED with the reason in
+    the tag ``failure``. ``OUTPUT/mlflow_run.json`` remembers the run: with the same params, an
+    unfinished one is continued. Every method logs one thing and is called once.
 
-    Example::
+    Args:
+        tracking: where, and under which names.
+        name: of the run.
+        output: folder of the run; the default database lies beside it.
+        params: what distinguishes this run from others; nested mappings become ``outer.inner``.
 
-        with Tracker.start(None, Path("runs/mlflow.db"), "moesaic", "demo", params, folder) as t:
-            t.metrics({"seconds/calibrate": 12.0})
+    Raises:
+        UserError: the recipe names what MLflow cannot have.
+        RunError: MLflow cannot be reached, now or later.
     """
 
-    def __init__(self, client: Any, uri: str, experiment_id: str, run_id: str) -> None:
-        self.client = client
-        self.uri = uri
-        self.experiment_id = experiment_id
-        self.run_id = run_id
+    def __init__(
+        self, tracking: Tracking, name: str, output: Path, params: Mapping[str, Any]
+    ) -> None:
+        self.place = mlflow_text.place(tracking.uri, output.resolve().parent)
+        model = tracking.register_as
+        if model is not None and (not model.strip() or set(model) & set("/:'")):
+            raise UserError(
+                f"tracking.register_as: {model!r} is no name for a model (not empty, no / : ')"
+            )
+        self.tracking = tracking
+        self.name = name
+        self.output = output
+        self.params, self._long_params = mlflow_text.safe_params(params)
+        self.run_id = ""
+        self._experiment_id = ""
+        self._client: Any = None
+        self._open_children: list[str] = []
+        self._scored_at = 0
 
-    @classmethod
-    def start(
-        cls,
-        uri: str | None,
-        database: Path,
-        experiment: str,
-        name: str,
-        params: Mapping[str, Any],
-        folder: Path,
-    ) -> "Tracker":
-        """Opens a run, or continues the one that ``folder`` belongs to.
-
-        Args:
-            uri: of the tracking server or database; None for sqlite at ``database``.
-            database: file of the default database; artifacts lie in ``mlartifacts`` beside it.
-            params: what defines the run; values are written as text, long ones to an artifact.
-            folder: output of the run.
-
-        Raises:
-            UserError: ``uri`` is none that MLflow knows.
-            RunError: the server or the database cannot be reached.
-        """
-        address = uri or f"sqlite:///{database.resolve()}"
-        client = _connect(address)
-        with _errors(address):
-            experiment_id = _experiment(client, address, experiment)
-            texts = {key: _text(value) for key, value in params.items()}
-            state = folder / "mlflow_run.json"
-            mark = {"uri": address, "experiment": experiment_id, "params": digest(texts)}
-            run_id = _continued(client, state, mark)
-            if run_id is None:
-                run_id = client.create_run(experiment_id, run_name=name).info.run_id
-            tracker = cls(client, address, experiment_id, run_id)
-            tracker._params(texts)
-        text = json.dumps({**mark, "run_id": run_id}, indent=1) + "\n"
-        write_atomically(state, lambda path: _write(path, text))
-        return tracker
+    @property
+    def uri(self) -> str:
+        """Where to look, without a password."""
+        return self.place.shown
 
     def __enter__(self) -> "Tracker":
+        # A server that is down is found out at once; one that fails later may come back.
+        with self._talk(retries=0, timeout_seconds=8):
+            from mlflow import MlflowClient
+
+            if self.place.database:
+                _try_database(self.place)
+            self._client = MlflowClient(self.place.uri)
+            self._experiment_id = self._experiment()
+        with self._talk():
+            self.run_id = self._unfinished() or self._new_run()
+        memory = json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n"
+        write_atomically(self.output / _MEMORY, lambda p: _write_text(p, memory))
         return self
 
     def __exit__(
@@ -96,288 +97,308 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            with _errors(self.uri):
-                self.client.set_terminated(self.run_id, "FINISHED")
-            return
-        killed = isinstance(error, KeyboardInterrupt)
-        reason = "interrupted" if killed else str(error) or type(error).__name__
+        status = "FINISHED"
+        if error is not None:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         try:
-            with _errors(self.uri):
-                if len(reason) > _TAG_LENGTH:
-                    self.client.log_text(self.run_id, reason, "failure.txt")
-                    reason = f"{reason[:1000]} … (all of it in failure.txt)"
-                self.client.set_tag(self.run_id, "failure", reason)
-                self.client.set_terminated(self.run_id, "KILLED" if killed else "FAILED")
-        except RunError as second:  # the first error is what counts
-            error.add_note(f"and the failure could not be recorded: {second}")
+            with self._talk():
+                for child in self._open_children:
+                    self._client.set_terminated(child, status)
+                if error is not None:
+                    self._client.set_tag(self.run_id, "failure", _reason(error))
+                self._client.set_terminated(self.run_id, status)
+        except RunError as unreachable:
+            if error is None:
+                raise
+            # The error that ended the work is the one to report; this one is said beside it.
+            stderr.print(f"the failure is not recorded: {unreachable}", markup=False)
 
-    def _params(self, texts: Mapping[str, str]) -> None:
-        """Logs parameters that the run does not have; long ones become artifacts."""
-        from mlflow.entities import Param
-
-        known = self.client.get_run(self.run_id).data.params
-        entities = []
-        for key, text in texts.items():
-            if len(text) > _PARAM_LENGTH:
-                artifact = f"params/{_metric_name(key).replace('/', '_')}.txt"
-                self.client.log_text(self.run_id, text, artifact)
-                text = f"in artifact {artifact}"
-            if key not in known:
-                entities.append(Param(_metric_name(key), text))
-        for start in range(0, len(entities), _PARAMS_AT_ONCE):
-            self.client.log_batch(self.run_id, params=entities[start : start + _PARAMS_AT_ONCE])
-
-    def metrics(
-        self,
-        values: Mapping[str, float],
-        step: int = 0,
-        run_id: str | None = None,
-        model_id: str | None = None,
+    def log_scores(
+        self, scores: Mapping[str, Mapping[str, Any]], plans: Mapping[str, Plan]
     ) -> None:
-        """Logs numbers in batches; characters that MLflow does not allow in names become ``_``.
+        """The plan's scores on the run; on a child run each, scores, choices, predicted loss.
 
         Args:
-            run_id: a child run; None for the run itself.
-            model_id: the logged model that the numbers are about.
+            scores: ``dense``, ``plan`` and each baseline → numbers, nested ones as
+                ``sources/NAME/kl``.
+            plans: of all of them but ``dense``.
         """
-        from mlflow.entities import Metric
+        with self._talk():
+            known = self._children()
+            self._scored_at = _now()
+            for name, score in scores.items():
+                metrics, params = numbers(score), {}
+                if name in plans:
+                    metrics["predicted_loss"] = plans[name].loss
+                    params = _choice_counts(plans[name])
+                child = self._child(name, params, known.get(name))
+                self._log(child, metrics)
+                self._client.set_terminated(child, "FINISHED")
+                self._open_children.remove(child)
+            if "plan" in scores:
+                self._log(self.run_id, numbers(scores["plan"]), at=self._scored_at)
 
-        now, run = int(time.time() * 1000), run_id or self.run_id
-        entities = [
-            Metric(_metric_name(key), float(value), now, step, model_id=model_id, run_id=run)
-            for key, value in values.items()
-        ]
-        with _errors(self.uri):
-            for start in range(0, len(entities), _METRICS_AT_ONCE):
-                batch = entities[start : start + _METRICS_AT_ONCE]
-                self.client.log_batch(run, metrics=batch)
+    def log_table(self, frame: pd.DataFrame) -> None:
+        """One row per layer: ``layers.parquet`` to compute with, ``layers.html`` to look at."""
+        with self._talk(), tempfile.TemporaryDirectory() as folder:
+            frame.to_parquet(Path(folder) / "layers.parquet")
+            frame.to_html(Path(folder) / "layers.html", index=False, float_format="{:.4g}".format)
+            self._client.log_artifacts(self.run_id, folder)
 
-    def summary(self, summary: RunSummary, files: Iterable[Path]) -> None:
-        """Records a finished run: scores, a child run per plan, events, tables and files.
+    def log_files(self, paths: Iterable[Path]) -> None:
+        """Files by their names: recipe, plan, scores, report, pictures."""
+        with self._talk():
+            for path in paths:
+                self._client.log_artifact(self.run_id, str(path))
 
-        Args:
-            files: what becomes an artifact as it is: report, recipe, plan …; of a folder, its
-                files.
-        """
-        plan = summary.scores.get("plan", {})
-        values = _numbers(plan) | {"budget_bytes": summary.budget_bytes}
-        values |= {f"dense/{k}": v for k, v in _numbers(summary.scores.get("dense", {})).items()}
-        values |= {f"events.{kind}": count for kind, count in summary.event_counts.items()}
-        values |= {f"seconds/{stage}": s for stage, s in summary.stage_seconds.items()}
-        self.metrics(values)
-        for name in summary.plans:
-            self._plan(summary, name)
-        with _errors(self.uri), tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            summary.table.to_parquet(folder / "units.parquet")
-            summary.table.to_csv(folder / "units.csv", index=False)
-            _write(folder / "events.jsonl", _event_lines(summary))
-            self.client.log_artifacts(self.run_id, str(folder), "tables")
-            for path in files:
-                if path.is_dir():
-                    self.client.log_artifacts(self.run_id, str(path), path.name)
-                else:
-                    self.client.log_artifact(self.run_id, str(path))
+    def log_events(self, events: Iterable[Event]) -> None:
+        """How often each kind happened, ``events.KIND``, and all of them in ``events.json``."""
+        listed = list(events)
+        counts = Counter(event.kind for event in listed)
+        with self._talk():
+            self._log(self.run_id, {legal_name(f"events.{kind}"): n for kind, n in counts.items()})
+            document = [asdict(event) for event in listed]
+            self._client.log_dict(self.run_id, {"events": document}, "events.json")
 
-    def _plan(self, summary: RunSummary, name: str) -> None:
-        """The child run of a plan: its scores, its predicted loss, its choices."""
-        plan = summary.plans[name]
-        with _errors(self.uri):
-            child = self._child(name)
-            self.client.log_dict(child, plan.to_json(), "plan.json")
-        values = _numbers(summary.scores.get(name, {}))
-        self.metrics({**values, "predicted_loss": plan.loss}, run_id=child)
-        with _errors(self.uri):
-            self.client.set_terminated(child, "FINISHED")
+    def log_stages(self, seconds: Mapping[str, float]) -> None:
+        """Wall time of each stage, ``seconds.STAGE``."""
+        with self._talk():
+            self._log(self.run_id, {legal_name(f"seconds.{s}"): t for s, t in seconds.items()})
 
-    def _child(self, name: str) -> str:
-        """The child run of a name; there is one, however often the run is continued."""
-        found = self.client.search_runs(
-            [self.experiment_id], f"tags.`{_PARENT}` = '{self.run_id}'", max_results=1000
-        )
-        for run in found:
-            if run.data.tags.get(_NAME) == name:
-                return str(run.info.run_id)
-        tags = {_PARENT: self.run_id}
-        return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+    def log_model(self, folder: Path, score: Mapping[str, Any]) -> str:
+        """The checkpoint as a logged model that points to its folder; nothing is copied.
 
-    def model(
-        self,
-        path: Path,
-        scores: Mapping[str, Any],
-        params: Mapping[str, Any],
-        register_as: str | None = None,
-    ) -> str:
-        """Records the checkpoint at ``path`` without copying it.
-
-        Args:
-            scores: numbers about it.
-            register_as: name in the model registry; None leaves the registry alone.
+        With ``tracking.register_as`` it becomes a version in the registry.
 
         Returns:
-            identifier of the logged model.
+            the model's id.
         """
-        import mlflow
+        path = str(folder.resolve())
+        with self._talk(), _default_place(self.place.uri):
+            import mlflow
+            from mlflow.entities import LoggedModelOutput
 
-        with _errors(self.uri):
-            model_id = self._known_model(path)
-            if model_id is None:
-                texts = {_metric_name(k): _text(v) for k, v in params.items()}
-                long = [key for key, text in texts.items() if len(text) > _PARAM_LENGTH]
-                if long:
-                    raise ValueError(f"parameters too long for a model: {', '.join(long)}")
-                model_id = mlflow.create_external_model(
-                    name=re.sub(r"[/:.%\"']", "_", path.parent.name),
+            found = self._client.search_logged_models(
+                [self._experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
+            )
+            model = next((m for m in found if m.tags.get("path") == path), None)
+            if model is None:
+                model = mlflow.create_external_model(
+                    # A dot is legal in a run's name but not in a model's.
+                    name=self.name.replace(".", "_"),
                     source_run_id=self.run_id,
-                    experiment_id=self.experiment_id,
-                    params=texts,
-                    tags={"path": str(path)},
-                ).model_id
-        self.metrics(_numbers(scores), model_id=model_id)
-        if register_as is not None:
-            with _errors(self.uri):
-                self._register(register_as, model_id)
+                    params=self.params,
+                    tags={"path": path},
+                    experiment_id=self._experiment_id,
+                )
+                outputs = [LoggedModelOutput(model.model_id, step=0)]
+                self._client.log_outputs(self.run_id, models=outputs)
+            model_id = str(model.model_id)
+            # At the time of log_scores, these are the same points on the run, not second ones.
+            at = self._scored_at or _now()
+            self._log(self.run_id, numbers(score), model_id=model_id, at=at)
+            if self.tracking.register_as is not None:
+                self._register(self.tracking.register_as, model_id, path)
         return model_id
 
-    def _known_model(self, path: Path) -> str | None:
-        found = self.client.search_logged_models(
-            [self.experiment_id], f"source_run_id = '{self.run_id}'"
-        )
-        return next((m.model_id for m in found if m.tags.get("path") == str(path)), None)
-
-    def _register(self, name: str, model_id: str) -> None:
+    def _register(self, name: str, model_id: str, path: str) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.create_registered_model(name)
+            self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = self.client.search_model_versions(f"run_id = '{self.run_id}'")
-        if not any(v.name == name and v.model_id == model_id for v in versions):
-            self.client.create_model_version(
-                name, f"models:/{model_id}", run_id=self.run_id, model_id=model_id
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        if not any(version.run_id == self.run_id for version in versions):
+            self._client.create_model_version(
+                name,
+                source=f"models:/{model_id}",
+                run_id=self.run_id,
+                tags={"path": path},
+                model_id=model_id,
             )
 
+    @contextmanager
+    def _talk(self, retries: int = 3, timeout_seconds: int = 30) -> Iterator[None]:
+        """MLflow imported and quiet; its errors as one line that says where it was.
 
-def _connect(uri: str) -> Any:
-    """A client whose server or database was seen to answer."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    if uri.startswith(("http://", "https://")):
-        _reach(uri)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    import mlflow
-    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with _errors(uri):
+        What the user has set in the environment stays.
+        """
+        defaults = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_seconds),
+        }
+        missing = {key: value for key, value in defaults.items() if key not in os.environ}
+        os.environ.update(missing)
         try:
-            mlflow.set_tracking_uri(uri)
-            client = mlflow.MlflowClient(tracking_uri=uri)
-            client.search_experiments(max_results=1)
-        except UnsupportedModelRegistryStoreURIException:
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            for chatty in ("mlflow", "alembic"):
+                logging.getLogger(chatty).setLevel(logging.ERROR)
+            try:
+                yield
+            except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+                reason = one_line(error).replace(self.place.uri, self.uri)
+                raise RunError(f"tracking: MLflow at {self.uri}: {reason}") from error
+        finally:
+            for key in missing:
+                os.environ.pop(key, None)
+
+    def _experiment(self) -> str:
+        """Id of the experiment; made if it is missing."""
+        from mlflow.exceptions import MlflowException
+
+        name = self.tracking.experiment
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            folder = self.place.artifacts
+            try:
+                return str(
+                    self._client.create_experiment(
+                        name,
+                        artifact_location=folder.as_uri() if folder else None,
+                        tags={"mlflow.experimentKind": "custom_model_development"},
+                    )
+                )
+            except MlflowException as error:
+                # Another run of the same moment was faster.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)
+        if found.lifecycle_stage != "active":
             raise UserError(
-                f"tracking.uri: {uri!r} is no address that MLflow knows; use sqlite:///FILE or"
-                " http://HOST:PORT"
-            ) from None
-    return client
+                f"tracking.experiment: {name!r} was deleted in {self.uri}: take another name, or"
+                f" mlflow experiments restore --experiment-id {found.experiment_id}"
+            )
+        return str(found.experiment_id)
+
+    def _unfinished(self) -> str | None:
+        """The run that an interrupted attempt at the same has left, running again."""
+        from mlflow.exceptions import MlflowException
+
+        file = self.output / _MEMORY
+        if not file.is_file():
+            return None
+        try:
+            memory = json.loads(file.read_text(encoding="utf-8"))
+            run_id, uri = memory["run_id"], memory["uri"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: is damaged; remove it") from None
+        if uri != self.uri:
+            return None
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        info = run.info
+        if info.status == "FINISHED" or info.lifecycle_stage != "active":
+            return None
+        if info.experiment_id != self._experiment_id or run.data.params != self.params:
+            return None
+        self._client.update_run(run_id, status="RUNNING")
+        if "failure" in run.data.tags:
+            self._client.delete_tag(run_id, "failure")
+        return str(run_id)
+
+    def _new_run(self) -> str:
+        tags = {"mlflow.source.name": "moesaic", "output": str(self.output.resolve())}
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=self.name)
+        run_id = str(run.info.run_id)
+        self._log(run_id, {}, self.params)
+        for file, text in self._long_params.items():
+            self._client.log_text(run_id, text, file)
+        return run_id
+
+    def _children(self) -> dict[str, Any]:
+        """Child runs by name; there are some if an earlier attempt came so far."""
+        runs = self._client.search_runs(
+            [self._experiment_id], filter_string=f"tags.`{_PARENT}` = '{self.run_id}'"
+        )
+        return {run.info.run_name: run for run in runs}
+
+    def _child(self, name: str, params: Mapping[str, str], earlier: Any) -> str:
+        """A running child with these params: the earlier one unless it has others."""
+        if earlier is not None and earlier.data.params.items() <= params.items():
+            child = str(earlier.info.run_id)
+            self._client.update_run(child, status="RUNNING")
+        else:
+            tags = {_PARENT: self.run_id}
+            run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+            child = str(run.info.run_id)
+        self._open_children.append(child)
+        self._log(child, {}, params)
+        return child
+
+    def _log(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        params: Mapping[str, str] | None = None,
+        model_id: str | None = None,
+        at: int | None = None,
+    ) -> None:
+        """Metrics and params in batches; ``at`` in milliseconds since 1970, now by default."""
+        from mlflow.entities import Metric, Param
+
+        at = at or _now()
+        points = [
+            Metric(name, value, at, 0, model_id=model_id, run_id=run_id)
+            for name, value in metrics.items()
+        ]
+        for low in range(0, len(points), _METRICS_PER_BATCH):
+            self._client.log_batch(run_id, metrics=points[low : low + _METRICS_PER_BATCH])
+        pairs = [Param(name, value) for name, value in (params or {}).items()]
+        for low in range(0, len(pairs), _PARAMS_PER_BATCH):
+            self._client.log_batch(run_id, params=pairs[low : low + _PARAMS_PER_BATCH])
 
 
-def _reach(uri: str) -> None:
-    """Asks a server whether it lives; MLflow's own client would try for minutes."""
-    try:
-        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=_SERVER_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except (OSError, ValueError) as error:
-        raise RunError(f"tracking.uri: the MLflow server {uri} does not answer: {error}") from None
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
-@contextlib.contextmanager
-def _errors(uri: str) -> Iterator[None]:
-    """Errors of MLflow and of its database as one line."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
+
+@contextmanager
+def _default_place(uri: str) -> Iterator[None]:
+    """For the functions of MLflow that know no other place than the process's default."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"MLflow at {uri} failed: {reason}") from error
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
-def _experiment(client: Any, uri: str, name: str) -> str:
-    """Identifier of the experiment; a local one keeps its artifacts beside the database."""
-    from mlflow.exceptions import MlflowException
+def _try_database(place: mlflow_text.Place) -> None:
+    """Opens a database once; MLflow would try for a minute before it says that it cannot."""
+    import sqlalchemy
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        local = uri.startswith("sqlite:///")
-        database = Path(uri.removeprefix("sqlite:///"))
-        artifacts = (database.resolve().parent / "mlartifacts").as_uri() if local else None
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
-        except MlflowException as error:  # another run was faster
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage != "active":
-        raise UserError(
-            f"tracking.experiment: {name!r} was deleted at {uri}: restore it or take another name"
-        )
-    return str(found.experiment_id)
-
-
-def _continued(client: Any, state: Path, mark: Mapping[str, str]) -> str | None:
-    """The run that ``state`` names, open again; None if it is gone or was another one."""
-    from mlflow.exceptions import MlflowException
-
+    if place.artifacts is not None and place.uri.startswith("sqlite:"):
+        place.artifacts.parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(place.uri)
     try:
-        known = json.loads(state.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if {key: known.get(key) for key in mark} != dict(mark):
-        return None
-    try:
-        run = client.get_run(known["run_id"])
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    if run.info.lifecycle_stage != "active":
-        return None
-    client.update_run(run.info.run_id, status="RUNNING")
-    if "failure" in run.data.tags:
-        client.delete_tag(run.info.run_id, "failure")
-    return str(run.info.run_id)
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
 
 
-def _metric_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)
+def _choice_counts(plan: Plan) -> dict[str, str]:
+    counts = Counter(chain_text(chain) for chain in plan.units.values())
+    return {legal_name(f"choice.{choice_name(text)}"): str(n) for text, n in counts.items()}
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-
-
-def _numbers(score: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a score; those of text sources as ``sources/NAME/kl``."""
-    flat = {key: value for key, value in score.items() if key != "sources"}
-    for source, values in score.get("sources", {}).items():
-        flat |= {f"sources/{source}/{key}": value for key, value in values.items()}
-    return {key: value for key, value in flat.items() if math.isfinite(value)}
-
-
-def _event_lines(summary: RunSummary) -> str:
-    rows = [
-        {"kind": e.kind, "unit": e.unit, "message": e.message, "value": e.value}
-        for e in summary.events
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _reason(error: BaseException) -> str:
+    """One line; errors that were written for people speak for themselves."""
+    if isinstance(error, (UserError, RunError)):
+        return " ".join(str(error).split())[:500]
+    return one_line(error)

@@ -32,12 +32,14 @@ from common import (
 
 from moesaic.methods.base import Chain
 from moesaic.orchestrator.assemble import assemble
+from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import load_recipe
-from moesaic.orchestrator.stages import Calibration, piece_paths
-from moesaic.orchestrator.store import file_digest
+from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.verify import verify
 
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
@@ -67,7 +69,8 @@ class Comparison:
         return Experiment(load_recipe(recipe), self.folder / name / "run")
 
     def _pieces(self, experiment: Experiment) -> dict[str, Path]:
-        found = piece_paths(experiment, experiment.walk, self.plan)
+        chosen = {c.name: self.plan[u.name] for u in experiment.units for c in choices(u)}
+        found = plan_pieces(experiment, experiment.walk, chosen)
         return {unit: Path(path) for unit, path in found.items()}
 
     def assembled(self, index: int) -> float:

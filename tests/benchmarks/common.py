@@ -7,6 +7,7 @@ between two looks counts as well. It includes pages of mapped files, as ``top`` 
 import argparse
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def watch(command: Sequence[str | Path], log: Path, cwd: Path = ROOT, **environm
             child.wait()
     if child.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARACTERS:]
-        raise SystemExit(f"{tail}\nexit status {child.returncode}: {' '.join(map(str, command))}")
+        shown = " ".join(map(str, command))
+        raise SystemExit(f"{tail.rstrip()}\nexit status {child.returncode}: {shown}")
     peak_bytes, process = max(tree.peaks.values(), default=(0, "none seen"))
     return Usage(seconds, peak_bytes, process, len(tree.known))
 
@@ -222,7 +224,8 @@ def report(title: str, body: str, write: Path | None) -> None:
 
 
 def scratch(name: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder under build/ that goes when its ``with`` ends."""
+    """A folder under build/ that goes when its ``with`` ends, also when the benchmark is ended."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     BUILD.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix=f"{name}-", dir=BUILD)
 

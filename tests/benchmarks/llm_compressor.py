@@ -128,14 +128,17 @@ def body(
     """The table and what is to be read from it."""
     times = {name: [u.seconds for u in found] for name, found in usages.items()}
     peaks = {name: [u.peak_bytes / 1e9 for u in found] for name, found in usages.items()}
-    rows: list[list[Any]] = [["dense", "", "", "", f"{scores['dense']:.3f}"]]
+    rows: list[list[Any]] = [["dense", "", "", "", "", f"{scores['dense']:.3f}"]]
     for name, found in usages.items():
-        row = [name, spread(times[name]), spread(peaks[name], 2), found[-1].processes]
+        largest = max(found, key=lambda usage: usage.peak_bytes)
+        row = [name, spread(times[name]), spread(peaks[name], 2), largest.process]
+        row.append(largest.processes)
         rows.append([*row, f"{scores[name]:.3f}"])
     time_ratio = median(times[OURS]) / median(times[THEIRS])
     memory_ratio = median(peaks[OURS]) / median(peaks[THEIRS])
-    rows.append(["moesaic / llm-compressor", f"{time_ratio:.3f}", f"{memory_ratio:.3f}", "", ""])
-    headers = ["", "wall time, s", "largest process, GB resident", "processes", "perplexity"]
+    rows.append([f"{OURS} / {THEIRS}", f"{time_ratio:.3f}", f"{memory_ratio:.3f}", "", "", ""])
+    headers = ["", "wall time, s", "largest process, GB resident", "which", "processes"]
+    headers.append("perplexity")
     fed = "compressed predecessors" if arguments.propagate else "the dense model"
     return (
         f"{arguments.model.name}, GPTQ {arguments.bits} bits, group {arguments.group_size},"

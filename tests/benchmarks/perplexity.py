@@ -23,7 +23,7 @@ def perplexity(folder: Path, ids: torch.Tensor) -> float:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     unpack = {}
     if "quantization_config" in config:
-        unpack["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
+        unpack["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **unpack)
     model = model.float().eval()
     losses = []
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     ids = torch.from_numpy(np.load(arguments.ids)).long()
     print(json.dumps({str(folder): perplexity(folder, ids) for folder in arguments.folders}))
 

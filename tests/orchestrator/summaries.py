@@ -90,7 +90,7 @@ def summary(blocks: int = 4, experts: int = 0, with_scores: bool = True) -> RunS
     scores |= {name: score(found, model, 1.3) for name, found in baselines.items()}
     scores["plan"] = score(plan, model, 1.0)
     load = {
-        block: [40 + (17 * (expert + 1) * (block + 3)) % 997 for expert in range(experts)]
+        block: [7] + [90 + (17 * (expert + 1) * (block + 3)) % 997 for expert in range(1, experts)]
         for block in range(1, blocks)
         if experts
     }

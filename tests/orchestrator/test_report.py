@@ -129,7 +129,8 @@ def test_pictures_decode_and_show_something(tmp_path: Path) -> None:
     for path in files.values():
         image = imread(BytesIO(path.read_bytes()), format="png")
         assert image.shape[0] > 250 and image.shape[1] > 500
-        assert len(np.unique((image[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 20
+        codes = (image[..., :3] * 255).astype(np.int64) @ np.array([1, 256, 65536])
+        assert len(np.unique(codes)) > 20
 
 
 def test_pictures_are_the_same_bytes_again(tmp_path: Path) -> None:
@@ -148,9 +149,9 @@ def test_part_bytes_sum_to_the_checkpoint(run: RunSummary) -> None:
 
 
 def test_starved_experts_saw_fewer_tokens_than_inputs(run: RunSummary) -> None:
-    for block, load in run.expert_load.items():
-        assert run.starved(block) == [e for e, count in enumerate(load) if count < 64]
-    assert any(run.starved(block) for block in run.expert_load)
+    inputs = next(unit for unit in run.units if unit.kind == "bank").shapes["gate"][-1]
+    assert all(load[0] < inputs <= min(load[1:]) for load in run.expert_load.values())
+    assert {block: run.starved(block) for block in run.expert_load} == {1: [0], 2: [0]}
 
 
 def test_module_names_are_short_and_tell_modules_apart() -> None:
@@ -163,7 +164,7 @@ def test_module_names_are_short_and_tell_modules_apart() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [number_text(x) for x in (None, 0.0, 0.00012345, 12.3456, float("nan"))] == [
+    assert [number_text(x) for x in (None, 0.0, 0.000123456, 12.3456, float("nan"))] == [
         "–",
         "0",
         "1.235e-04",

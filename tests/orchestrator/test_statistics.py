@@ -45,7 +45,9 @@ def test_any_number_of_workers_gives_the_bits_of_one(shards: int, workers: int) 
     root = (0, shards)
     alone = tree_sum(root, leaf)["site"]
     finished = {
-        node: tree_sum(node, leaf) for span in ranges(shards, workers) for node in covered(root, span)
+        node: tree_sum(node, leaf)
+        for span in ranges(shards, workers)
+        for node in covered(root, span)
     }
     used: list[Node] = []
 

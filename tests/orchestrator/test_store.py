@@ -4,6 +4,8 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +203,6 @@ def test_a_full_disk_is_recognised_when_safetensors_meets_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library raises its own error, with the system's number only in its text."""
-    resource = pytest.importorskip("resource")
-    signal = pytest.importorskip("signal")
     monkeypatch.setattr(module.errno, "EDQUOT", errno.EFBIG)  # a limit that a test may set
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

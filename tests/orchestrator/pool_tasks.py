@@ -1,0 +1,54 @@
+"""Functions that the tests of the pool let workers call."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.worker import WorkerState
+
+
+def note(state: WorkerState, file: str, text: str, seconds: float = 0.0) -> tuple[str, int]:
+    """Appends a line to a file; returns it with the worker's process."""
+    time.sleep(seconds)
+    with Path(file).open("a", encoding="utf-8") as stream:
+        stream.write(f"{text}\n")
+    return text, os.getpid()
+
+
+def remember(state: WorkerState, value: int) -> int:
+    """Keeps a value in the worker; returns the process."""
+    state.put("value", value)
+    return os.getpid()
+
+
+def recall(state: WorkerState) -> Any:
+    """What :func:`remember` kept."""
+    return state.take("value")
+
+
+def die(state: WorkerState, file: str, times: int) -> int:
+    """Kills its own process the first ``times`` times."""
+    path = Path(file)
+    died = len(path.read_text()) if path.exists() else 0
+    if died < times:
+        path.write_text("x" * (died + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return died
+
+
+def blame(state: WorkerState) -> None:
+    """The user did something wrong."""
+    raise UserError("recipe.yaml: model: tensor x has NaN values")
+
+
+def fail(state: WorkerState) -> None:
+    """A mistake of our own."""
+    raise ValueError("shapes do not fit")
+
+
+def environment(state: WorkerState, name: str) -> str | None:
+    """An environment variable of the worker."""
+    return os.environ.get(name)

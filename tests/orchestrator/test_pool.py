@@ -1,0 +1,220 @@
+"""The pool on a real Ray: order, memory, death, blame. One Ray for all of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from moesaic.orchestrator import pool as module
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.worker import resolve
+
+TASKS = "tests.orchestrator.pool_tasks"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_AUTH_MODE", "disabled")
+    patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    root = str(Path(__file__).parents[2])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    yield
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: None) -> Iterator[Pool]:
+    with Pool(Compute(workers=2)) as opened:
+        yield opened
+
+
+def task(function: str, label: str = "", **changes: Any) -> Task:
+    known = ("priority", "affinity", "done")
+    options = {key: changes.pop(key) for key in known if key in changes}
+    return Task(f"{TASKS}:{function}", changes, label or function, **options)
+
+
+def test_finished_tasks_bring_new_ones(pool: Pool, tmp_path: Path) -> None:
+    file = str(tmp_path / "notes")
+
+    def following(number: int) -> list[Task]:
+        if number == 3:
+            return []
+        done = lambda result, n=number: following(n + 1)  # noqa: E731
+        return [task("note", file=file, text=f"step {number}", done=done)]
+
+    labels: list[str] = []
+    pool.run(following(0), labels.extend)
+    assert (tmp_path / "notes").read_text().splitlines() == ["step 0", "step 1", "step 2"]
+    assert set(labels) <= {"note"}
+
+
+def test_urgent_tasks_run_first_when_workers_are_short(pool: Pool, tmp_path: Path) -> None:
+    file = str(tmp_path / "notes")
+    order = [(3, 0), (1, 5), (2,), (1, 4), (0,)]
+    # All for one worker, so that only one runs at a time.
+    pool.run(
+        task("note", file=file, text=str(priority), priority=priority, affinity=1)
+        for priority in order
+    )
+    assert (tmp_path / "notes").read_text().splitlines() == [str(p) for p in sorted(order)]
+
+
+def test_tasks_that_fit_no_idle_worker_do_not_hold_up_others(pool: Pool, tmp_path: Path) -> None:
+    """Worker 0 is busy; what wants it waits, what does not care goes to worker 1."""
+    file = str(tmp_path / "notes")
+    pool.run(
+        [
+            task("note", file=file, text="slow", seconds=1.0, affinity=0, priority=(0,)),
+            task("note", file=file, text="waits", affinity=0, priority=(1,)),
+            task("note", file=file, text="passes", priority=(2,)),
+        ]
+    )
+    assert (tmp_path / "notes").read_text().splitlines() == ["passes", "slow", "waits"]
+
+
+def test_memory_of_a_worker_is_met_again_by_affinity(pool: Pool) -> None:
+    processes: dict[int, int] = {}
+    pool.run(
+        task(
+            "remember",
+            value=10 + w,
+            affinity=w,
+            done=lambda pid, w=w: processes.update({w: pid}) or (),
+        )
+        for w in (0, 1)
+    )
+    recalled: dict[int, int] = {}
+    pool.run(
+        task("recall", affinity=w, done=lambda value, w=w: recalled.update({w: value}) or ())
+        for w in (1, 0)
+    )
+    assert recalled == {0: 10, 1: 11}
+    assert len(set(processes.values())) == 2
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_task_done(pool: Pool, tmp_path: Path) -> None:
+    file, notes = str(tmp_path / "deaths"), str(tmp_path / "notes")
+    before = pool.replaced
+    results: list[int] = []
+    tasks = [task("die", file=file, times=1, done=lambda died: results.append(died) or ())]
+    tasks += [task("note", file=notes, text=str(n)) for n in range(4)]
+    pool.run(tasks)
+    assert results == [1]
+    assert pool.replaced == before + 1
+    assert sorted((tmp_path / "notes").read_text().split()) == ["0", "1", "2", "3"]
+    assert pool.size == 2
+
+
+def test_a_task_that_always_kills_its_worker_ends_the_run_by_name(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ATTEMPTS", 2)
+    with pytest.raises(RunError) as error:
+        pool.run([task("die", "experts 7", file=str(tmp_path / "deaths"), times=99)])
+    assert str(error.value).startswith("experts 7: its worker died 2 times")
+    assert (tmp_path / "deaths").read_text() == "xx"
+
+
+def test_the_pool_goes_on_after_a_run_that_failed(pool: Pool, tmp_path: Path) -> None:
+    file = str(tmp_path / "notes")
+    with pytest.raises(UserError, match=r"^recipe.yaml: model: tensor x has NaN values$"):
+        pool.run([task("blame"), task("note", file=file, text="a", seconds=0.3)])
+    with pytest.raises(RunError, match=r"^bank 3: ValueError: shapes do not fit$"):
+        pool.run([task("fail", "bank 3")])
+    pool.run([task("note", file=file, text="b", affinity=w) for w in (0, 1)])
+    assert (tmp_path / "notes").read_text().splitlines()[-1] == "b"
+
+
+def test_workers_have_as_many_threads_as_processors(pool: Pool) -> None:
+    found: list[str] = []
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    pool.run(task("environment", name=n, done=lambda v: found.append(v) or ()) for n in names)
+    assert sorted(found) == ["1", "PASSIVE"]
+
+
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [
+        (Compute(workers=3), ["3 worker(s) of 1 CPU", "at most 2"]),
+        (Compute(cpus_per_worker=64), ["1 worker(s) of 64 CPU", "2 CPU", "at most 0"]),
+        (Compute(workers=1, gpus_per_worker=1), ["1 GPU", "0 GPU", "at most 0"]),
+    ],
+)
+def test_what_no_node_can_give_is_refused_at_once(
+    cluster: None, compute: Compute, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error, Pool(compute) as small:
+        _ = small.size
+    for word in ("compute:", *words):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "compute", "count"),
+    [
+        ([{"CPU": 1.0}, {"CPU": 1.0}], Compute(cpus_per_worker=2), 0),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], Compute(cpus_per_worker=2), 2),
+        ([{"CPU": 8.0, "GPU": 2.0}], Compute(gpus_per_worker=0.5), 4),
+        ([{"CPU": 8.0, "GPU": 2.0}], Compute(gpus_per_worker=0.75), 2),
+        ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], Compute(gpus_per_worker=2), 0),
+        ([{"CPU": 8.0}, {"CPU": 4.0, "GPU": 4.0}], Compute(), 4),
+    ],
+)
+def test_workers_are_counted_node_by_node(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], compute: Compute, count: int
+) -> None:
+    """Two nodes of one processor have no room for a worker of two."""
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    monkeypatch.setattr(module, "connect", lambda compute: False)
+    monkeypatch.setattr(module.ray, "nodes", lambda: [*alive, dead])
+    monkeypatch.setattr(Pool, "_start", lambda self: None)
+    monkeypatch.setattr(Pool, "_await_ready", lambda self, workers: None)
+    asked = Pool(compute)
+    if count:
+        assert asked.size == count
+    else:
+        with pytest.raises(UserError, match="at most 0"):
+            _ = asked.size
+
+
+def test_an_empty_run_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> bool:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(module, "connect", never)
+    with Pool(Compute()) as idle:
+        idle.run([])
+        idle.run(iter(()))
+        assert idle.workers == []
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("could not\nconnect")
+
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", refuse)
+    with pytest.raises(RunError) as error:
+        module.connect(Compute(address="10.0.0.9:6379"))
+    message = str(error.value)
+    assert "the Ray cluster at 10.0.0.9:6379 cannot be reached" in message
+    assert "could not connect" in message and "\n" not in message
+
+
+def test_functions_are_found_by_name() -> None:
+    assert resolve("calibrate:reduce").__module__ == "moesaic.orchestrator.calibrate"
+    assert resolve(f"{TASKS}:note").__name__ == "note"
