@@ -68,7 +68,7 @@ class Walk:
         seed: of the labels drawn in the reverse pass.
         store: root of the store.
         prefixes: with ``propagate``, for every block the digest of what the plan made of the blocks
-            before it; empty where inputs come from the dense model.
+            before it, "" where that is nothing; empty where inputs come from the dense model.
     """
 
     model: str
@@ -111,7 +111,7 @@ class Walk:
         return digest(inputs)
 
     def stats_key(self, block: int) -> str:
-        return digest([self.key, "stats", block, *self.prefixes[block : block + 1]])
+        return digest([self.key, "stats", block, *filter(None, self.prefixes[block : block + 1])])
 
     def gradients_key(self, block: int) -> str:
         return digest([self.key, "gradients", self.gradients, self.seed, block])

@@ -13,7 +13,6 @@ from moesaic.search.base import Plan
 def model_card(
     experiment: Experiment,
     plan: Plan,
-    plan_bytes: int,
     scores: Mapping[str, Mapping[str, Any]] | None,
 ) -> str:
     """Text of the checkpoint's README.md: how it was made and what it scores."""
@@ -28,7 +27,7 @@ def model_card(
         "---",
         f"# {recipe.name}",
         "",
-        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan_bytes:,}"
+        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan.bytes:,}"
         f" bytes of {experiment.size.dense_bytes:,}.",
         "",
         *_loading(recipe),

@@ -113,6 +113,7 @@ class Experiment:
         self.unloadable: dict[str, int] = {}
         for unit in self.units:
             offers[unit.name] = offered = []
+            refusals = []
             for chain in self.recipe.chains():
                 text = chain_text(chain)
                 misfit = self._misfit(unit, chain)
@@ -126,9 +127,10 @@ class Experiment:
                     problems.setdefault(text, f"baseline {text} on {unit.name}: {reason}")
                 else:
                     self.unloadable[reason] = self.unloadable.get(reason, 0) + 1
+                    refusals.append(reason)
             if not problems and not set(offered) & set(self.recipe.candidates):
                 problems[unit.name] = f"{unit.name}: serve: {self.recipe.serve} can load none of"
-                problems[unit.name] += f" the candidates here ({reason})"
+                problems[unit.name] += f" the candidates here ({refusals[-1]})"
         if problems:
             advice = "change the candidates, or leave such units as they are with keep: [pattern]"
             raise UserError("\n".join([*problems.values(), advice]))

@@ -111,7 +111,7 @@ class Pipeline:
 
     @cached_property
     def plans(self) -> dict[str, Plan]:
-        """The baselines and, last, ``plan``."""
+        """The baselines and, last, ``plan``; their bytes are those of the files, exactly."""
         experiment = self.experiment
         everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
@@ -119,7 +119,7 @@ class Pipeline:
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()
-        return found
+        return {name: replace(p, bytes=self._file_bytes(p)) for name, p in found.items()}
 
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.
@@ -161,7 +161,6 @@ class Pipeline:
         plan = self.plans["plan"]
         document = {
             **plan.to_json(),
-            "bytes": self.bytes_of("plan"),
             "budget_bytes": self.experiment.budget.total_bytes,
             "bits_per_weight": self.bits_per_weight("plan"),
             "search": self.experiment.recipe.search,
@@ -191,12 +190,14 @@ class Pipeline:
         if name == "dense":
             size = sum(experiment.dense_bytes(unit) for unit in experiment.units)
         else:
-            size = self.plans[name].bytes - experiment.budget.fixed_bytes
+            units = self.plans[name].units
+            size = sum(m.bytes for m in self.table.measurements if units[m.unit] == m.chain)
         return size * 8 / experiment.size.weights
 
     def bytes_of(self, name: str) -> int:
-        """Bytes of a plan's safetensors files, headers included, exactly."""
-        return self._file_bytes(self.plans[name])
+        """Bytes of the safetensors files of a plan, or of ``dense``, headers included."""
+        dense = sum(file.stat().st_size for file in self.experiment.model.checkpoint.files)
+        return dense if name == "dense" else self.plans[name].bytes
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
@@ -206,7 +207,7 @@ class Pipeline:
         )
         scores = {
             name: {
-                "bytes": self.bytes_of(name) if name in self.plans else experiment.size.dense_bytes,
+                "bytes": self.bytes_of(name),
                 "bits_per_weight": self.bits_per_weight(name),
                 **score,
             }
@@ -225,7 +226,7 @@ class Pipeline:
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         self.view.stage("assemble", 2)
-        card = model_card(experiment, self.plans["plan"], self.bytes_of("plan"), scores)
+        card = model_card(experiment, self.plans["plan"], scores)
         assemble(experiment.model, experiment.folder, pieces, recipe.serve, folder, card)
         self.view.advance("assemble")
         import torch
@@ -250,7 +251,7 @@ class Pipeline:
             recipe=recipe.to_yaml(),
             units=experiment.units,
             dense_unit_bytes={unit.name: experiment.dense_bytes(unit) for unit in experiment.units},
-            dense_bytes=experiment.size.dense_bytes,
+            dense_bytes=self.bytes_of("dense"),
             budget_bytes=experiment.budget.total_bytes,
             plan=plans.pop("plan"),
             baselines=plans,

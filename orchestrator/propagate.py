@@ -29,7 +29,8 @@ def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
     prefixes: list[str] = []
     before: list[Any] = []
     for block in range(experiment.model.blocks):
-        prefixes.append(digest(before))
+        # Before the first block nothing is compressed: its statistics are those of the dense walk.
+        prefixes.append(digest(before) if before else "")
         for name in _names(experiment, block):
             before.append([name, [[spec.method, spec.options] for spec in chosen[name]]])
     return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)

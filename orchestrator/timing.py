@@ -29,8 +29,8 @@ START_SECONDS = 15.0
 _CALL_SECONDS = 2e-4
 
 METHOD = (
-    "operations counted from shapes, over the speeds of this machine measured just now as if it were"
-    " idle; rough: expect a factor of two either way"
+    "operations counted from shapes, over the speeds of this machine measured just now, as if it"
+    " were idle; rough: expect a factor of two either way"
 )
 
 
