@@ -37,7 +37,8 @@ def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> Compressed
     if sorted(indices) != list(range(len(indices))):
         raise ValueError(f"the slices {sorted(indices)} do not cover 0 … {len(indices) - 1} once")
     first = groups[0][0]
-    described, parts = [], {}
+    described: list[dict[str, Any]] = []
+    parts: dict[str, Tensor] = {}
     for number, (tensor, slices) in enumerate(groups):
         if tensor.shape != (len(slices), *first.shape[1:]) or tensor.dtype != first.dtype:
             raise ValueError(
@@ -115,7 +116,7 @@ def part_shapes(
     shape: tuple[int, ...], dtype: torch.dtype, params: Mapping[str, Param]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every part, from the dense shape alone."""
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for number, described in enumerate(_described(params)):
         inner = format_module(described["format"]).part_shapes(
             (len(described["slices"]), *shape[1:]), dtype, described["params"]

@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -146,7 +146,12 @@ def option(
 
 
 class MethodOptions(BaseModel):
-    """Base of every method's ``Options``: typed, immutable, unknown keys forbidden."""
+    """Base of every method's ``Options``: typed, immutable, unknown keys forbidden.
+
+    ``SHOWN`` names the options that are shown even where they have their default.
+    """
+
+    SHOWN: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -180,10 +185,14 @@ class Spec:
         return {"method": self.method, "options": json.loads(self.options)}
 
     def __str__(self) -> str:
-        module = method_module(self.method)
-        defaults = module.Options().model_dump(mode="json")
-        changed = {k: v for k, v in json.loads(self.options).items() if v != defaults[k]}
-        inner = ", ".join(f"{k}={v}" for k, v in changed.items())
+        """The options that matter: those a method always shows, and those that are no defaults."""
+        options = self.parsed()
+        shown = {
+            key: value
+            for key, value in options
+            if key in options.SHOWN or value != type(options).model_fields[key].default
+        }
+        inner = ", ".join(f"{key}={value}" for key, value in shown.items())
         return f"{self.method}({inner})" if inner else self.method
 
 

@@ -32,6 +32,8 @@ _CLIP_ELEMENTS = 1 << 16
 class GridOptions(MethodOptions):
     """What every method on an integer grid must be told."""
 
+    SHOWN = ("bits", "group_size")
+
     bits: int = option(4, "bits per code", [2, 3, 4, 5, 6, 8], ge=2, le=8)
     group_size: int = option(
         64, "inputs that share a scale; -1: all inputs of an output channel", [32, 64, 128, -1]

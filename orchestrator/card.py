@@ -6,7 +6,7 @@ from typing import Any
 
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.search.base import Plan
 
 
@@ -27,8 +27,8 @@ def model_card(
         "---",
         f"# {recipe.name}",
         "",
-        f"`{Path(recipe.model).name}` compressed by moesaic for `{recipe.serve}`: {plan.bytes:,}"
-        f" bytes of {experiment.size.dense_bytes:,}.",
+        f"`{Path(portable(recipe.model)).name}` compressed by moesaic for `{recipe.serve}`:"
+        f" {plan.bytes:,} bytes of {experiment.size.dense_bytes:,}.",
         "",
         *_loading(recipe),
         "| choice | units |",

@@ -19,6 +19,7 @@ from torch import Tensor
 from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.pool import _shares
 from moesaic.orchestrator.recipe import Compute
 from moesaic.orchestrator.statistics import StatisticsObserver
 from moesaic.orchestrator.store import write_atomically
@@ -62,7 +63,7 @@ def crew(compute: Compute) -> Crew:
         per_worker = 1.0 if gpus else 0.0
     fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
     if per_worker:
-        fitting = min(fitting, int(gpus / per_worker))
+        fitting = min(fitting, _shares(gpus, per_worker))
     return Crew(
         workers=compute.workers or max(fitting, 1),
         fitting=fitting,

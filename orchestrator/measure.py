@@ -238,7 +238,7 @@ def to_measurements(
     counts: dict[str, int] = {}
     for event in piece.metadata["events"]:
         counts[event["kind"]] = counts.get(event["kind"], 0) + 1
-    found = []
+    found: list[Measurement] = []
     wanted = choices(unit)
     for choice in wanted:
         index = () if choice.expert is None else choice.expert

@@ -33,6 +33,7 @@ from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
+from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary
@@ -243,7 +244,7 @@ class Pipeline:
         plans = dict(self.plans)
         return RunSummary(
             name=recipe.name,
-            model=Path(recipe.model).name,
+            model=Path(portable(recipe.model)).name,
             created=time.strftime("%Y-%m-%d %H:%M"),
             command=shlex.join(["moesaic", *sys.argv[1:]]),
             machine=describe_machine(),

@@ -1,9 +1,11 @@
 """``propagate: true``: a plan solved again, each block on what its compressed predecessors give."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain
+from moesaic.methods.base import Chain, Spec
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.choices import Chosen, chains_of, choices
 from moesaic.orchestrator.console import View
@@ -34,6 +36,42 @@ def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
         for name in _names(experiment, block):
             before.append([name, [[spec.method, spec.options] for spec in chosen[name]]])
     return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
+
+
+def entries(experiment: Experiment, plan: Path) -> list[Path]:
+    """Files of every entry of the baselines and the plan that ``plan`` (plan.json) holds.
+
+    None where the recipe does not propagate, or has no plan yet.
+    """
+    if not experiment.recipe.propagate or not plan.is_file():
+        return []
+    names = [name for block in range(experiment.model.blocks) for name in _names(experiment, block)]
+    plans: list[Chosen] = [
+        dict.fromkeys(names, chain) for chain in experiment.recipe.baselines.values()
+    ]
+    specs = json.loads(plan.read_text(encoding="utf-8"))["units"]
+    plans.append(
+        {
+            name: tuple(Spec.of(spec["method"], spec["options"]) for spec in links)
+            for name, links in specs.items()
+        }
+    )
+    found = []
+    for chosen in plans:
+        walk = prefixed(experiment, chosen)
+        found.append(walk.scratch)
+        found += [
+            experiment.store.path("stats", walk.stats_key(block))
+            for block in range(experiment.model.blocks)
+        ]
+        found += [
+            experiment.store.path(kind, experiment.key(unit.name, chain, walk))
+            for unit in experiment.units
+            for chain in chains_of(unit, chosen)
+            if chain
+            for kind in ("pieces", "errors")
+        ]
+    return found
 
 
 class Propagation:

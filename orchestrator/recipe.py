@@ -54,6 +54,13 @@ def resolve(name: str, relative_to: Path) -> str:
     return str(absolute.resolve()) if absolute.exists() else name
 
 
+def portable(path: str) -> str:
+    """The ``builtin:`` name of a path that belongs to the package; other names unchanged."""
+    if Path(path) == DEMO / "model":
+        return BUILTIN + "demo"
+    return BUILTIN + Path(path).name if Path(path).parent == DEMO / "text" else path
+
+
 def _known_search(name: str) -> str:
     try:
         search_module(name)
@@ -253,8 +260,13 @@ class Recipe(Section):
         return any(re.search(pattern, unit) for pattern in self.keep)
 
     def to_yaml(self) -> str:
-        """The recipe as resolved: every default written out; reads back as the same recipe."""
-        plain = self.model_dump(mode="json", exclude={"candidates", "baselines"})
+        """The recipe as resolved, defaults written out; reads back as the same recipe."""
+        plain = self.model_dump(mode="json", exclude={"candidates", "baselines"}, exclude_none=True)
+        plain["model"] = portable(self.model)
+        for section in ("calibration", "evaluation"):
+            for source in plain[section]["texts"]:
+                if "file" in source:
+                    source["file"] = portable(source["file"])
         plain["candidates"] = [_entry(chain) for chain in self.candidates]
         plain["baselines"] = {name: _entry(chain) for name, chain in self.baselines.items()}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

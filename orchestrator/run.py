@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import chain_text
+from moesaic.orchestrator import propagate
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -149,5 +150,5 @@ def collect_garbage(
         experiment = Experiment(load_recipe(recipe_file), folder.resolve())
         if experiment.store.root.resolve() != root.resolve():
             raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
-        used += experiment.entries()
+        used += [*experiment.entries(), *propagate.entries(experiment, folder / "plan.json")]
     return Store(root).gc(used, minimum_age_seconds)

@@ -116,7 +116,8 @@ class Calibration:
         needed = [*range(self.top + 1), *([self.blocks] if self.top + 1 == self.blocks else [])]
         for block in needed:
             if not all(boundary_path(walk, block, s).exists() for s in shards):
-                return min(start, block, self.blocks - 1)
+                first: int = min(start, block, self.blocks - 1)
+                return first
         return start
 
     def _forward(self, block: int, worker: int, span: Node) -> Task:

@@ -5,6 +5,7 @@ between two looks counts as well. It includes pages of mapped files, as ``top`` 
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import signal
@@ -80,7 +81,7 @@ class Tree:
     def kill(self) -> None:
         """Ends whatever still lives."""
         for process in self.known.values():
-            if process.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
@@ -96,7 +97,12 @@ def high_water(pid: int) -> tuple[int, str] | None:
     return int(fields["VmHWM"].split()[0]) * 1024, fields["Name"].strip()
 
 
-def watch(command: Sequence[str | Path], log: Path, cwd: Path = ROOT, **environment: str) -> Usage:
+def watch(
+    command: Sequence[str],
+    log: Path,
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> Usage:
     """Runs a command to its end, its output into ``log``, and looks at its processes meanwhile.
 
     Raises:
@@ -107,12 +113,12 @@ def watch(command: Sequence[str | Path], log: Path, cwd: Path = ROOT, **environm
     with log.open("wb") as output:
         started = time.perf_counter()
         child = subprocess.Popen(
-            [str(part) for part in command],
+            list(command),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=cwd,
-            env=kept | environment,
+            env={**kept, **(environment or {})},
         )
         tree = Tree(psutil.Process(child.pid))
         try:
@@ -129,7 +135,7 @@ def watch(command: Sequence[str | Path], log: Path, cwd: Path = ROOT, **environm
             child.wait()
     if child.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARACTERS:]
-        shown = " ".join(map(str, command))
+        shown = " ".join(command)
         raise SystemExit(f"{tail.rstrip()}\nexit status {child.returncode}: {shown}")
     peak_bytes, process = max(tree.peaks.values(), default=(0, "none seen"))
     return Usage(seconds, peak_bytes, process, len(tree.known))

@@ -90,8 +90,9 @@ def run_ours(folder: Path, recipe: Path, digest: str) -> Usage:
     """From a fresh store to a checkpoint in ``folder/ours/model``."""
     for old in (folder / "ours", recipe.parent / "store"):
         shutil.rmtree(old, ignore_errors=True)
-    command = [sys.executable, "-m", "moesaic.orchestrator.cli", "assemble", recipe]
-    usage = watch([*command, "--output", folder / "ours"], folder / "ours.log", **OFFLINE)
+    command = [sys.executable, "-m", "moesaic.orchestrator.cli", "assemble", str(recipe)]
+    command += ["--output", str(folder / "ours")]
+    usage = watch(command, folder / "ours.log", environment=OFFLINE)
     if not list((recipe.parent / "store" / "ids").rglob(f"{digest}.safetensors")):
         raise SystemExit("moesaic calibrated with other tokens than llm-compressor was given")
     return usage
@@ -105,7 +106,7 @@ def run_theirs(folder: Path, python: Path, arguments: argparse.Namespace) -> Usa
     inputs = [arguments.model.resolve(), folder / "calibration.npy", folder / "theirs"]
     command = [python, HERE / "llm_compressor_peer.py", *inputs, *options]
     # Its own run-time log would be written into the working directory.
-    return watch([str(p) for p in command], folder / "theirs.log", cwd=folder, **OFFLINE)
+    return watch([str(p) for p in command], folder / "theirs.log", cwd=folder, environment=OFFLINE)
 
 
 def perplexities(folder: Path, models: Mapping[str, Path]) -> dict[str, float]:
@@ -131,7 +132,7 @@ def body(
     rows: list[list[Any]] = [["dense", "", "", "", "", f"{scores['dense']:.3f}"]]
     for name, found in usages.items():
         largest = max(found, key=lambda usage: usage.peak_bytes)
-        row = [name, spread(times[name]), spread(peaks[name], 2), largest.process]
+        row: list[Any] = [name, spread(times[name]), spread(peaks[name], 2), largest.process]
         row.append(largest.processes)
         rows.append([*row, f"{scores[name]:.3f}"])
     time_ratio = median(times[OURS]) / median(times[THEIRS])

@@ -75,8 +75,9 @@ def main() -> int:
             folder / "recipe.yaml", arguments, schemes, calibration, compute=compute
         )
         progress(f"{size:,} bytes written; moesaic measure, log in {folder}/measure.log")
-        command = [sys.executable, "-m", "moesaic.orchestrator.cli", "measure", recipe]
-        usage = watch([*command, "--output", folder / "run"], folder / "measure.log")
+        command = [sys.executable, "-m", "moesaic.orchestrator.cli", "measure", str(recipe)]
+        command += ["--output", str(folder / "run")]
+        usage = watch(command, folder / "measure.log")
         store = sum(p.stat().st_size for p in (folder / "store").rglob("*") if p.is_file())
     peak = usage.peak_bytes / 1e9
     rows = [

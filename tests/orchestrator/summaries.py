@@ -3,6 +3,7 @@
 import math
 
 from moesaic.methods.base import Chain, Event, Spec, Unit
+from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.search.base import Budget, Measurement, Plan, Problem
 from moesaic.search.knapsack import search
@@ -44,16 +45,19 @@ def units(blocks: int, experts: int, hidden: int = 64) -> list[Unit]:
 
 
 def measure(model: list[Unit], with_scores: bool) -> list[Measurement]:
-    """Every unit at 2, 3, 4 and 8 bits and as it is."""
+    """Every choice at 2, 3, 4 and 8 bits and as it is."""
     found = []
-    for position, unit in enumerate(model):
+    wanted = [(unit, choice) for unit in model for choice in choices(unit)]
+    for position, (unit, choice) in enumerate(wanted):
+        out, inputs = unit.shapes[choice.member][-2:]
+        weights = out * inputs
         for bits in (2, 3, 4, 8):
             error = 4.0**-bits * (1 + 0.5 * math.sin(5 * position))
             score = error * (0.02 + 0.1 * math.cos(position) ** 2) if with_scores else None
-            size = unit.parameters * bits // 8 + unit.parameters // 64 * 2
-            found.append(Measurement(unit.name, rtn(bits), size, error, score, 0.01 * bits))
+            size = weights * bits // 8 + weights // 64 * 2
+            found.append(Measurement(choice.name, rtn(bits), size, error, score, 0.01 * bits))
         score = 0.0 if with_scores else None
-        found.append(Measurement(unit.name, (), 2 * unit.parameters, 0.0, score, 0.0))
+        found.append(Measurement(choice.name, (), 2 * weights, 0.0, score, 0.0))
     return found
 
 
@@ -77,13 +81,15 @@ def summary(blocks: int = 4, experts: int = 0, with_scores: bool = True) -> RunS
     measured = measure(model, with_scores)
     weights = sum(unit.parameters for unit in model)
     budget = Budget(FIXED + int(weights * 3.4 / 8), FIXED)
-    choices = {unit.name: [m for m in measured if m.unit == unit.name] for unit in model}
-    problem = Problem(choices, [], budget)
+    offers: dict[str, list[Measurement]] = {}
+    for measurement in measured:
+        offers.setdefault(measurement.unit, []).append(measurement)
+    problem = Problem(offers, [], budget)
     plan = search(problem)
     baselines = {
-        "rtn": problem.plan(dict.fromkeys(choices, rtn(3))),
-        "rtn 4 bits": problem.plan(dict.fromkeys(choices, rtn(4))),
-        "rtn 2 bits": problem.plan(dict.fromkeys(choices, rtn(2))),
+        "rtn": problem.plan(dict.fromkeys(offers, rtn(3))),
+        "rtn 4 bits": problem.plan(dict.fromkeys(offers, rtn(4))),
+        "rtn 2 bits": problem.plan(dict.fromkeys(offers, rtn(2))),
     }
     dense = {"bytes": FIXED + 2 * weights, "bits_per_weight": 16.0, "perplexity": 12.5, "kl": 0.0}
     scores = {"dense": dense}

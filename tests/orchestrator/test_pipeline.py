@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from moesaic.methods.base import Spec, chain_text
-from moesaic.orchestrator import run
+from moesaic.orchestrator import run, store
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -120,7 +121,8 @@ def test_a_run_leaves_what_it_promises(
         assert (score["kl"] == 0) == (name == "dense")
     assert scores["plan"]["bytes"] == size
     assert scores["dense"]["bits_per_weight"] == 16
-    assert scores["dense"]["bytes"] == experiment.model.checkpoint.total_bytes
+    original = [path.stat().st_size for path in project.model.glob("*.safetensors")]
+    assert scores["dense"]["bytes"] == sum(original)
     assert 4 < scores["rtn 4"]["bits_per_weight"] < 5.3
     assert scores["plan"]["bits_per_weight"] <= 5.5
 
@@ -246,6 +248,45 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(
     assert not list((other.folder / "store" / "scratch").glob("*/*"))
 
 
+@pytest.mark.parametrize("gradients", [0, 4])
+def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
+    project: Project,
+    tmp_path: Path,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    gradients: int,
+) -> None:
+    """Each run dies when it has written so many files, wherever that is."""
+    changes = {"calibration": {"gradient_sequences": gradients}}
+    project.write(**changes)
+    project.run()
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write(**changes)
+    sync, written, kills = os.fsync, 0, 0
+
+    def die_sometimes(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written == 31 + kills % 3:
+            raise Killed
+        sync(descriptor)
+
+    monkeypatch.setattr(store.os, "fsync", die_sometimes)
+    while True:
+        written = 0
+        try:
+            other.run(size=1 + kills % 3)
+        except Killed:
+            kills += 1
+            assert kills < 40
+        else:
+            break
+    assert kills > 3
+    one, two = project.left(), other.left()
+    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
+
+
 @pytest.mark.parametrize("kill_at", [None, 5])
 def test_propagated_plans_learn_from_compressed_predecessors(
     project: Project,
@@ -317,6 +358,37 @@ def test_units_that_the_recipe_keeps_stay_as_they_are(project: Project) -> None:
         assert len(names) > 10
         for name in names:
             assert torch.equal(old.get_tensor(name), new.get_tensor(name))
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_gc_keeps_what_a_named_run_needs_to_go_on(project: Project, propagate: bool) -> None:
+    project.write(propagate=propagate)
+    project.run()
+    left = project.left()
+    folder = project.folder / "store"
+    kinds = ("pieces", "errors", "stats", "gradients", "ids")
+    before = {path for kind in kinds for path in folder.glob(f"{kind}/*/*")}
+    project.write(propagate=propagate, name="other", calibration={"seed": 5})
+    other = project.folder / "runs" / "other"
+    run.run_recipe(project.folder / "recipe.yaml", other, ("measure",))
+    after = {path for kind in kinds for path in folder.glob(f"{kind}/*/*")}
+    assert len(after) > len(before)
+    removed, freed = run.collect_garbage(folder, [project.output], 0)
+    assert removed > 0 < freed
+    assert {path for kind in kinds for path in folder.glob(f"{kind}/*/*")} == before
+    project.write(propagate=propagate)
+    _, calls = project.run()
+    assert calls.keys() <= {"evaluate:evaluate_rows"}
+    assert project.left().keys() == left.keys()
+    assert project.left()["model.safetensors"] == left["model.safetensors"]
+
+
+def test_gc_of_what_is_no_store_or_no_run_is_refused(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no store of moesaic"):
+        run.collect_garbage(project.folder, [], 0)
+    project.run(stages=("calibrate",))
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
+        run.collect_garbage(project.folder / "store", [tmp_path], 0)
 
 
 def refused(project: Project, **changes: Any) -> str:

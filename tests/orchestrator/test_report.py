@@ -109,7 +109,7 @@ def test_report_counts_events_and_escapes_them(page: Page, report: Path) -> None
 
 def test_report_choices_add_up(page: Page, run: RunSummary) -> None:
     rows = page.tables["choices"][1:]
-    assert sum(int(row[1]) for row in rows) == len(run.units)
+    assert sum(int(row[1]) for row in rows) == len(run.plan.units)
     compressed = sum(run.measured(run.plan, unit).bytes for unit in run.units)
     assert sum(int(row[2].replace(",", "")) for row in rows) == compressed
 

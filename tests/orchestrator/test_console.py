@@ -1,0 +1,92 @@
+"""What a person sees: lines in a log, and the table at the end."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moesaic.methods.base import Event
+from moesaic.orchestrator import console as module
+from moesaic.orchestrator.console import View, score_table
+
+
+class Clock:
+    """A clock that tests turn."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def log() -> tuple[View, io.StringIO]:
+    """A view that writes lines, as into a file."""
+    stream = io.StringIO()
+    return View(Console(file=stream, force_terminal=False, width=200, soft_wrap=True)), stream
+
+
+def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(clock: Clock) -> None:
+    view, stream = log()
+    with view:
+        view.stage("measure", 100, done=60)
+        clock.now += 10
+        view.advance("measure", 10, peak_bytes=2_000_000_000)
+        view.tick(["experts 3"])
+        assert "measure: 70" not in stream.getvalue()  # too early
+        clock.now += 10
+        view.tick(["experts 3"])
+        view.tick(["experts 4"])
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "measure: 60 of 100 were finished before"
+    # 10 in 20 seconds: what an earlier run did does not count as speed.
+    assert lines[1:] == [
+        "measure: 70/100  0.5/s  60 s left  experts 3  peak 2.0 GB/worker",
+    ]
+    assert view.seconds["measure"] == 10
+
+
+def test_a_finished_stage_says_no_more(clock: Clock) -> None:
+    view, stream = log()
+    with view:
+        view.stage("calibrate", 2)
+        view.advance("calibrate", 2)
+        clock.now += 100
+        view.tick([])
+    assert stream.getvalue() == ""
+
+
+def test_events_are_counted_by_kind_and_the_first_is_told() -> None:
+    view, stream = log()
+    few = [Event("few_tokens", f"{n} tokens [48]", f"bank {n}") for n in range(3)]
+    view.events([few[0], Event("damping_grew", "to 0.1", "q"), *few[1:]])
+    assert stream.getvalue().splitlines() == [
+        "event few_tokens ×3: bank 0: 0 tokens [48]",
+        "event damping_grew ×1: q: to 0.1",
+    ]
+
+
+def test_the_table_has_a_row_per_score() -> None:
+    score: dict[str, Any] = {
+        "bytes": 1234567,
+        "bits_per_weight": 3.0004,
+        "perplexity": 7.25,
+        "kl": 0.01234,
+        "accuracy": 0.5,
+    }
+    stream = io.StringIO()
+    table = score_table({"dense": {**score, "kl": 0.0}, "plan": score})
+    Console(file=stream, width=120).print(table)
+    text = stream.getvalue()
+    row = next(line for line in text.splitlines() if "plan" in line)
+    for word in ("1,234,567", "3.000", "7.250", "0.0123", "50.0%"):
+        assert word in row
+    assert "0.0000" in next(line for line in text.splitlines() if "dense" in line)
