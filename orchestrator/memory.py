@@ -17,6 +17,7 @@ from moesaic.orchestrator.calibrate import _LOGIT_ROWS
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.measure import _ERROR_BYTES
+from moesaic.orchestrator.pool import _WORKER_ENVIRONMENT
 from moesaic.orchestrator.stages import _EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
     GradientObserver,
@@ -34,13 +35,17 @@ PROCESS_BYTES = 750_000_000
 _LOGIT_COPIES, _ERROR_COPIES = 5, 4
 # Share that glibc keeps beyond what is in use, measured with blocks of 60 MB and sums of 90 MB.
 _KEPT_BY_ALLOCATOR = 0.2
+# What oneDNN keeps of every shape of a product in 16 bits that it has compiled (measured with
+# bfloat16; float32 takes none), and how far the tokens of experts spread, in means.
+_COMPILED_BYTES, _SPREAD = 700_000, 2
 _META = torch.device("meta")
 Parts = dict[str, int]
 
 METHOD = (
     "largest worker process: libraries, weights of the largest block, its statistics once for"
     " every partial sum that is held while shards are added in pairs, hidden states of the worker's"
-    " shards, activations of one batch (an upper bound); when measuring: weights and statistics of"
+    " shards, activations of one batch (an upper bound), what oneDNN compiled for experts in 16"
+    " bits; when measuring: weights and statistics of"
     " the largest site, its factors, the solver's working copies and those of the error"
 )
 
@@ -187,11 +192,37 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
         found["gradients"] = _largest(_reverse(sizes, block) for block in blocks)
     found["measure"] = _largest(_measure(sizes, units) for units in jobs)
     found["evaluate"] = _largest(_evaluate(sizes, block) for block in blocks)
-    for parts in found.values():
+    for stage, parts in found.items():
+        parts["compiled products"] = _compiled(sizes, stage != "calibrate")
         parts["allocator"] = int(_KEPT_BY_ALLOCATOR * sum(parts.values()))
         parts["process"] = PROCESS_BYTES
         parts["total"] = sum(parts.values())
     return found
+
+
+def _compiled(sizes: Sizes, reversed_too: bool) -> int:
+    """What the processor's library keeps for the many numbers of tokens that experts meet.
+
+    A worker that has walked keeps it while it measures; the reverse pass adds its own, for batches
+    of one sequence, in both directions.
+    """
+    banks = [unit for unit in sizes.model.units() if unit.kind == "bank"]
+    if not banks or sizes.crew.device != "cpu" or sizes.item != 2:
+        return 0
+    experts = banks[0].shapes["gate"][0]
+    share = (experts_per_token(sizes.model.config) or experts) / experts
+
+    def shapes(tokens: int, batches: int) -> int:
+        calls = experts * len(banks) * batches
+        return min(int(_SPREAD * tokens * share), tokens, calls)
+
+    walk = sizes.walk
+    batches = math.ceil(walk.sequences / walk.batch / sizes.crew.workers)
+    count = 2 * shapes(sizes.batch_tokens(), batches)  # gate and up in one, down
+    if reversed_too and walk.gradients:
+        count += 4 * shapes(sizes.length, walk.gradients * walk.shards // sizes.crew.workers)
+    capacity = int(_WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+    return _COMPILED_BYTES * min(count, capacity)
 
 
 def _largest(candidates: Iterable[Parts]) -> Parts:

@@ -162,7 +162,7 @@ class Pipeline:
         plan = self.plans["plan"]
         document = {
             **plan.to_json(),
-            "budget_bytes": self.experiment.budget.total_bytes,
+            "budget_bytes": self.budget_bytes,
             "bits_per_weight": self.bits_per_weight("plan"),
             "search": self.experiment.recipe.search,
             "serve": self.experiment.recipe.serve,
@@ -185,14 +185,24 @@ class Pipeline:
             self.propagate()
         return plan_pieces(self.experiment, self.walks[name], self.plans[name].units)
 
+    @property
+    def budget_bytes(self) -> int:
+        """The limit for the plan's files. One in bits per weight limits the units: around them the
+        files may hold what they do hold."""
+        budget = self.experiment.budget
+        if self.experiment.recipe.budget.bytes is not None:
+            return budget.total_bytes
+        return self.plans["plan"].bytes - self._unit_bytes("plan") + budget.unit_bytes
+
+    def _unit_bytes(self, name: str) -> int:
+        units = self.plans[name].units
+        return sum(m.bytes for m in self.table.measurements if units[m.unit] == m.chain)
+
     def bits_per_weight(self, name: str) -> float:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
         experiment = self.experiment
-        if name == "dense":
-            size = sum(experiment.dense_bytes(unit) for unit in experiment.units)
-        else:
-            units = self.plans[name].units
-            size = sum(m.bytes for m in self.table.measurements if units[m.unit] == m.chain)
+        dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+        size = dense if name == "dense" else self._unit_bytes(name)
         return size * 8 / experiment.size.weights
 
     def bytes_of(self, name: str) -> int:
@@ -253,7 +263,7 @@ class Pipeline:
             units=experiment.units,
             dense_unit_bytes={unit.name: experiment.dense_bytes(unit) for unit in experiment.units},
             dense_bytes=self.bytes_of("dense"),
-            budget_bytes=experiment.budget.total_bytes,
+            budget_bytes=self.budget_bytes,
             plan=plans.pop("plan"),
             baselines=plans,
             measurements=self.table.measurements,
