@@ -37,7 +37,7 @@ _LOGIT_COPIES, _ERROR_COPIES = 5, 4
 _KEPT_BY_ALLOCATOR = 0.2
 # What oneDNN keeps of every shape of a product in 16 bits that it has compiled (measured with
 # bfloat16; float32 takes none), and how far the tokens of experts spread, in means.
-_COMPILED_BYTES, _SPREAD = 700_000, 2
+_COMPILED_BYTES, _SPREAD = 700_000, 1.5
 _META = torch.device("meta")
 Parts = dict[str, int]
 
@@ -193,18 +193,18 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
     found["measure"] = _largest(_measure(sizes, units) for units in jobs)
     found["evaluate"] = _largest(_evaluate(sizes, block) for block in blocks)
     for stage, parts in found.items():
-        parts["compiled products"] = _compiled(sizes, stage != "calibrate")
+        parts["compiled products"] = _compiled(sizes, stage)
         parts["allocator"] = int(_KEPT_BY_ALLOCATOR * sum(parts.values()))
         parts["process"] = PROCESS_BYTES
         parts["total"] = sum(parts.values())
     return found
 
 
-def _compiled(sizes: Sizes, reversed_too: bool) -> int:
+def _compiled(sizes: Sizes, stage: str) -> int:
     """What the processor's library keeps for the many numbers of tokens that experts meet.
 
-    A worker that has walked keeps it while it measures; the reverse pass adds its own, for batches
-    of one sequence, in both directions.
+    A worker that has walked keeps it afterwards. The reverse pass adds its own, for batches of one
+    sequence, in both directions; so do the plans, whose experts see other tokens.
     """
     banks = [unit for unit in sizes.model.units() if unit.kind == "bank"]
     if not banks or sizes.crew.device != "cpu" or sizes.item != 2:
@@ -219,8 +219,12 @@ def _compiled(sizes: Sizes, reversed_too: bool) -> int:
     walk = sizes.walk
     batches = math.ceil(walk.sequences / walk.batch / sizes.crew.workers)
     count = 2 * shapes(sizes.batch_tokens(), batches)  # gate and up in one, down
-    if reversed_too and walk.gradients:
+    if stage != "calibrate" and walk.gradients:
         count += 4 * shapes(sizes.length, walk.gradients * walk.shards // sizes.crew.workers)
+    if stage == "evaluate":
+        texts, plans = sizes.experiment.recipe.evaluation, len(sizes.experiment.recipe.baselines)
+        runs = math.ceil(texts.sequences / texts.batch / sizes.crew.workers) * (plans + 2)
+        count += 2 * shapes(min(texts.batch, texts.sequences) * texts.length, runs)
     capacity = int(_WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
     return _COMPILED_BYTES * min(count, capacity)
 

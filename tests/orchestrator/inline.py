@@ -2,12 +2,20 @@
 
 import heapq
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from moesaic.orchestrator import run
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.worker import WorkerState, resolve
+from tests.orchestrator.projects import make_recipe
+
+STAGES = ("evaluate", "assemble")
 
 
 class Killed(BaseException):
@@ -50,3 +58,33 @@ class InlinePool:
             result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
             for new in task.done(result):
                 heapq.heappush(waiting, (new.priority, next(order), new))
+
+
+class Project:
+    """A folder with a recipe that is run in this process."""
+
+    def __init__(self, folder: Path, model: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.model, self.patch = folder, model, patch
+        self.output = folder / "runs" / "small"
+        self.calls: Counter[str] = Counter()
+
+    def write(self, **changes: Any) -> Path:
+        return make_recipe(self.folder, self.model, **changes)
+
+    def run(
+        self, size: int = 1, kill_at: int | None = None, stages: tuple[str, ...] = STAGES
+    ) -> tuple[dict[str, Any], Counter[str]]:
+        """What the run returns, and how often each function was called on a worker."""
+        pool = InlinePool(size, kill_at)
+        self.calls = pool.calls
+        self.patch.setattr(run, "Pool", lambda compute: pool)
+        result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
+        return dict(result), pool.calls
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.output / name).read_text(encoding="utf-8"))
+
+    def left(self) -> dict[str, bytes]:
+        """Plan and checkpoint. The model card tells the scores, and these how fast it went."""
+        files = [self.output / "plan.json", *(self.output / "model").iterdir()]
+        return {path.name: path.read_bytes() for path in files}

@@ -1,0 +1,205 @@
+"""What was finished is not done again, whatever killed a run or damaged its store."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moesaic.orchestrator import run, store
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.recipe import load_recipe
+from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.projects import make_model_folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_model_folder(tmp_path_factory.mktemp(name), name)
+        for name in ("qwen3_moe", "llama")
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Project:
+    made = Project(tmp_path / "one", models["qwen3_moe"], monkeypatch)
+    made.write()
+    return made
+
+
+def test_several_workers_leave_the_bytes_of_one(
+    project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.run(size=1)
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write()
+    other.run(size=3)
+    one, two = project.left(), other.left()
+    assert one.keys() == two.keys() >= {"plan.json", "model.safetensors", "config.json"}
+    different = {name for name in one if one[name] != two[name]}
+    # The card holds the recipe as resolved, and so the folder that it lies in.
+    assert different <= {"README.md"}
+
+
+def test_nothing_is_done_again(project: Project) -> None:
+    _, calls = project.run()
+    assert {name.partition(":")[2] for name in calls} == {
+        "forward",
+        "reduce",
+        "reverse",
+        "compress_job",
+        "evaluate_rows",
+    }
+    left, scores = project.left(), project.json("scores.json")
+    _, calls = project.run(size=2)
+    assert calls.total() == 0
+    assert project.left() == left
+    assert project.json("scores.json") == scores
+
+
+def test_another_budget_is_only_a_choice_among_finished_pieces(project: Project) -> None:
+    project.run()
+    before = project.json("plan.json")
+    project.write(budget={"bits_per_weight": 6.5})
+    _, calls = project.run()
+    assert calls.keys() <= {"evaluate:evaluate_rows"}
+    after = project.json("plan.json")
+    assert before["bytes"] < after["bytes"] <= after["budget_bytes"]
+    assert after["loss"] < before["loss"]
+
+
+def test_another_candidate_is_measured_alone(project: Project) -> None:
+    project.run()
+    candidates = [
+        {"method": "rtn", "bits": [3, 8, 5], "group_size": 16},
+        {"method": "gptq", "bits": 4, "group_size": 16},
+    ]
+    before = set((project.folder / "store").glob("pieces/*/*.safetensors"))
+    project.write(candidates=candidates)
+    _, calls = project.run(stages=("measure",))
+    assert calls.keys() == {"measure:compress_job"}
+    added = set((project.folder / "store").glob("pieces/*/*.safetensors")) - before
+    experiment = Experiment(load_recipe(project.folder / "recipe.yaml"), project.output)
+    assert len(added) == len(experiment.units)
+
+
+@pytest.mark.parametrize("kind", ["pieces", "errors", "stats", "gradients"])
+def test_a_damaged_entry_is_made_again_and_changes_nothing(project: Project, kind: str) -> None:
+    project.run()
+    left = project.left()
+    path = sorted((project.folder / "store").glob(f"{kind}/*/*.safetensors"))[0]
+    good = path.read_bytes()
+    path.write_bytes(good[:-2] + bytes(byte ^ 0xFF for byte in good[-2:]))
+    _, calls = project.run()
+    needed = {
+        "pieces": {"compress_job"},
+        "errors": {"compress_job"},
+        "stats": {"forward", "reduce"},
+        "gradients": {"forward", "reverse", "reduce"},
+    }
+    assert {name.partition(":")[2] for name in calls} == needed[kind]
+    assert path.read_bytes() == good
+    assert project.left() == left
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(
+    project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed again and again, each time after three calls of a worker."""
+    _, whole = project.run(size=2)
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write()
+    done: Counter[str] = Counter()
+    kills = 0
+    while True:
+        try:
+            other.run(size=2, kill_at=4)
+        except Killed:
+            kills += 1
+        else:
+            break
+        finally:
+            done += other.calls
+    assert kills == (whole.total() - 1) // 3  # not one call was made twice
+    assert done == whole
+    one, two = project.left(), other.left()
+    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    scores = project.json("scores.json")
+    for name, score in other.json("scores.json").items():
+        assert (score["kl"], score["perplexity"]) == (
+            scores[name]["kl"],
+            scores[name]["perplexity"],
+        )
+    assert not list((other.folder / "store" / "scratch").glob("*/*"))
+
+
+@pytest.mark.parametrize("gradients", [0, 4])
+def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
+    project: Project,
+    tmp_path: Path,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    gradients: int,
+) -> None:
+    """Each run dies when it has written so many files, wherever that is."""
+    changes = {"calibration": {"gradient_sequences": gradients}}
+    project.write(**changes)
+    project.run()
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write(**changes)
+    sync, written, kills = os.fsync, 0, 0
+
+    def die_sometimes(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written == 31 + kills % 3:
+            raise Killed
+        sync(descriptor)
+
+    monkeypatch.setattr(store.os, "fsync", die_sometimes)
+    while True:
+        written = 0
+        try:
+            other.run(size=1 + kills % 3)
+        except Killed:
+            kills += 1
+            assert kills < 40
+        else:
+            break
+    assert kills > 3
+    one, two = project.left(), other.left()
+    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_gc_keeps_what_a_named_run_needs_to_go_on(project: Project, propagate: bool) -> None:
+    project.write(propagate=propagate)
+    project.run()
+    left = project.left()
+    folder = project.folder / "store"
+    kinds = ("pieces", "errors", "stats", "gradients", "ids")
+    before = {path for kind in kinds for path in folder.glob(f"{kind}/*/*")}
+    project.write(propagate=propagate, name="other", calibration={"seed": 5})
+    other = project.folder / "runs" / "other"
+    run.run_recipe(project.folder / "recipe.yaml", other, ("measure",))
+    after = {path for kind in kinds for path in folder.glob(f"{kind}/*/*")}
+    assert len(after) > len(before)
+    removed, freed = run.collect_garbage(folder, [project.output], 0)
+    assert removed > 0 < freed
+    assert {path for kind in kinds for path in folder.glob(f"{kind}/*/*")} == before
+    project.write(propagate=propagate)
+    _, calls = project.run()
+    assert calls.keys() <= {"evaluate:evaluate_rows"}
+    assert project.left().keys() == left.keys()
+    assert project.left()["model.safetensors"] == left["model.safetensors"]
+
+
+def test_gc_of_what_is_no_store_or_no_run_is_refused(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no store of moesaic"):
+        run.collect_garbage(project.folder, [], 0)
+    project.run(stages=("calibrate",))
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
+        run.collect_garbage(project.folder / "store", [tmp_path], 0)
