@@ -28,7 +28,7 @@ from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
 
 # Experts of a bank whose errors are computed at a time: bounds the float32 copies.
-_ERROR_BYTES = 256 << 20
+_ERROR_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ _ATTEMPTS = 4
 _START_SECONDS = 300.0
 _POLL_SECONDS = 1.0
 # Threads that sleep instead of spinning: with another process busy, spinning threads make a
-# worker several times slower. Every new matrix shape costs oneDNN milliseconds once: remember many.
+# worker several times slower. oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts
+# bring a new one with almost every batch.
 _WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
