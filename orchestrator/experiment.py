@@ -18,7 +18,7 @@ from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import tied_choices
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.recipe import Recipe, Texts
@@ -39,7 +39,7 @@ def find_model(name: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"model: no folder {name}")
+        raise RecipeError(f"model: no folder {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -48,7 +48,9 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"model: {name} is no folder and cannot be downloaded: {reason}") from None
+        raise RecipeError(
+            f"model: {name} is no folder and cannot be downloaded: {reason}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Experiment:
         )
         self.units = [unit for unit in self.model.units() if not recipe.kept(unit.name)]
         if not self.units:
-            raise UserError("keep: the patterns leave no unit to compress")
+            raise RecipeError("keep: the patterns leave no unit to compress")
         self.store = Store(Path(recipe.store) if recipe.store else output.parent / "store")
         self.offers = self._offers()
         self.budget = self._budget()
@@ -133,7 +135,7 @@ class Experiment:
                 problems[unit.name] += f" the candidates here ({refusals[-1]})"
         if problems:
             advice = "change the candidates, or leave such units as they are with keep: [pattern]"
-            raise UserError("\n".join([*problems.values(), advice]))
+            raise RecipeError("\n".join([*problems.values(), advice]))
         return offers
 
     @staticmethod
@@ -196,13 +198,13 @@ class Experiment:
         if total < size.smallest_bytes:
             bits = (size.smallest_bytes - size.fixed_bytes) * 8 / size.weights
             bits = math.ceil(bits * 1000) / 1000  # rounded down it would be refused again
-            raise UserError(
+            raise RecipeError(
                 f"budget: {total:,} bytes are too few: the smallest plan that these candidates"
                 f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight);"
                 f" {size.fixed_bytes:,} of them are parts that are not compressed"
             )
         if total >= size.dense_bytes:
-            raise UserError(
+            raise RecipeError(
                 f"budget: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
                 " there is nothing to compress"
             )

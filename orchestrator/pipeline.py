@@ -27,7 +27,7 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
 from moesaic.orchestrator.choices import chains_of, choices
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
@@ -147,7 +147,7 @@ class Pipeline:
                 budget = replace(given.budget, fixed_bytes=around)
                 trial = given.plan(strategy.search(replace(given, budget=budget)).units)
         except Infeasible as error:
-            raise UserError(f"budget: {error}") from None
+            raise RecipeError(f"budget: {error}") from None
         return plan
 
     def _file_bytes(self, plan: Plan) -> int:

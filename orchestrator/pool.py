@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.recipe import Compute
 
 _ATTEMPTS = 4
@@ -136,7 +136,7 @@ class Pool:
         fitting = sum(self._fitting(node) for node in nodes)
         count = compute.workers or max(fitting, 1)
         if count > fitting:
-            raise UserError(
+            raise RecipeError(
                 f"compute: {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
                 f" fit the cluster ({len(nodes)} node(s), {total_cpus} CPU, {total_gpus:g} GPU:"
                 f" at most {fitting})"

@@ -46,7 +46,7 @@ def resolve(name: str, relative_to: Path) -> str:
         inside = name.removeprefix(BUILTIN)
         path = DEMO / ("model" if inside == "demo" else f"text/{inside}")
         if not path.exists():
-            known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*"))]
+            known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*.txt"))]
             raise ValueError(f"no {name!r}: there are {', '.join(BUILTIN + k for k in known)}")
         return str(path)
     path = Path(name).expanduser()
@@ -177,6 +177,8 @@ def _specs(link: Any) -> Iterator[Spec]:
             key = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
                 lines.append(f"unknown option {key!r} (allowed: {', '.join(fields)})")
+            elif problem["type"] == "value_error":
+                lines.append(f"option {key}: {problem['ctx']['error']}")
             else:
                 lines.append(f"option {key}: {problem['msg']}, got {problem['input']!r}")
         raise ValueError(f"method {link['method']}: {'; '.join(dict.fromkeys(lines))}") from None

@@ -12,13 +12,13 @@ import pandas as pd
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator import propagate
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import Recipe, load_recipe
-from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
 
 # What a run leaves besides the checkpoint; see pipeline.py.
@@ -28,11 +28,23 @@ _FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "re
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
     """Reads the recipe and the model's headers, draws the tokens: everything that can be wrong."""
     recipe = load_recipe(recipe_file)
-    return _ready(Experiment(recipe, _output(recipe, output)))
+    with _naming(recipe_file):
+        return _ready(Experiment(recipe, _output(recipe, output)))
+
+
+@contextmanager
+def _naming(recipe_file: Path) -> Iterator[None]:
+    """Puts the recipe's name in front of what is said about its keys."""
+    try:
+        yield
+    except RecipeError as error:
+        raise UserError(f"{recipe_file}: {error}") from error
 
 
 def _output(recipe: Recipe, output: Path | None) -> Path:
-    return (output or Path("runs") / recipe.name).resolve()
+    folder = (output or Path("runs") / recipe.name).resolve()
+    make_folder(folder, "--output")
+    return folder
 
 
 def _ready(experiment: Experiment) -> Experiment:
@@ -57,6 +69,7 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
     if "report" in stages:
         # Opened before the model is: whatever goes wrong from here on is on record.
         with (
+            _naming(recipe_file),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
             _pipeline(recipe, folder) as pipeline,
         ):
@@ -64,7 +77,7 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
             _run(pipeline, stages, result)
             _track(tracker, pipeline, result)
     else:
-        with _pipeline(recipe, folder) as pipeline:
+        with _naming(recipe_file), _pipeline(recipe, folder) as pipeline:
             _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result

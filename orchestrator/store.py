@@ -109,6 +109,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path, what: str) -> None:
+    """Makes a folder that files can be written into, if it is not there.
+
+    Raises:
+        UserError, RunError: it cannot be made or written, or the disk is full.
+    """
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f"{_TEMPORARY}{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path}: {what} must be a folder") from None
+        except FileNotFoundError as error:  # what /proc and dead links answer to mkdir
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 @dataclass(frozen=True)
 class Entry:
     """A finished piece: where it lies and what its seal says of it."""
@@ -123,16 +141,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        with disk_errors(root):
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                probe = root / f"{_TEMPORARY}{uuid.uuid4().hex}"
-                probe.touch()
-                probe.unlink()
-            except (FileExistsError, NotADirectoryError):
-                raise UserError(f"{root}: the store must be a folder") from None
-            except FileNotFoundError as error:  # what /proc and dead links answer to mkdir
-                raise UserError(f"{root}: cannot be written: {error.strerror}") from None
+        make_folder(root, "the store")
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""

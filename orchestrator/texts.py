@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.recipe import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
@@ -47,10 +47,14 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
+    # Without files, transformers gives an empty tokenizer of the model's class.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{model}: no tokenizer: put its tokenizer.json into this folder")
+    return tokenizer
 
 
 def documents(source: Source) -> Iterator[str]:
@@ -169,16 +173,19 @@ def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
     counts = allotment(texts.sequences, [source.weight for source in texts.texts])
     for index, (source, count) in enumerate(zip(texts.texts, counts, strict=True)):
         if count == 0:
-            raise UserError(
+            raise RecipeError(
                 f"{what}.texts: {source.label} gets none of the {texts.sequences} sequences: its"
                 f" weight {source.weight:g} is too small"
             )
         tokens = _token_stream(tokenizer, source, count * body)
         windows = len(tokens) // body
         if windows < count:
-            raise UserError(
+            if set(tokens) <= {tokenizer.eos_token_id}:
+                raise RecipeError(f"{what}.texts: {source.label} holds no text")
+            raise RecipeError(
                 f"{what}.texts: {source.label} has {len(tokens):,} tokens, but {count} sequences of"
-                f" {texts.length} tokens need {count * body:,}"
+                f" {texts.length} tokens need {count * body:,}: give more text, or lower"
+                f" {what}.sequences"
             )
         starts = random.Random(f"{texts.seed}/{index}").sample(range(windows), count)
         chosen += [first + tokens[s * body : (s + 1) * body] for s in starts]
@@ -187,8 +194,8 @@ def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
     random.Random(texts.seed).shuffle(order)
     ids = np.array([chosen[i] for i in order], dtype=np.int32)
     if ids.max() >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {ids.max()}, but the model's vocabulary ends at"
+        raise RecipeError(
+            f"model: its tokenizer gives token {ids.max()}, but the vocabulary ends at"
             f" {vocab_size - 1}: they do not fit"
         )
     source_index = np.array([origin[i] for i in order], dtype=np.int32)

@@ -108,7 +108,7 @@ def test_all_windows_of_a_text_can_be_drawn_but_not_one_more(tmp_path: Path) -> 
 
 
 def test_empty_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.texts: a has 1 tokens"):
+    with pytest.raises(UserError, match=r"evaluation\.texts: a holds no text"):
         draw(section(numbered(tmp_path / "a", 0)), TOKENIZER, VOCABULARY, "evaluation")
 
 
