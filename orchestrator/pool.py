@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from moesaic.orchestrator.recipe import Compute
 _ATTEMPTS = 4
 _START_SECONDS = 300.0
 _POLL_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
 # Threads that sleep instead of spinning: with another process busy, spinning threads make a
 # worker several times slower. oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts
 # bring a new one with almost every batch.
@@ -75,16 +77,27 @@ def connect(compute: Compute) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address:
+            _try_address(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             return False
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         return True
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{where} cannot be reached or started: {reason}") from error
+
+
+def _try_address(address: str) -> None:
+    """Raises OSError if nobody listens there; Ray itself would try for minutes and print its own.
+
+    Other addresses than ``HOST:PORT`` and ``ray://HOST:PORT`` (``auto``) are left to Ray.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 def _shares(gpus: float, each: float) -> int:

@@ -1,5 +1,6 @@
 """The pool on a real Ray: order, memory, death, blame. One Ray for all of them."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,10 +210,22 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(module.ray, "init", refuse)
     with pytest.raises(RunError) as error:
-        module.connect(Compute(address="10.0.0.9:6379"))
+        module.connect(Compute(address="auto"))
     message = str(error.value)
-    assert "the Ray cluster at 10.0.0.9:6379 cannot be reached" in message
+    assert "the Ray cluster at auto cannot be reached" in message
     assert "could not connect" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_listens_is_found_out_before_ray_tries(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with pytest.raises(RunError, match=f"the Ray cluster at {address} cannot be reached"):
+        module.connect(Compute(address=address))
 
 
 def test_functions_are_found_by_name() -> None:
