@@ -212,23 +212,28 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
-        experiment = self.experiment
-        found = stages.evaluated(
-            experiment, self.pool, self.view, {name: self.pieces(name) for name in self.plans}
-        )
-        scores = {
+        pieces = {name: self.pieces(name) for name in self.plans}
+        found = stages.evaluated(self.experiment, self.pool, self.view, pieces)
+        scores = self._sized(found)
+        write_json(self.output / "scores.json", scores)
+        return scores
+
+    def _sized(self, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Scores with the sizes they were reached at."""
+        return {
             name: {
                 "bytes": self.bytes_of(name),
                 "bits_per_weight": self.bits_per_weight(name),
                 **score,
             }
-            for name, score in found.items()
+            for name, score in scores.items()
         }
-        write_json(self.output / "scores.json", scores)
-        return scores
 
     def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """The checkpoint, reloaded and compared.
+
+        Args:
+            scores: for its card; those of an earlier evaluation if left out, where there are any.
 
         Raises:
             RunError: what was written does not compute what the pieces say.
@@ -236,8 +241,11 @@ class Pipeline:
         experiment, recipe = self.experiment, self.experiment.recipe
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
+        if scores is None:
+            plans = {name: self.pieces(name) for name in self.plans}
+            scores = self._sized(stages.known_scores(experiment, plans) or {})
         self.view.stage("assemble", 2)
-        card = model_card(experiment, self.plans["plan"], scores)
+        card = model_card(experiment, self.plans["plan"], scores or None)
         assemble(experiment.model, experiment.folder, pieces, recipe.serve, folder, card)
         self.view.advance("assemble")
         import torch

@@ -220,6 +220,27 @@ def measure_task(job: Job, priority: tuple[int, ...], done: Any) -> Task:
     return Task("measure:compress_job", {"job": plain(job)}, label, priority, None, done)
 
 
+def _score_key(experiment: Experiment, pieces: Mapping[str, str]) -> str:
+    """Names the score of a plan, given as unit → file of its piece."""
+    sequences = experiment.evaluation
+    made_of = experiment.judge.key({unit: Path(path).stem for unit, path in pieces.items()})
+    return digest([made_of, sequences.labels, sequences.source.tolist()])
+
+
+def known_scores(
+    experiment: Experiment, plans: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]] | None:
+    """What :func:`evaluated` found before; None where a score lacks."""
+    all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
+    scores: dict[str, dict[str, Any]] = {}
+    for name, pieces in all_plans.items():
+        known = experiment.store.get_json("scores", _score_key(experiment, pieces))
+        if known is None:
+            return None
+        scores[name] = known
+    return scores
+
+
 def evaluated(
     experiment: Experiment, pool: Pool, view: View, plans: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, Any]]:
@@ -234,8 +255,7 @@ def evaluated(
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
     view.stage("evaluate", len(all_plans) * len(rows))
     for name, pieces in all_plans.items():
-        made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
-        key = digest([made_of, sequences.labels, sequences.source.tolist()])
+        key = _score_key(experiment, pieces)
         known = store.get_json("scores", key)
         hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
         if known is not None and (name != "dense" or hidden_known):

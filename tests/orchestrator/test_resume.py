@@ -174,6 +174,15 @@ def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
     assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
 
 
+def test_the_checkpoint_assembled_alone_is_that_of_the_run(project: Project) -> None:
+    project.run(stages=("assemble",))
+    assert "perplexity" not in (project.output / "model" / "README.md").read_text(encoding="utf-8")
+    project.run()
+    left = project.left()
+    project.run(stages=("assemble",))
+    assert project.left() == left
+
+
 @pytest.mark.parametrize("propagate", [False, True])
 def test_gc_keeps_what_a_named_run_needs_to_go_on(project: Project, propagate: bool) -> None:
     project.write(propagate=propagate)
