@@ -290,6 +290,11 @@ def _describe(error: ValidationError, file: Path) -> str:
             lines.append(f"{file}: {key}: unknown key (allowed here: {allowed})")
         elif problem["type"] == "missing":
             lines.append(f"{file}: {key}: missing")
+        elif problem["type"] == "model_type":
+            allowed = ", ".join(_allowed(location))
+            lines.append(
+                f"{file}: {key}: must be a mapping (keys: {allowed}), got {problem['input']!r}"
+            )
         elif problem["type"] == "value_error":
             lines.append(f"{file}: {key}: {problem['ctx']['error']}")
         else:

@@ -55,6 +55,8 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
             {"candidates": [{"method": "rtn", "bits": 4, "group_size": 0}]},
             "option group_size: group_size is 0: it must be positive, or -1",
         ),
+        ({"budget": 3}, "budget: must be a mapping .keys: bytes, bits_per_weight., got 3"),
+        ({"calibration": {"texts": ["a.txt"]}}, "texts.0: must be a mapping .keys: file,"),
         ({"keep": ["."]}, "keep: the patterns leave no unit"),
         ({"evaluation": {"sequences": 10000}}, r"evaluation\.texts: held-out.txt has .* need"),
     ],
