@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,11 +44,29 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+@contextmanager
+def _stdout_kept_for_json(wanted: bool) -> Iterator[None]:
+    """While this is open, what anybody prints to stdout, Ray's processes too, goes to stderr."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -> None:
     """Runs a verb; errors become one or two lines and an exit status."""
     _quiet_libraries()
     try:
-        result = work()
+        with _stdout_kept_for_json(as_json):
+            result = work()
     except (UserError, UnknownName) as error:
         if debug:
             raise

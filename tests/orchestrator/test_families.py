@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -259,12 +260,13 @@ def test_rotary_frequencies_of_old_checkpoints_are_fixed(tmp_path: Path, tiny: T
 
 
 @pytest.fixture
-def own_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "families"
     shutil.copytree(family_module.FOLDER, folder)
     monkeypatch.setattr(family_module, "FOLDER", folder)
     load_family.cache_clear()
-    return folder
+    yield folder
+    load_family.cache_clear()  # what was read from here is not the package's
 
 
 def test_family_is_found_by_its_file(own_families: Path) -> None:

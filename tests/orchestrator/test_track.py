@@ -111,10 +111,10 @@ def test_scores_are_on_the_run_and_on_a_child_per_plan(
         "sources/wiki.txt/kl": 0.5,
         "predicted_loss": 0.4,
     }
-    assert found["rtn 3"].data.params == {"choice.rtn bits:3": "3"}
+    assert found["rtn 3"].data.params == {"choice.rtn bits:3 group_size:64": "3"}
     assert found["dense"].data.params == {}
     assert found["plan"].data.params == {
-        "choice.rtn bits:3": "2",
+        "choice.rtn bits:3 group_size:64": "2",
         "choice.gptq group_size:32": "1",
     }
 
