@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: real processes, real Ray, killed on the way."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -158,6 +159,9 @@ def test_job_submitted_to_a_local_head_runs_the_recipe(model: Path, tmp_path: Pa
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / "run" / "model" / "config.json").exists()
     finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
         process.wait()
