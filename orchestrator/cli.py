@@ -254,7 +254,7 @@ def store_gc(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Removes pieces that no named run uses, and what killed writers left behind."""
+    """Removes what no named run needs (scores are made anew), and what killed writers left."""
 
     def work() -> Mapping[str, Any]:
         from moesaic.orchestrator.run import collect_garbage

@@ -266,13 +266,6 @@ def _machine_events(
             f"memory and time are for this machine, not for the cluster at {team.cluster}",
         )
         return
-    if team.workers > team.fitting:
-        yield Event(
-            "too_many_workers",
-            f"{team.workers} worker(s) of {team.cpus} CPU do not fit this machine"
-            f" (at most {team.fitting})",
-            value=team.workers,
-        )
     busy, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
     if busy > cores / 2:
         yield Event(

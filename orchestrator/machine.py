@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pool import _shares
 from moesaic.orchestrator.recipe import Compute
@@ -56,7 +57,11 @@ class Crew:
 
 
 def crew(compute: Compute) -> Crew:
-    """The workers that the recipe gives on this machine."""
+    """The workers that the recipe gives on this machine.
+
+    Raises:
+        RecipeError: they do not fit, and no cluster is named where they might.
+    """
     gpus = torch.cuda.device_count()
     per_worker = compute.gpus_per_worker
     if per_worker is None:
@@ -64,13 +69,19 @@ def crew(compute: Compute) -> Crew:
     fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
     if per_worker:
         fitting = min(fitting, _shares(gpus, per_worker))
-    return Crew(
+    team = Crew(
         workers=compute.workers or max(fitting, 1),
         fitting=fitting,
         cpus=compute.cpus_per_worker,
         device="cuda" if gpus and per_worker else "cpu",
         cluster=compute.address or os.environ.get("RAY_ADDRESS", ""),
     )
+    if not team.cluster and team.workers > fitting:
+        raise RecipeError(
+            f"compute: {team.workers} worker(s) of {team.cpus} CPU and {per_worker:g} GPU do not"
+            f" fit this machine (at most {fitting})"
+        )
+    return team
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -304,8 +305,16 @@ _BUDGET = {"bits_per_weight": 6.0}
 
 
 @pytest.mark.usefixtures("fixed_speeds")
-def test_more_workers_than_fit_are_an_event(tmp_path: Path, moe: Path) -> None:
-    result = forecast(_open(tmp_path, moe, compute={"workers": 4000}))
-    kinds = {event["kind"]: event["message"] for event in result["events"]}
-    assert "4000 worker(s) of 1 CPU do not fit" in kinds["too_many_workers"]
-    assert "memory_short" in kinds
+def test_more_workers_than_fit_are_refused(tmp_path: Path, moe: Path) -> None:
+    with pytest.raises(UserError, match=r"4000 worker\(s\) of 1 CPU and 0 GPU do not fit"):
+        forecast(_open(tmp_path, moe, compute={"workers": 4000}))
+
+
+@pytest.mark.usefixtures("fixed_speeds")
+def test_too_little_memory_is_an_event(
+    tmp_path: Path, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = types.SimpleNamespace(total=1 << 20, available=1 << 20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: little)
+    result = forecast(_open(tmp_path, moe))
+    assert "memory_short" in {event["kind"] for event in result["events"]}

@@ -115,7 +115,7 @@ def test_scores_are_on_the_run_and_on_a_child_per_plan(
     assert found["dense"].data.params == {}
     assert found["plan"].data.params == {
         "choice.rtn bits:3 group_size:64": "2",
-        "choice.gptq group_size:32": "1",
+        "choice.gptq bits:4 group_size:32": "1",
     }
 
 
