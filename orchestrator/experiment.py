@@ -224,6 +224,12 @@ class Experiment:
         return load_tokenizer(str(self.folder), self.recipe.trust_remote_code)
 
     def _sequences(self, texts: Texts, what: str) -> Sequences:
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and texts.length > positions:
+            raise RecipeError(
+                f"{what}.length: {texts.length} tokens are more than the {positions} positions"
+                " that the model knows"
+            )
         return draw(texts, self.tokenizer, self.model.vocab_size, what)
 
     @cached_property

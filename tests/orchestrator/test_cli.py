@@ -58,6 +58,7 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
         ({"budget": 3}, "budget: must be a mapping .keys: bytes, bits_per_weight., got 3"),
         ({"calibration": {"texts": ["a.txt"]}}, "texts.0: must be a mapping .keys: file,"),
         ({"keep": ["."]}, "keep: the patterns leave no unit"),
+        ({"calibration": {"length": 65}}, "calibration.length: 65 .* more than the 64 positions"),
         ({"evaluation": {"sequences": 10000}}, r"evaluation\.texts: held-out.txt has .* need"),
     ],
 )
