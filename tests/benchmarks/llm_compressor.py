@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--propagate", action="store_true", help="moesaic: propagate: true")
+    parser.add_argument("--dtype", default="auto", help="moesaic: of the activations")
     arguments = parser.parse_args()
     check_inputs(arguments)
     python = peer_python(arguments.peer_python)
@@ -171,6 +172,7 @@ def main() -> None:
     with scratch("llmcompressor") as name:
         folder = Path(name)
         more = {"serve": "transformers", "propagate": arguments.propagate}
+        more["compute"] = {"dtype": arguments.dtype}
         recipe = write_recipe(folder / "recipe.yaml", arguments, [scheme], size, **more)
         digest = draw_ids(recipe, arguments.heldout_sequences, folder)
         ways = {
