@@ -49,6 +49,14 @@ def wait_for(folder: Path, pattern: str, count: int, process: subprocess.Popen[s
         time.sleep(0.05)
 
 
+def wait_for_workers(process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not children(process, "ray::Worker"):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def children(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -108,17 +116,21 @@ def test_runs_killed_again_and_again_end_byte_identical(
 ) -> None:
     recipe = project(tmp_path, model)
     store = recipe.parent / "store"
-    finished: dict[Path, int] = {}
     for victims in (("worker", "driver"), ("raylet",)):
         process = start(recipe, tmp_path / "run")
+        wait_for_workers(process)  # and so until those of a killed driver are gone
         for victim in victims:
             before = len(list(store.rglob("*.seal.json")))
             wait_for(store, "*.seal.json", before + 3, process)
             kill(victim, process)
         stderr = process.communicate(timeout=TIMEOUT)[1]
         assert "Traceback" not in stderr
-        seals = store.rglob("*.seal.json")
-        finished |= {seal: seal.stat().st_mtime_ns for seal in seals if seal not in finished}
+        time.sleep(5)  # workers that lost their raylet may still end what they were at
+    finished = {
+        seal: seal.stat().st_mtime_ns
+        for kind in ("stats", "gradients", "pieces", "errors")
+        for seal in (store / kind).rglob("*.seal.json")
+    }
     assert len(finished) > 8
     finish(start(recipe, tmp_path / "run"))
     assert all(seal.stat().st_mtime_ns == when for seal, when in finished.items())

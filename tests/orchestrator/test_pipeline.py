@@ -235,7 +235,7 @@ def test_a_budget_above_the_dense_model_is_refused(project: Project) -> None:
         ),
         ({"keep": ["."]}, ["keep", "no unit"]),
         ({"model": "/no/such/folder"}, ["model", "/no/such/folder"]),
-        ({"calibration": {"length": 40000}}, ["calibration", "first.txt", "tokens"]),
+        ({"calibration": {"sequences": 40000}}, ["calibration", "first.txt", "tokens"]),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(
