@@ -35,10 +35,11 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
-from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import verify
 from moesaic.search.base import Infeasible, Plan, search_module
+from moesaic.search.uniform import uniform_plan
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
@@ -49,11 +50,7 @@ _SPARE, _REFINEMENTS = 0.001, 6
 def write_json(path: Path, value: Any) -> None:
     """Atomically, the same bytes for the same value."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda p: _write_text(p, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 class Pipeline:
@@ -66,7 +63,7 @@ class Pipeline:
         self.output = experiment.output
         self.walks: dict[str, Walk] = {}
         recipe = experiment.recipe.to_yaml()
-        write_atomically(self.output / "recipe.yaml", lambda p: _write_text(p, recipe))
+        write_text(self.output / "recipe.yaml", recipe)
         for reason, count in experiment.unloadable.items():
             view.line(f"not offered on {count} unit(s): {reason}")
 
@@ -116,7 +113,7 @@ class Pipeline:
         experiment = self.experiment
         everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
-            name: everything.plan(dict.fromkeys(everything.choices, chain))
+            name: uniform_plan(everything, chain)
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from moesaic.methods.base import Event
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
-from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.summary import RunSummary
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -57,12 +57,8 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     pictures = draw(summary, folder / "pictures")
     text = render(summary, pictures)
     path = folder / "report.html"
-    write_atomically(path, lambda p: _write_text(p, text))
+    write_text(path, text)
     return path
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def render(summary: RunSummary, pictures: Mapping[str, Path]) -> str:

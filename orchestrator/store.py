@@ -127,6 +127,15 @@ def make_folder(path: Path, what: str) -> None:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def _fill(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole text file in UTF-8, as :func:`write_atomically` does it."""
+    write_atomically(path, lambda temporary: _fill(temporary, text))
+
+
 @dataclass(frozen=True)
 class Entry:
     """A finished piece: where it lies and what its seal says of it."""
@@ -188,12 +197,12 @@ class Store:
         write_atomically(path, write_and_measure)
         sealed["metadata"] = dict(metadata or {})
         text = json.dumps(sealed, sort_keys=True)
-        write_atomically(_seal_path(path), lambda p: _write_text(p, text))
+        write_text(_seal_path(path), text)
         return Entry(path, sealed["size"], sealed["metadata"])
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
         """An entry that holds JSON; read back by :meth:`get_json`."""
-        return self.put(kind, key, lambda p: _write_text(p, json.dumps(value)), suffix="json")
+        return self.put(kind, key, lambda p: _fill(p, json.dumps(value)), suffix="json")
 
     def get_json(self, kind: str, key: str) -> Any | None:
         """The JSON of an entry made by :meth:`put_json`, or None."""
@@ -259,7 +268,3 @@ def remove_scratch(folder: Path) -> None:
 
 def _seal_path(path: Path) -> Path:
     return path.with_name(path.stem + _SEAL)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

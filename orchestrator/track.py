@@ -25,7 +25,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
-from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.store import write_text
 from moesaic.search.base import Plan
 
 _PARENT = "mlflow.parentRunId"
@@ -88,7 +88,7 @@ class Tracker:
         with self._talk():
             self.run_id = self._unfinished() or self._new_run()
         memory = json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n"
-        write_atomically(self.output / _MEMORY, lambda p: _write_text(p, memory))
+        write_text(self.output / _MEMORY, memory)
         return self
 
     def __exit__(
@@ -360,10 +360,6 @@ class Tracker:
 
 def _now() -> int:
     return int(time.time() * 1000)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager
