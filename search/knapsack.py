@@ -23,8 +23,8 @@ the total of losses is to be least. The search goes in three steps.
    which a group still to come could mend that.
 3. It ends when no state is left that could still become better.
 
-Losses are counted in multiples of 2⁻⁶¹ of the largest possible total, so that sums are exact and
-equal is equal; only the bounds are floats, and two plans whose losses differ by less than 2⁻⁴⁹ of
+Losses are counted in a power of two, at most 2⁻⁶⁰ of the largest possible total, so that sums are
+exact and equal is equal; only the bounds are floats, and two plans whose losses differ by less than 2⁻⁴⁹ of
 that total count as equal. Of equally good plans the one with fewer bytes is taken; what is still
 undecided goes by the order of units and candidates, always the same way.
 
@@ -45,8 +45,8 @@ from moesaic.search.base import Infeasible, Plan, Problem
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# Losses are counted in units that make the largest possible total this many.
-_LOSS_UNITS = float(2**61)
+# The largest possible total loss is below two to this power in the units that losses are counted in.
+_LOSS_BITS = 61
 # A bound's rounding error in those units: a few products of 61 bits in floats of 53.
 _ROUNDING = float(2**12)
 # A rate that no group offers.
@@ -107,7 +107,8 @@ def _groups(offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]
             if not math.isfinite(loss):
                 raise ValueError(f"unit {units[0]}: the loss of {chain_text(chain)} is {loss}")
         largest += max(abs(loss) for _, _, loss in choices)
-    scale = _LOSS_UNITS / largest if largest else 1.0
+    # A power of two keeps floats as they are: what sums to the same before does so after.
+    scale = math.ldexp(1.0, min(_LOSS_BITS - math.frexp(largest)[1], 1023)) if largest else 1.0
     return [_worthwhile(choices, scale) for _, choices in offers]
 
 

@@ -44,6 +44,12 @@ def test_knapsack_equals_brute_force_when_losses_are_equal(
     check(problem(drawn, unit_bytes))
 
 
+def test_knapsack_takes_fewer_bytes_when_equal_losses_add_up_from_thirds() -> None:
+    # 1 + 3 and 4 + 0 are equal only if a seventeenth of the largest total is no unit of counting.
+    rows: list[Table] = [[(1, 2.0)], [(1, 4.0)], [(1, 4.0)]]
+    check(problem([*rows, [(1, 1.0), (1, 3.0), (2, 0.0)], [(2, 4.0), (4, 3.0), (5, 0.0)]], 8))
+
+
 @settings(max_examples=100, deadline=None)
 @for_all(tables(st.integers(-320, 320).map(lambda n: n / 64), 7), st.integers(0, 400))
 def test_knapsack_equals_brute_force_when_units_are_tied(
