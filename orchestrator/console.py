@@ -21,6 +21,8 @@ from moesaic.methods.base import Event
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
+# Rates and times left are those of the last minutes: a stage may wait for another one to begin with.
+_RATE_SECONDS = 120.0
 
 
 class View:
@@ -37,7 +39,6 @@ class View:
         self._peak_bytes = 0
         self.seconds: dict[str, float] = {}
         self._started: dict[str, float] = {}
-        self._before: dict[str, int] = {}
         self.progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -49,6 +50,8 @@ class View:
             TextColumn("{task.fields[note]}", style="dim"),
             console=console,
             disable=not console.is_terminal,
+            get_time=lambda: time.monotonic(),
+            speed_estimate_period=_RATE_SECONDS,
         )
 
     def __enter__(self) -> "View":
@@ -69,7 +72,6 @@ class View:
             name, total=total, completed=done, note="", rate=""
         )
         self._started[name] = time.monotonic()
-        self._before[name] = done
         self.seconds.setdefault(name, 0.0)
         if done:
             self.line(f"{name}: {done} of {total} were finished before")
@@ -93,13 +95,10 @@ class View:
         self._last_line = time.monotonic()
         for task in self.progress.tasks:
             if not task.finished and task.total:
-                elapsed = time.monotonic() - self._started[task.description]
-                finished = task.completed - self._before[task.description]
-                rate = finished / elapsed if elapsed else 0.0
-                left = f"{(task.total - task.completed) / rate:.0f} s left" if rate else ""
+                left = "" if task.time_remaining is None else f"{task.time_remaining:.0f} s left"
                 self.line(
                     f"{task.description}: {task.completed:.0f}/{task.total:.0f}"
-                    f"  {rate:.1f}/s  {left}  {note}"
+                    f"  {task.fields['rate']}  {left}  {note}"
                 )
 
     def line(self, text: str) -> None:
