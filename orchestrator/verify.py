@@ -3,8 +3,8 @@
 The reference is the original model, block by block, with every compressed unit's weight replaced by
 what its piece stands for. Against it stand the logits of the folder: reloaded by transformers, for
 ``vllm`` decoded by the compressed-tensors package through the folder's own configuration (and
-reloaded by transformers as well where it can). Reloading takes the memory of the dense model in
-float32.
+reloaded by transformers as well where it can). Reloading takes the memory that the loaded model has
+in use, and one block in float32.
 
 Both sides compute in float32 with weights rounded alike, so that only the order of sums differs:
 at most 5e-7 of the largest logit in tiny models of every family, and growing with depth. A unit
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.compressed_modules import Packed
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.export import PACKED, schemes
+from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
@@ -64,7 +66,7 @@ def verify(
         decoded = _streamed_logits(exact, _Decoder(folder, exact, pieces).weights, ids)
         difference = _compare(folder, "compressed-tensors", reference, decoded)
     if serve != "vllm" or _transformers_loads(exact, pieces):
-        reloaded = _reloaded_logits(folder, serve, ids)
+        reloaded = _reloaded_logits(folder, serve, ids, exact.family)
         difference = max(difference, _compare(folder, "transformers", reference, reloaded))
     return difference
 
@@ -93,19 +95,20 @@ def _streamed_logits(
 
 
 @torch.no_grad()
-def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor) -> Tensor:
+def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor, family: Family) -> Tensor:
     """Logits in float32 of what plain transformers makes of the folder.
 
-    Compressed-tensors unpacks on the first call, in the dtype that the model was loaded in. So the
-    model is loaded and called in its own dtype first, and only then converted: the weights are
-    rounded as they will be in use.
+    The model is loaded in the folder's own dtype, so that weights are rounded as they will be in
+    use, and one module at a time computes in float32. Compressed-tensors unpacks on the first call,
+    which must find the packed weights as they were loaded.
     """
     with _quiet():
         try:
-            model = _load(folder, torch.float32 if serve == "moesaic" else "auto")
+            model = _load(folder)
             if serve != "moesaic":
                 model(ids[:1, :1])
-                nn.Module.float(model)  # transformers' own method refuses quantized models
+            for module in _parts(model, family):
+                _compute_in_float32(module)
             logits: Tensor = model(ids).logits
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
@@ -113,13 +116,43 @@ def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor) -> Tensor:
     return logits
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> Any:
+def _parts(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+    """Embedding, blocks, last norm and head: together all that has weights."""
+    for path in (family.embed, family.norm, family.head):
+        yield model.get_submodule(path)
+    blocks, _, _ = family.block.rpartition(".")
+    yield from model.get_submodule(blocks).children()
+
+
+def _compute_in_float32(module: nn.Module) -> None:
+    """Converts what ``module`` holds for as long as it computes; packed parts are left alone."""
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def widen(*_: object) -> None:
+        for child in module.modules():
+            if isinstance(child, Packed):
+                continue
+            for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
+                if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    held.append((tensor, tensor.data))
+                    tensor.data = tensor.data.float()
+
+    def narrow(*_: object) -> None:
+        for tensor, data in held:
+            tensor.data = data
+        held.clear()
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
+
+
+def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     # The default implementation of experts demands widths that are multiples of 16 bytes.
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype,
+        dtype="auto",
         experts_implementation="eager",
         local_files_only=True,
         output_loading_info=True,
