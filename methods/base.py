@@ -237,9 +237,9 @@ def methods() -> list[str]:
     return list(plugins("moesaic.methods", "compress"))
 
 
-def expand(method: str, options: Mapping[str, Any]) -> Iterator[Spec]:
-    """Every combination of options given as lists: ``bits: [2, 3]`` is two Specs."""
+def expand(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of options given as lists: ``bits: [2, 3]`` is two."""
     names = list(options)
     values = [value if isinstance(value, list) else [value] for value in options.values()]
     for combination in itertools.product(*values):
-        yield Spec.of(method, dict(zip(names, combination, strict=True)))
+        yield dict(zip(names, combination, strict=True))

@@ -1,6 +1,9 @@
 """The user's YAML file: what to compress, into how many bytes, with what, judged on what."""
 
+import math
 import re
+import reprlib
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,17 +29,34 @@ DEMO = Path(__file__).parent / "demo"
 BUILTIN = "builtin:"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {unit + "i": 1024**power for power, unit in enumerate("kmgt", start=1)}
+_MOST_BYTES = 10**18
+# Alternatives of one entry, all combinations of its lists together.
+_MOST_CHOICES = 1000
+# What a path may have on Linux, and a folder's name with room for what is put around it.
+_PATH_CHARACTERS, _NAME_CHARACTERS = 4096, 100
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
+
+
+def _shown(value: Any) -> str:
+    """A value of the user's in a message, cut where it is long."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "a value that is too long to show"
 
 
 def parse_bytes(value: Any) -> int:
     """``1.5 GB``, ``800 MiB`` or a number: bytes. Raises ValueError on anything else."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*((?:[kmgt]i?)?)b?\s*", str(value).lower())
     try:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*((?:[kmgt]i?)?)b?\s*", str(value).lower())
         number = float(match[1]) * _UNITS[match[2]] if match else 0.0
     except ValueError:
         number = 0.0
     if number < 1:
-        raise ValueError(f"{value!r} is not a size: write bytes, '800 MB' or '1.5 GiB'")
+        raise ValueError(f"{_shown(value)} is not a size: write bytes, '800 MB' or '1.5 GiB'")
+    if number > _MOST_BYTES:
+        raise ValueError(f"{_shown(value)} is more than {_MOST_BYTES:,} bytes")
     return int(number)
 
 
@@ -49,9 +69,19 @@ def resolve(name: str, relative_to: Path) -> str:
             known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*.txt"))]
             raise ValueError(f"no {name!r}: there are {', '.join(BUILTIN + k for k in known)}")
         return str(path)
-    path = Path(name).expanduser()
-    absolute = path if path.is_absolute() else relative_to / path
-    return str(absolute.resolve()) if absolute.exists() else name
+    absolute = absolute_path(name, relative_to)
+    try:
+        return str(absolute.resolve()) if absolute.exists() else name
+    except OSError as error:
+        raise ValueError(f"{name[:80]!r} cannot be looked up: {error.strerror}") from None
+
+
+def absolute_path(name: str, relative_to: Path) -> Path:
+    """The path with ``~`` expanded; raises ValueError where there is no such home."""
+    try:
+        return relative_to / Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name[:80]!r}: {error}") from None
 
 
 def portable(path: str) -> str:
@@ -67,6 +97,29 @@ def _known_search(name: str) -> str:
     except UnknownName as error:
         raise ValueError(str(error)) from None
     return name
+
+
+def _writable(text: str) -> str:
+    """Control characters and halves of surrogate pairs belong into no path and no name."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            raise ValueError(f"holds the character {character!r}: take it out")
+    return text
+
+
+Text = Annotated[str, Field(max_length=_PATH_CHARACTERS), AfterValidator(_writable)]
+
+
+def _model_name(name: str) -> str:
+    if not name.strip() or set(name) & set("/:'"):
+        raise ValueError(f"{name!r} is no name for a model (not empty, no / : ')")
+    return name
+
+
+def _share_of_a_gpu(count: float) -> float:
+    if 0 < count < 1e-3:
+        raise ValueError(f"{count:g} is less than 0.001 of a GPU: give 0, or 0.001 or more")
+    return count
 
 
 class Section(BaseModel):
@@ -89,13 +142,13 @@ class BudgetSection(Section):
 class Source(Section):
     """Text from a file, a JSONL file or a Hugging Face dataset."""
 
-    file: str | None = None
-    dataset: str | None = None
-    config: str | None = None
-    split: str = "train"
-    field: str = "text"
+    file: Text | None = None
+    dataset: Text | None = None
+    config: Text | None = None
+    split: Text = "train"
+    field: Text = "text"
     weight: float = Field(default=1.0, gt=0, le=1e9)
-    name: str | None = None
+    name: Text | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "Source":
@@ -112,8 +165,8 @@ class Texts(Section):
     """Token sequences drawn from weighted sources."""
 
     texts: list[Source] = Field(min_length=1)
-    sequences: int = Field(default=128, ge=1)
-    length: int = Field(default=512, ge=2)
+    sequences: int = Field(default=128, ge=1, le=10**6)
+    length: int = Field(default=512, ge=2, le=10**7)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @field_validator("texts")
@@ -134,27 +187,29 @@ class Texts(Section):
 class Calibration(Texts):
     """How the statistics are collected."""
 
-    shards: int = Field(default=8, ge=1)
+    shards: int = Field(default=8, ge=1, le=10**5)
     experts: Literal["routed", "all"] = "routed"
-    gradient_sequences: int = Field(default=16, ge=0)
+    gradient_sequences: int = Field(default=16, ge=0, le=10**6)
 
 
 class Compute(Section):
     """How many workers, and what each one takes."""
 
-    address: str | None = None
-    workers: int | None = Field(default=None, ge=1)
-    cpus_per_worker: int = Field(default=1, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
+    address: Text | None = None
+    workers: int | None = Field(default=None, ge=1, le=10**5)
+    cpus_per_worker: int = Field(default=1, ge=1, le=10**4)
+    gpus_per_worker: Annotated[float, AfterValidator(_share_of_a_gpu)] | None = Field(
+        default=None, ge=0, le=1000
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class Tracking(Section):
     """Where MLflow keeps the record; by default sqlite beside the run's folder."""
 
-    uri: str | None = None
-    experiment: str = "moesaic"
-    register_as: str | None = None
+    uri: Text | None = None
+    experiment: Text = "moesaic"
+    register_as: Annotated[Text, AfterValidator(_model_name)] | None = None
 
 
 def _chains(value: Any) -> list[Chain]:
@@ -162,26 +217,39 @@ def _chains(value: Any) -> list[Chain]:
     return [(spec,) for spec in _specs(value)]
 
 
-def _specs(link: Any) -> Iterator[Spec]:
+def _specs(link: Any) -> list[Spec]:
     if not isinstance(link, dict) or not isinstance(link.get("method"), str):
         raise ValueError("needs a mapping with the key method and its options")
-    options = {key: value for key, value in link.items() if key != "method"}
+    method, options = link["method"], {str(k): v for k, v in link.items() if k != "method"}
     try:
-        fields = method_module(link["method"]).Options.model_fields
-        yield from expand(link["method"], options)
+        fields = method_module(method).Options.model_fields
     except UnknownName as error:
         raise ValueError(str(error)) from None
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown option {key!r} (allowed: {', '.join(fields)})")
-            elif problem["type"] == "value_error":
-                lines.append(f"option {key}: {problem['ctx']['error']}")
-            else:
-                lines.append(f"option {key}: {problem['msg']}, got {problem['input']!r}")
-        raise ValueError(f"method {link['method']}: {'; '.join(dict.fromkeys(lines))}") from None
+    values = [value if isinstance(value, list) else [value] for value in options.values()]
+    empty = [name for name, alternatives in zip(options, values, strict=True) if not alternatives]
+    count = math.prod(map(len, values))
+    if empty:
+        raise ValueError(f"method {method}: option {empty[0]}: an empty list")
+    if count > _MOST_CHOICES:
+        raise ValueError(f"{count:,} choices in one entry: at most {_MOST_CHOICES:,} are taken")
+    found, lines = [], []
+    for combination in expand(options):
+        try:
+            found.append(Spec.of(method, combination))
+        except ValidationError as error:
+            lines += [_option_line(problem, fields) for problem in error.errors()]
+    if lines:
+        raise ValueError(f"method {method}: {'; '.join(dict.fromkeys(lines))}")
+    return found
+
+
+def _option_line(problem: Any, fields: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown option {key!r} (allowed: {', '.join(fields)})"
+    if problem["type"] == "value_error":
+        return f"option {key}: {problem['ctx']['error']}"
+    return f"option {key}: {problem['msg']}, got {_shown(problem['input'])}"
 
 
 def _candidates(value: Any) -> list[Chain]:
@@ -237,8 +305,8 @@ def _check_patterns(patterns: list[str]) -> list[str]:
 class Recipe(Section):
     """The whole recipe. Field names are the YAML keys."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
-    model: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=_NAME_CHARACTERS)
+    model: Text
     trust_remote_code: bool = False
     serve: Literal["vllm", "transformers", "moesaic"] = "moesaic"
     budget: BudgetSection
@@ -251,7 +319,7 @@ class Recipe(Section):
     evaluation: Texts
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
-    store: str | None = None
+    store: Text | None = None
 
     def chains(self) -> list[Chain]:
         """Candidates and baselines: everything that is measured."""
@@ -279,27 +347,24 @@ def _entry(chain: Chain) -> dict[str, Any]:
     return {"method": spec.method, **spec.parsed().model_dump(mode="json", exclude_none=True)}
 
 
-def _describe(error: ValidationError, file: Path) -> str:
-    """Every mistake on a line of its own: file, key, what is allowed."""
-    lines = []
+def _describe(error: ValidationError) -> Iterator[str]:
+    """A line for each mistake: key, what is allowed."""
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         key = ".".join(location) or "the recipe"
+        shown = _shown(problem["input"])
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(_allowed(location[:-1]))
-            lines.append(f"{file}: {key}: unknown key (allowed here: {allowed})")
+            yield f"{key}: unknown key (allowed here: {allowed})"
         elif problem["type"] == "missing":
-            lines.append(f"{file}: {key}: missing")
+            yield f"{key}: missing"
         elif problem["type"] == "model_type":
             allowed = ", ".join(_allowed(location))
-            lines.append(
-                f"{file}: {key}: must be a mapping (keys: {allowed}), got {problem['input']!r}"
-            )
+            yield f"{key}: must be a mapping (keys: {allowed}), got {shown}"
         elif problem["type"] == "value_error":
-            lines.append(f"{file}: {key}: {problem['ctx']['error']}")
+            yield f"{key}: {problem['ctx']['error']}"
         else:
-            lines.append(f"{file}: {key}: {problem['msg']}, got {problem['input']!r}")
-    return "\n".join(dict.fromkeys(lines))
+            yield f"{key}: {problem['msg']}, got {shown}"
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -325,48 +390,98 @@ def load_recipe(file: Path) -> Recipe:
     Raises:
         UserError: naming every mistake at once.
     """
+    raw, problems = _read(file)
+    base = file.resolve().parent
+    recipe = None
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = Recipe(**raw)
+    except ValidationError as error:
+        problems += _describe(error)
+    problems += _missing(raw, base)
+    if problems or recipe is None:
+        raise UserError("\n".join(f"{file}: {problem}" for problem in dict.fromkeys(problems)))
+    return _resolved(recipe, base)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The keys of the file, and those that are written twice, one line each."""
+    try:
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{file}: not valid YAML: {text}") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{str(file)[:200]}: cannot be read: {reason}") from None
+    try:
+        twice = list(_twice(yaml.compose(text, yaml.SafeLoader), set()))
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, say
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not valid YAML: {reason[:300]}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys; see recipes/demo.yaml")
-    try:
-        recipe = Recipe(**{str(key): value for key, value in raw.items()})
-    except ValidationError as error:
-        raise UserError(_describe(error, file)) from None
-    return _resolved(recipe, file)
+    return {str(key): value for key, value in raw.items()}, twice
 
 
-def _resolved(recipe: Recipe, file: Path) -> Recipe:
-    base = file.resolve().parent
-    problems: list[str] = []
+def _twice(node: Any, seen: set[int]) -> Iterator[str]:
+    """A line for each key that a mapping of the YAML tree has already."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    name, first = key.value[:80], lines[key.value]
+                    yield f"{name}: written twice, in lines {first} and {line}: take one out"
+                lines[key.value] = line
+            yield from _twice(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _twice(item, seen)
 
-    def found(key: str, name: str) -> str:
+
+def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
+    """A line for each text file or built-in name that is not there, and each path that is none.
+
+    The recipe may be wrong in any other way.
+    """
+    named: dict[str, Any] = {key: raw.get(key) for key in ("model", "store")}
+    for name in ("calibration", "evaluation"):
+        section = raw.get(name)
+        texts = section.get("texts") if isinstance(section, dict) else None
+        for index, source in enumerate(texts if isinstance(texts, list) else []):
+            if isinstance(source, dict):
+                named[f"{name}.texts.{index}.file"] = source.get("file")
+    for key, value in named.items():
+        if not isinstance(value, str) or len(value) > _PATH_CHARACTERS or "\0" in value:
+            continue  # told by the schema
         try:
-            return resolve(name, base)
+            path = _store_path(value, base) if key == "store" else resolve(value, base)
+            if key.endswith("file") and not Path(path).is_file():
+                yield f"{key}: no file {path}"
         except ValueError as error:
-            problems.append(f"{file}: {key}: {error}")
-            return name
+            yield f"{key}: {error}"
 
-    model = found("model", recipe.model)
+
+def _store_path(name: str, base: Path) -> str:
+    try:
+        return str(absolute_path(name, base).resolve())
+    except (OSError, RuntimeError) as error:  # too long, or links in a circle
+        raise ValueError(f"{name[:80]!r} cannot be looked up: {error}"[:300]) from None
+
+
+def _resolved(recipe: Recipe, base: Path) -> Recipe:
     sections = {}
     for name in ("calibration", "evaluation"):
         section: Texts = getattr(recipe, name)
-        texts = []
-        for index, source in enumerate(section.texts):
-            key = f"{name}.texts.{index}.file"
-            path = found(key, source.file) if source.file else None
-            if path is not None and not path.startswith(BUILTIN) and not Path(path).is_file():
-                problems.append(f"{file}: {key}: no file {path}")
-            texts.append(source.model_copy(update={"file": path}))
+        texts = [
+            source.model_copy(update={"file": resolve(source.file, base) if source.file else None})
+            for source in section.texts
+        ]
         sections[name] = section.model_copy(update={"texts": texts})
-    if problems:
-        raise UserError("\n".join(problems))
-    store = str((base / recipe.store).resolve()) if recipe.store else None
+    store = _store_path(recipe.store, base) if recipe.store else None
+    model = resolve(recipe.model, base)
     return recipe.model_copy(update={"model": model, "store": store, **sections})

@@ -98,7 +98,7 @@ def test_every_option_has_a_description_and_candidates_that_validate(name):
         assert field.description, key
         candidates = field.json_schema_extra["candidates"]
         assert field.default in candidates, key
-        specs = list(expand(name, {key: candidates}))
+        specs = [Spec.of(name, options) for options in expand({key: candidates})]
         assert len(set(specs)) == len(candidates), key
         for spec in specs:
             assert Spec.of(name, spec.to_json()["options"]) == spec

@@ -122,6 +122,7 @@ def test_all_mistakes_are_told_at_once_with_the_allowed_names(tmp_path: Path, mo
         "calibration.length",
         "evaluation.texts.0.fil",
         "evaluation.texts.1",
+        "evaluation.texts.1.file",
         "compute.worker",
         "tracking.url",
         "keep",
@@ -149,6 +150,15 @@ def test_all_mistakes_are_told_at_once_with_the_allowed_names(tmp_path: Path, mo
             ["candidates: entry 1", "method rtn", "unknown option 'bit'", "bits", "group_size"],
         ),
         ({"candidates": [{"method": "rtn", "bits": [3, 11]}]}, ["option bits", "8", "got 11"]),
+        (
+            {"candidates": [{"method": "rtn", "bits": [1, 9, 4.5, None]}]},
+            ["got 1;", "got 9;", "got 4.5;", "got None"],
+        ),
+        ({"candidates": [{"method": "rtn", "bits": []}]}, ["option bits", "an empty list"]),
+        (
+            {"candidates": [{"method": "rtn", "bits": [4] * 40, "group_size": [16] * 40}]},
+            ["entry 1", "1,600 choices", "at most 1,000"],
+        ),
         ({"candidates": [{"bits": 3}]}, ["candidates: entry 1", "key method"]),
         ({"candidates": ["rtn"]}, ["candidates: entry 1", "key method"]),
         ({"candidates": []}, ["candidates", "at least one"]),
@@ -173,6 +183,32 @@ def test_all_mistakes_are_told_at_once_with_the_allowed_names(tmp_path: Path, mo
         (
             {"budget": {"bits_per_weight": None, "bytes": "3 pounds"}},
             ["budget.bytes", "'3 pounds'", "800 MB"],
+        ),
+        (
+            {"budget": {"bits_per_weight": None, "bytes": "9" * 400 + " GB"}},
+            ["budget.bytes", "'9999", "more than"],
+        ),
+        (
+            {"budget": {"bits_per_weight": None, "bytes": "2000000 TB"}},
+            ["budget.bytes", "more than 1,000,000,000,000,000,000 bytes"],
+        ),
+        ({"calibration": {"sequences": 10**400}}, ["calibration.sequences", "1000000"]),
+        ({"calibration": {"length": 10**9}}, ["calibration.length", "10000000"]),
+        ({"calibration": {"shards": 10**9}}, ["calibration.shards", "100000"]),
+        ({"calibration": {"gradient_sequences": 10**9}}, ["gradient_sequences", "1000000"]),
+        ({"compute": {"workers": 10**30}}, ["compute.workers", "100000"]),
+        ({"compute": {"cpus_per_worker": 10**9}}, ["compute.cpus_per_worker", "10000"]),
+        ({"compute": {"gpus_per_worker": 1e-320}}, ["compute.gpus_per_worker", "0.001"]),
+        ({"compute": {"gpus_per_worker": 1e300}}, ["compute.gpus_per_worker", "1000"]),
+        ({"name": "n" * 300}, ["name", "at most 100 characters"]),
+        ({"model": "m" * 5000}, ["model", "at most 4096 characters"]),
+        ({"model": "m" * 4000}, ["model", "cannot be looked up", "name too long"]),
+        ({"store": "a\0b"}, ["store", "holds the character '\\x00'"]),
+        ({"store": "~nobody-of-this-name/x"}, ["store", "~nobody-of-this-name", "home"]),
+        ({"tracking": {"register_as": "a/b"}}, ["tracking.register_as", "'a/b'"]),
+        (
+            {"evaluation": {"texts": [{"file": "t" * 5000}]}},
+            ["evaluation.texts.0.file", "at most 4096 characters"],
         ),
         ({"calibration": {"texts": "first.txt"}}, ["calibration.texts", "list", "'first.txt'"]),
         ({"calibration": {"texts": []}}, ["calibration.texts", "at least 1"]),
@@ -222,6 +258,60 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str, wor
     file.write_text(text)
     (line,) = refusal(file)
     assert line.startswith(f"{file}: ") and words in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "store: 2024-99-99",
+        "a: " + "[" * 3000,
+        "a: " + "9" * 5000,
+    ],
+)
+def test_yaml_that_has_no_values_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    (line,) = refusal(file)
+    assert line.startswith(f"{file}: not valid YAML: ")
+
+
+def test_a_value_that_python_does_not_print_is_refused(tmp_path: Path, model: Path) -> None:
+    file = make_recipe(tmp_path, model)
+    text = file.read_text().replace("sequences: 12", f"sequences: 0x{'f' * 9000}")
+    file.write_text(text)
+    (line,) = refusal(file)
+    assert line.endswith("a value that is too long to show")
+
+
+def test_keys_that_are_written_twice_are_refused(tmp_path: Path, model: Path) -> None:
+    file = make_recipe(tmp_path, model)
+    lines = file.read_text().splitlines()
+    first = lines.index("serve: moesaic") + 1
+    text = "\n".join([*lines, "serve: vllm", "compute: {workers: 1, workers: 2}"])
+    file.write_text(text)
+    twice = [line.removeprefix(f"{file}: ") for line in refusal(file)]
+    last = len(lines) + 1
+    assert f"serve: written twice, in lines {first} and {last}: take one out" in twice
+    assert f"workers: written twice, in lines {last + 1} and {last + 1}: take one out" in twice
+    assert len(twice) == 3  # compute is there already
+
+
+def test_schema_mistakes_do_not_hide_texts_that_are_missing(tmp_path: Path, model: Path) -> None:
+    file = make_recipe(
+        tmp_path, model, serve="nobody", evaluation={"texts": [{"file": "x.txt"}, {"file": 3}, 4]}
+    )
+    told = [line.removeprefix(f"{file}: ").split(":")[0] for line in refusal(file)]
+    assert told == ["serve", "evaluation.texts.1.file", "evaluation.texts.2"] + [
+        "evaluation.texts.0.file"
+    ]
+
+
+def test_a_store_in_the_home_folder_is_found(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = load_recipe(make_recipe(tmp_path, model, store="~/x"))
+    assert recipe.store == str(tmp_path / "home" / "x")
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
