@@ -31,12 +31,14 @@ class Place:
         shown: the same without a password.
         database: whether MLflow opens a database itself, rather than asking a server.
         artifacts: folder for files; None where a server decides.
+        file: of an sqlite database.
     """
 
     uri: str
     shown: str
     database: bool
     artifacts: Path | None
+    file: Path | None = None
 
 
 def place(uri: str | None, beside: Path) -> Place:
@@ -53,7 +55,8 @@ def place(uri: str | None, beside: Path) -> Place:
     scheme = re.split(r"[:+]", uri, maxsplit=1)[0]
     if uri.startswith(_SQLITE) and uri != _SQLITE:
         file = Path(uri.removeprefix(_SQLITE)).resolve()
-        return Place(f"{_SQLITE}{file}", f"{_SQLITE}{file}", True, file.parent / "mlartifacts")
+        address = f"{_SQLITE}{file}"
+        return Place(address, address, True, file.parent / "mlartifacts", file)
     if "://" in uri and scheme in _DATABASES and scheme != "sqlite":
         return Place(uri, _without_password(uri), True, beside.resolve() / "mlartifacts")
     if uri == "databricks" or ("://" in uri and scheme in _SERVERS):

@@ -4,14 +4,16 @@ One run per ``moesaic run``; below it a child run per plan, baseline and dense m
 seconds to import, so that happens where it is used.
 """
 
+import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,21 +27,23 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
-from moesaic.orchestrator.store import write_text
+from moesaic.orchestrator.store import disk_errors, write_text
 from moesaic.search.base import Plan
 
 _PARENT = "mlflow.parentRunId"
 _MEMORY = "mlflow_run.json"
 # What MLflow takes in one call.
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
+# A database is made in seconds: what is older than this was left by one who was killed.
+_LEFTOVER_SECONDS = 3600.0
 
 
 class Tracker:
     """One run in MLflow; use as a context manager around the work.
 
-    Leaving the block ends the run as FINISHED, or as KILLED (Ctrl-C) or FAILED with the reason in
-    the tag ``failure``. ``OUTPUT/mlflow_run.json`` remembers the run: with the same params, an
-    unfinished one is continued. Every method logs one thing and is called once.
+    Leaving the block ends the run as FINISHED, or as KILLED (Ctrl-C, SIGTERM) or FAILED with the
+    reason in the tag ``failure``. ``OUTPUT/mlflow_run.json`` remembers the run: with the same
+    params, an unfinished one is continued. Every method logs one thing and is called once.
 
     Args:
         tracking: where, and under which names.
@@ -81,8 +85,10 @@ class Tracker:
         with self._talk(retries=0, timeout_seconds=8):
             from mlflow import MlflowClient
 
-            if self.place.database:
-                _try_database(self.place)
+            if self.place.file is not None:
+                make_database(self.place.file)
+            elif self.place.database:
+                _try_database(self.place.uri)
             self._client = MlflowClient(self.place.uri)
             self._experiment_id = self._experiment()
         with self._talk():
@@ -242,6 +248,7 @@ class Tracker:
             try:
                 yield
             except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+                _raise_if_full(error, self.place.file)
                 reason = one_line(error).replace(self.place.uri, self.uri)
                 raise RunError(f"tracking: MLflow at {self.uri}: {reason}") from error
         finally:
@@ -375,17 +382,75 @@ def _default_place(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before)
 
 
-def _try_database(place: mlflow_text.Place) -> None:
+def _try_database(uri: str) -> None:
     """Opens a database once; MLflow would try for a minute before it says that it cannot."""
     import sqlalchemy
 
-    if place.artifacts is not None and place.uri.startswith("sqlite:"):
-        place.artifacts.parent.mkdir(parents=True, exist_ok=True)
-    engine = sqlalchemy.create_engine(place.uri)
+    engine = sqlalchemy.create_engine(uri)
     try:
         sqlalchemy.inspect(engine).get_table_names()
     finally:
         engine.dispose()
+
+
+def make_database(file: Path) -> None:
+    """An sqlite database with MLflow's tables, if there is none at ``file``.
+
+    Making the tables takes seconds, and MLflow cannot go on where it was killed. So that happens in
+    a folder beside it, and the complete file gets its name in one step; the first of several
+    makers wins.
+
+    Raises:
+        RunError: the disk is full.
+        Exception: as MLflow or sqlite raise it.
+    """
+    if file.exists():
+        _try_database(f"sqlite:///{file}")
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{file.name}.tmp-"
+    for old in file.parent.iterdir():
+        with suppress(OSError):
+            age = time.time() - old.stat().st_mtime
+            if old.name.startswith(prefix) and age > _LEFTOVER_SECONDS:
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=file.parent, ignore_cleanup_errors=True
+    ) as folder:
+        made = Path(folder) / file.name
+        _try_database(f"sqlite:///{made}")
+        store = SqlAlchemyStore(f"sqlite:///{made}", (file.parent / "mlartifacts").as_uri())
+        store.engine.dispose()
+        with made.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        with suppress(FileExistsError):
+            _name_once(made, file)
+
+
+def _name_once(made: Path, file: Path) -> None:
+    """Gives a file its name unless that is taken.
+
+    Raises:
+        FileExistsError: it is taken.
+    """
+    try:
+        os.link(made, file)
+    except FileExistsError:
+        raise
+    except OSError:  # this file system knows no second names
+        if not file.exists():
+            made.rename(file)
+
+
+def _raise_if_full(error: BaseException, file: Path | None) -> None:
+    """A full disk is said as the store says it."""
+    path = getattr(error, "filename", None) or file or "MLflow"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "database or disk is full" in str(error):
+        with disk_errors(Path(path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _choice_counts(plan: Plan) -> dict[str, str]:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +18,10 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from sqlalchemy import Engine, event
 
 from moesaic.methods.base import Event, Spec
+from moesaic.orchestrator import track as module
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe import Tracking
 from moesaic.orchestrator.track import Tracker
@@ -421,3 +425,76 @@ def test_nothing_is_printed(
         tracker.log_scores(SCORES, PLANS)
         tracker.log_model(tmp_path, SCORES["plan"])
     assert capfd.readouterr() == ("", "")
+
+
+def default_tracker(tmp_path: Path) -> Tracker:
+    return Tracker(Tracking(), "small", tmp_path / "small", PARAMS)
+
+
+def test_kill_9_while_the_database_is_made_leaves_no_half_of_it(tmp_path: Path) -> None:
+    """Each process dies when it has sent so many statements; about 1,700 make a database."""
+    for statements in (3, 100, 300):
+        child = os.fork()
+        if child == 0:
+            sent = 0
+
+            def die_at_last(*_: Any, last: int = statements) -> None:
+                nonlocal sent
+                sent += 1
+                if sent == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            event.listen(Engine, "after_cursor_execute", die_at_last)
+            default_tracker(tmp_path).__enter__()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not (tmp_path / "mlflow.db").exists()
+    left = list(tmp_path.glob(".mlflow.db.tmp-*"))
+    assert len(left) == 3
+    os.utime(left[0], (0, 0))  # so old that nobody can still be at it
+    with default_tracker(tmp_path) as tracker:
+        pass
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
+    assert sorted(tmp_path.glob(".mlflow.db.tmp-*")) == sorted(left[1:])
+
+
+def test_database_that_somebody_else_made_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mlflow.db"
+    name_once = module._name_once
+
+    def too_late(made: Path, wanted: Path) -> None:
+        assert made.stat().st_size > 100_000
+        wanted.write_text("theirs")
+        name_once(made, wanted)
+
+    monkeypatch.setattr(module, "_name_once", too_late)
+    module.make_database(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert file.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "grown"])
+def test_full_disk_is_said_as_the_store_says_it(tmp_path: Path, exists: bool) -> None:
+    """sqlite itself says that it is full: it may have no more pages than it has."""
+    pages = 20
+    if exists:
+        module.make_database(tmp_path / "mlflow.db")
+        with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+
+    def limit(connection: sqlite3.Connection, _: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    event.listen(Engine, "connect", limit)
+    try:
+        with (
+            pytest.raises(RunError, match=r"mlflow\.db: the disk is full; free space") as caught,
+            default_tracker(tmp_path) as tracker,
+        ):
+            tracker.log_stages({f"s{index:0200}": 1.0 for index in range(5000)})
+    finally:
+        event.remove(Engine, "connect", limit)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "mlflow.db").exists() == exists
