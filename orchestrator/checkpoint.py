@@ -104,6 +104,11 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(entry.nbytes for entry in self._entries.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the safetensors files, headers included."""
+        return sum(file.stat().st_size for file in self.files)
+
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """The tensor ``name``, copied from its file.
 
@@ -140,7 +145,7 @@ class Checkpoint:
             count = int((~torch.isfinite(wide)).sum())
             raise UserError(
                 f"{file}: tensor {name} has {count} values of {tensor.numel()} that are NaN or "
-                "infinite"
+                "infinite: copy the file again, or take another checkpoint of the model"
             )
 
     @cached_property
@@ -180,7 +185,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: no such file; a model folder needs it")
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(content).__name__}")
@@ -214,8 +219,7 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: key weight_map must map tensor names to file names")
-    shards = set(weight_map.values())
-    for shard in shards:
+    for name, shard in weight_map.items():
         pure = PurePosixPath(shard) if isinstance(shard, str) else None
         if (
             pure is None
@@ -224,11 +228,21 @@ def _weight_files(folder: Path) -> list[Path]:
             or pure.suffix != ".safetensors"
         ):
             raise UserError(
-                f"{index}: {shard!r} is not a name of a .safetensors file inside the folder"
+                f"{index}: tensor {name}: {str(shard)[:80]!r} is not a name of a .safetensors file"
+                " inside the folder"
             )
-        if not (folder / shard).is_file():
-            raise UserError(f"{index}: names {shard}, which is not in the folder")
-    return [folder / shard for shard in sorted(shards)]
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not _is_file(folder / shard):
+            raise UserError(f"{index}: names {shard[:80]}, which is not in the folder")
+    return [folder / shard for shard in shards]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
@@ -249,7 +263,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: header is not readable as JSON: {error}") from error
     if not isinstance(header, dict):
         raise UserError(f"{file}: header must be a JSON object")
@@ -265,8 +279,10 @@ def _entry(file: Path, name: str, info: Any, data_begin: int) -> Entry:
         begin, end = info["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{file}: header entry of tensor {name} is incomplete") from error
-    if dtype not in DTYPES:
-        raise UserError(f"{file}: tensor {name} has dtype {dtype}; known: {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(
+            f"{file}: tensor {name} has dtype {str(dtype)[:80]}; known: {', '.join(DTYPES)}"
+        )
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise UserError(f"{file}: tensor {name} has an illegal shape or offset")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize

@@ -5,7 +5,9 @@ stands in the place of each: running the model's own forward then tells what eve
 have been called with (masks, rotary embeddings), whatever the architecture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic.orchestrator import experts
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.family import Family
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -60,11 +62,23 @@ class _Passthrough(nn.Module):
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """The configuration as transformers understands it; UserError where it does not."""
-    try:
+    with config_errors(checkpoint.path / "config.json"):
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+
+
+@contextmanager
+def config_errors(file: Path) -> Iterator[None]:
+    """Whatever transformers raises over a configuration as a UserError that names the file."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (ValueError, StrictDataclassError) as error:  # these speak for themselves
         text = " ".join(str(error).split())
-        raise UserError(f"{checkpoint.path / 'config.json'}: {text[:300]}") from error
+        raise UserError(f"{file}: {text[:300]}") from error
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{file}: transformers cannot build this model: {text[:300]}") from error
 
 
 class Skeleton:

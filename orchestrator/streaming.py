@@ -18,7 +18,13 @@ from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.family import Bank, load_family
 from moesaic.orchestrator.layout import BlockLayout, model_layout
-from moesaic.orchestrator.skeleton import Call, Skeleton, fill_buffers, read_config
+from moesaic.orchestrator.skeleton import (
+    Call,
+    Skeleton,
+    config_errors,
+    fill_buffers,
+    read_config,
+)
 
 Replaced = Mapping[str, Mapping[str, Tensor]]
 # Calls are kept for this many shapes of a batch: full ones, the last one, and those of evaluation.
@@ -61,9 +67,10 @@ class StreamedModel:
         self.config: Any = read_config(checkpoint, trust_remote_code)
         self.device = torch.device(device)
         self.dtype = dtype or self._own_dtype()
-        self._skeleton = Skeleton(
-            self.config, self.family, self.dtype, self.device, trust_remote_code
-        )
+        with config_errors(checkpoint.path / "config.json"):
+            self._skeleton = Skeleton(
+                self.config, self.family, self.dtype, self.device, trust_remote_code
+            )
         self._fp32 = self._skeleton.fp32_names(self.dtype)
         self.blocks = len(self._skeleton.prototypes)
         self.hidden_size: int = self.config.hidden_size

@@ -65,6 +65,8 @@ def test_read_equals_safetensors_when_sharded(folder: Path) -> None:
         assert torch.equal(raw(read), raw(tensor)), name
         assert checkpoint.nbytes(name) == tensor.numel() * tensor.element_size()
     assert checkpoint.total_bytes == sum(t.numel() * t.element_size() for t in TENSORS.values())
+    files = folder.glob("*.safetensors")
+    assert checkpoint.file_bytes == sum(file.stat().st_size for file in files)
 
 
 def test_read_equals_safetensors_when_single_file(folder: Path) -> None:
@@ -117,7 +119,7 @@ def test_check_finite_names_tensor(folder: Path, value: float, dtype: torch.dtyp
     tensor = torch.zeros(3, 5, dtype=dtype)
     checkpoint.check_finite("float", tensor)
     tensor[2, 1] = value
-    with pytest.raises(UserError, match="tensor float has 1 values of 15 that are NaN or inf"):
+    with pytest.raises(UserError, match="tensor float has 1 values of 15 that are NaN or .*: copy"):
         checkpoint.check_finite("float", tensor)
 
 
@@ -252,6 +254,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         [INDEX, "'model-0.bin'"],
     ),
     "number in index": (lambda f: edit_index(f, lambda m: m.update(float=3)), [INDEX, "3"]),
+    "list in index": (
+        lambda f: edit_index(f, lambda m: m.update(float=["a"])),
+        [INDEX, "tensor float", "inside the folder"],
+    ),
+    "long name in index": (
+        lambda f: edit_index(f, lambda m: m.update(float="n" * 5000 + ".safetensors")),
+        [INDEX, "which is not in the folder"],
+    ),
+    "index nested": (lambda f: (f / INDEX).write_text("[" * 100_000), [INDEX, "JSON"]),
     "tensor twice": (same_tensor_twice, ["tensor float", "model-0.safetensors as well"]),
     "truncated by one byte": (lambda f: truncate(f, 1), ["model-1.safetensors: truncated"]),
     "trailing bytes": (
@@ -287,6 +298,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "entry incomplete": (
         lambda f: edit_header(f, lambda h: h["float"].pop("dtype")),
         ["tensor float is incomplete"],
+    ),
+    "dtype a list": (
+        lambda f: edit_header(f, lambda h: h["float"].update(dtype=["F32"])),
+        ["tensor float has dtype ['F32']", "BF16"],
     ),
     "unknown dtype": (
         lambda f: edit_header(f, lambda h: h["float"].update(dtype="F4")),
