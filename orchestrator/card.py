@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import chain_text
+from moesaic.orchestrator.console import figure_text
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.search.base import Plan
@@ -43,8 +44,8 @@ def model_card(
             "| | bytes | bits per weight | perplexity | KL |",
             "|---|---:|---:|---:|---:|",
             *(
-                f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} | {s['perplexity']:.3f} |"
-                f" {s['kl']:.4f} |"
+                f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} |"
+                f" {figure_text(s['perplexity'], 3)} | {figure_text(s['kl'], 4)} |"
                 for name, s in scores.items()
             ),
             "",

@@ -21,7 +21,7 @@ from moesaic.methods.base import Event
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
-# Rates and times left are those of the last minutes: a stage may wait for another one to begin with.
+# Rates and times left are those of the last minutes: a stage may have waited for another one.
 _RATE_SECONDS = 120.0
 
 
@@ -114,6 +114,11 @@ class View:
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
 
 
+def figure_text(value: float | None, decimals: int) -> str:
+    """A dash where there is no number."""
+    return "–" if value is None else f"{value:.{decimals}f}"
+
+
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     """Dense, baselines and plan: bytes, bits per weight, perplexity, KL."""
     table = Table(title=None)
@@ -124,8 +129,8 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
             name,
             f"{score['bytes']:,}",
             f"{score['bits_per_weight']:.3f}",
-            f"{score['perplexity']:.3f}",
-            f"{score['kl']:.4f}",
+            figure_text(score["perplexity"], 3),
+            figure_text(score["kl"], 4),
             f"{score['accuracy']:.1%}",
             style="bold" if name == "plan" else None,
         )

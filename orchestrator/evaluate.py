@@ -22,6 +22,8 @@ from moesaic.orchestrator.store import Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
+# Natural logarithm of what is still a perplexity (1.8e308 is the largest float).
+_LARGEST_LOG = 700.0
 # Rows of logits in float32 at a time.
 _LOGIT_ROWS = 512
 
@@ -136,7 +138,8 @@ def score(
     Returns:
         ``perplexity``, ``kl`` (nats per token), ``accuracy`` (share of next tokens predicted
         right), ``tokens_per_second`` (of one worker, in the blocks), ``peak_memory_bytes`` and
-        ``sources``: perplexity and kl of every text source.
+        ``sources``: perplexity and kl of every text source. A perplexity or kl that is no finite
+        number (a ruined model) is None, null in JSON, which has no infinity.
     """
     nll = [value for part in parts for value in part["nll"]]
     kl = [value for part in parts for value in part["kl"]]
@@ -156,10 +159,11 @@ def score(
     }
 
 
-def _means(nll: Sequence[float], kl: Sequence[float], tokens: int) -> dict[str, float]:
+def _means(nll: Sequence[float], kl: Sequence[float], tokens: int) -> dict[str, float | None]:
     count = tokens * len(nll)
-    mean = math.fsum(nll) / count
+    mean, divergence = sum(nll) / count, sum(kl) / count
+    # Plain sums say whether all are finite; fsum raises on what is not.
     return {
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "kl": math.fsum(kl) / count,
+        "perplexity": math.exp(math.fsum(nll) / count) if mean < _LARGEST_LOG else None,
+        "kl": math.fsum(kl) / count if math.isfinite(divergence) else None,
     }

@@ -145,13 +145,17 @@ def part_bytes(summary: RunSummary) -> Figure:
 
 
 def loss_and_bytes(summary: RunSummary) -> Figure:
-    """Measured KL against bytes for plan and baselines, each point with its name."""
+    """Measured KL against bytes for plan and baselines, each point with its name.
+
+    What has no KL (it was infinite) is left out.
+    """
     points = [
         (name, summary.scores[name]["bytes"], summary.scores[name]["kl"])
         for name in summary.plans
-        if name in summary.scores
+        if name in summary.scores and summary.scores[name]["kl"] is not None
     ]
-    scale, unit = byte_scale(max([size for _, size, _ in points], default=1))
+    largest = max([size for _, size, _ in points], default=summary.budget_bytes)
+    scale, unit = byte_scale(largest)
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
     for number, (name, size, kl) in enumerate(points):

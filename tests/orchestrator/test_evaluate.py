@@ -1,5 +1,6 @@
 """Scores against plain transformers, in float64 from its logits on."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -142,9 +143,21 @@ def test_scores_are_means_over_tokens_and_over_each_source() -> None:
     assert found["sources"]["b"]["kl"] == pytest.approx(0.2)
 
 
-def test_a_hopeless_model_has_infinite_perplexity_not_an_overflow() -> None:
-    broken = {"nll": [1e6], "kl": [1.0], "correct": [0], "tokens": 2, "seconds": 0, "peak_bytes": 1}
-    assert score([broken], [0], ["a"])["perplexity"] == math.inf
+@pytest.mark.parametrize("nll", [1e6, math.inf, math.nan])
+def test_a_hopeless_model_has_no_perplexity(nll: float) -> None:
+    broken = {"nll": [nll], "kl": [1.0], "correct": [0], "tokens": 2, "seconds": 0, "peak_bytes": 1}
+    found = score([broken], [0], ["a"])
+    assert found["perplexity"] is None is found["sources"]["a"]["perplexity"]
+    assert found["kl"] == 0.5
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("kl", [math.inf, math.nan, -math.inf])
+def test_a_kl_without_bound_is_no_number(kl: float) -> None:
+    part = {"nll": [1.0, 1.0], "kl": [0.5, kl], "correct": [0, 0], "tokens": 2}
+    found = score([{**part, "seconds": 0, "peak_bytes": 1}], [0, 0], ["a"])
+    assert found["kl"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(0.5))
 
 
 def test_known_scores_are_not_made_again_and_lost_states_are(

@@ -123,6 +123,15 @@ def test_report_of_a_dense_model_without_evaluation(tmp_path: Path, scored: bool
     assert "scores" not in page.tables and "Events" in page.text
 
 
+def test_report_has_dashes_for_scores_without_a_number(tmp_path: Path) -> None:
+    run = summary(blocks=2)
+    ruined = {name: {**score, "perplexity": None, "kl": None} for name, score in run.scores.items()}
+    page = Page(write_report(RunSummary(**{**vars(run), "scores": ruined}), tmp_path).read_text())
+    rows = {row[0]: row for row in page.tables["scores"][1:]}
+    assert rows["plan"][3:5] == ["–", "–"]
+    assert len(page.loaded) >= 3
+
+
 def test_pictures_decode_and_show_something(tmp_path: Path) -> None:
     files = draw(summary(blocks=2, experts=8), tmp_path)
     assert len(files) == 5
