@@ -1,13 +1,15 @@
 """The command line. People read stderr; with ``--json`` one JSON object goes to stdout."""
 
 import json
+import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -62,32 +64,51 @@ def _stdout_kept_for_json(wanted: bool) -> Iterator[None]:
 
 
 def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -> None:
-    """Runs a verb; errors become one or two lines and an exit status."""
+    """Runs a verb; errors become one or two lines and an exit status.
+
+    With ``--json`` they are one object too, ``{"error": TEXT, "exit": STATUS}``.
+    """
     _quiet_libraries()
     try:
         with _stdout_kept_for_json(as_json):
             result = work()
     except (UserError, UnknownName) as error:
-        if debug:
-            raise
-        stderr.print(f"error: {error}", markup=False)
-        raise typer.Exit(2) from None
+        _fail("error", str(error), 2, as_json, debug)
     except RunError as error:
-        if debug:
-            raise
-        stderr.print(f"failed: {error}", markup=False)
-        raise typer.Exit(1) from None
+        _fail("failed", str(error), 1, as_json, debug)
     except KeyboardInterrupt:
         stderr.print("stopped; run the same command to go on from here", markup=False)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        stderr.print(f"failed: {reason} (--debug shows the traceback)", markup=False)
         raise typer.Exit(1) from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        hint = "" if debug else " (--debug shows the traceback)"
+        _fail("failed", reason + hint, 1, as_json, debug)
+    else:
+        if as_json:
+            _print_json(result)
+
+
+def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    stderr.print(f"{word}: {reason}", markup=False)
     if as_json:
-        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+        _print_json({"error": reason, "exit": status})
+    raise typer.Exit(status) from None
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_stages(
@@ -169,10 +190,10 @@ def check(
     """Validates everything and predicts bytes, memory and time before anything starts."""
 
     def work() -> Mapping[str, Any]:
-        from moesaic.orchestrator.forecast import forecast, show_forecast
-        from moesaic.orchestrator.run import open_experiment
+        from moesaic.orchestrator.forecast import show_forecast
+        from moesaic.orchestrator.run import check_recipe
 
-        result = forecast(open_experiment(recipe, output))
+        result = check_recipe(recipe, output)
         show_forecast(result, stderr)
         return result
 
@@ -250,6 +271,9 @@ def store_gc(
     keep: Annotated[
         list[Path] | None, typer.Option(help="Run folders whose pieces stay (repeatable).")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Instead of --keep: no run's pieces stay.")
+    ] = False,
     minutes: Annotated[float, typer.Option(help="Keep what is younger than this.")] = 60.0,
     as_json: Json = False,
     debug: Debug = False,
@@ -259,6 +283,11 @@ def store_gc(
     def work() -> Mapping[str, Any]:
         from moesaic.orchestrator.run import collect_garbage
 
+        if bool(keep) == everything:
+            raise UserError(
+                f"{store}: say what stays: --keep RUN for each run that is still needed, or --all"
+                " to remove the pieces of all runs"
+            )
         files, size = collect_garbage(store, keep or [], minutes * 60)
         stderr.print(f"{store}: removed {files:,} files, {size:,} bytes", markup=False)
         return {"files": files, "bytes": size}

@@ -1,13 +1,55 @@
 """Errors that people read: one or two lines, no traceback."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class UserError(Exception):
     """The user's input is wrong: exit status 2. The message names file, key and what to do."""
 
 
 class RecipeError(UserError):
-    """The message begins with a key of the recipe; who knows the file puts its name in front."""
+    """Mistakes in a recipe, one argument each, all of which begin with a key of the recipe.
+
+    Who knows the file puts its name in front of each.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class RunError(Exception):
     """Something failed that is not the user's doing: exit status 1. Finished work is kept."""
+
+
+class Mistakes:
+    """Collects the mistakes of a recipe, so that all are told at once.
+
+    Attributes:
+        found: one text each, beginning with a key.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, work: Callable[[], T], key: str = "") -> T | None:
+        """``work()``, or None where it found a mistake.
+
+        Args:
+            key: put in front of what is no :class:`RecipeError`; without it, only those are kept.
+        """
+        try:
+            return work()
+        except RecipeError as error:
+            self.found += map(str, error.args)
+        except UserError as error:
+            if not key:
+                raise
+            self.found.append(f"{key}: {error}")
+        return None
+
+    def error(self) -> RecipeError:
+        """All of them, each once."""
+        return RecipeError(*dict.fromkeys(self.found))

@@ -5,6 +5,8 @@ recipe is found out before any work starts.
 """
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +20,15 @@ from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import tied_choices
-from moesaic.orchestrator.errors import RecipeError
+from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.recipe import Recipe, Texts
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import allowed, ties
-from moesaic.orchestrator.texts import Sequences, draw, load_tokenizer
-from moesaic.search.base import Budget
+from moesaic.orchestrator.texts import Sequences, check_vocabulary, draw, load_tokenizer
+from moesaic.search.base import Budget, Measurement, Problem, smallest_bytes
 
 
 def find_model(name: str) -> Path:
@@ -61,8 +63,8 @@ class Size:
         fixed_bytes: every tensor that is no unit, or a unit that the recipe keeps, and the headers
             of the files (an upper bound: a few bytes per tensor).
         weights: number of weights in the units.
-        smallest_bytes: of the smallest plan that the candidates allow.
-        dense_bytes: of the original tensors.
+        smallest_bytes: of the smallest plan that candidates, target and search allow.
+        dense_bytes: of the original files, headers included.
     """
 
     fixed_bytes: int
@@ -71,25 +73,66 @@ class Size:
     dense_bytes: int
 
 
+# Names shown of what there is, chains shown of those that have the same fault.
+_EXAMPLES, _SHOWN_CHAINS = 3, 3
+
+
 class Experiment:
-    """Everything that follows from a recipe and its model before any work is done."""
+    """Everything that follows from a recipe and its model before any work is done.
+
+    Raises:
+        RecipeError: all that is wrong with recipe, model folder, texts and store, as far as it can
+            be told at once.
+        RunError: the disk is full.
+    """
 
     def __init__(self, recipe: Recipe, output: Path) -> None:
         self.recipe = recipe
         self.output = output
-        self.folder = find_model(recipe.model)
-        dtype = recipe.compute.dtype
-        self.model = StreamedModel(
+        mistakes = Mistakes()
+        root = Path(recipe.store) if recipe.store else output.parent / "store"
+        store = mistakes.attempt(lambda: Store(root))
+        self.folder = mistakes.attempt(lambda: find_model(recipe.model), "model") or Path()
+        model = mistakes.attempt(self._open, "model") if self.folder != Path() else None
+        if model is None:
+            raise mistakes.error()
+        self.model = model
+        self.units = [unit for unit in model.units() if not recipe.kept(unit.name)]
+        mistakes.attempt(self._check_keep)
+        offers = budget = None
+        if self.units:
+            offers = mistakes.attempt(self._offers)
+        if offers is not None:
+            self.offers = offers
+            budget = mistakes.attempt(self._budget)
+        mistakes.attempt(lambda: self.calibration)
+        mistakes.attempt(lambda: self.evaluation)
+        if mistakes.found or store is None or budget is None:
+            raise mistakes.error()
+        self.store, self.budget = store, budget
+
+    def _open(self) -> StreamedModel:
+        dtype = self.recipe.compute.dtype
+        return StreamedModel(
             Checkpoint(self.folder),
             dtype=None if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=recipe.trust_remote_code,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
-        self.units = [unit for unit in self.model.units() if not recipe.kept(unit.name)]
+
+    def _check_keep(self) -> None:
+        """Raises a RecipeError for patterns that match no unit, or all of them."""
+        names = [unit.name for unit in self.model.units()]
+        unmatched = [p for p in self.recipe.keep if not any(re.search(p, name) for name in names)]
+        examples = ", ".join(names[:: max(1, len(names) // _EXAMPLES)][:_EXAMPLES])
+        problems = [
+            f"keep: {pattern!r} matches no unit: correct it, or take it out; units are called"
+            f" {examples} …"
+            for pattern in unmatched
+        ]
         if not self.units:
-            raise RecipeError("keep: the patterns leave no unit to compress")
-        self.store = Store(Path(recipe.store) if recipe.store else output.parent / "store")
-        self.offers = self._offers()
-        self.budget = self._budget()
+            problems.append("keep: the patterns leave no unit to compress: take one out")
+        if problems:
+            raise RecipeError(*problems)
 
     @cached_property
     def by_name(self) -> dict[str, Unit]:
@@ -110,32 +153,40 @@ class Experiment:
             UserError: a chain does not fit a unit's shape (each chain once), a baseline cannot be
                 loaded, or a unit has no candidate left.
         """
-        problems: dict[str, str] = {}
+        faults: dict[tuple[str, str], list[Chain]] = {}
         offers: dict[str, list[Chain]] = {}
+        nothing: dict[str, str] = {}
         self.unloadable: dict[str, int] = {}
+        baselines = set(self.recipe.baselines.values())
         for unit in self.units:
             offers[unit.name] = offered = []
             refusals = []
             for chain in self.recipe.chains():
-                text = chain_text(chain)
                 misfit = self._misfit(unit, chain)
-                if misfit is not None:
-                    problems.setdefault(text, f"{text} cannot be used on {unit.name}: {misfit}")
-                    continue
-                reason = allowed(unit, chain, self.recipe.serve, self.model.family)
+                reason = misfit or allowed(unit, chain, self.recipe.serve, self.model.family)
                 if reason is None:
                     offered.append(chain)
-                elif chain in self.recipe.baselines.values():
-                    problems.setdefault(text, f"baseline {text} on {unit.name}: {reason}")
+                elif misfit or chain in baselines:
+                    key = "candidates" if chain in self.recipe.candidates else "baselines"
+                    if not any(chain in chains for chains in faults.values()):
+                        fault = (key, f"cannot be used on {unit.name}: {reason}")
+                        faults.setdefault(fault, []).append(chain)
                 else:
                     self.unloadable[reason] = self.unloadable.get(reason, 0) + 1
                     refusals.append(reason)
-            if not problems and not set(offered) & set(self.recipe.candidates):
-                problems[unit.name] = f"{unit.name}: serve: {self.recipe.serve} can load none of"
-                problems[unit.name] += f" the candidates here ({refusals[-1]})"
+            if refusals and not set(offered) & set(self.recipe.candidates):
+                nothing.setdefault(refusals[-1], unit.name)
+        advice = "change that, or leave such units as they are with keep: [pattern]"
+        problems = [
+            f"{key}: {_listed(chains)} {reason}; {advice}"
+            for (key, reason), chains in faults.items()
+        ]
+        problems += [
+            f"candidates: none of them can be used on {name}: {reason}; {advice}"
+            for reason, name in nothing.items()
+        ]
         if problems:
-            advice = "change the candidates, or leave such units as they are with keep: [pattern]"
-            raise RecipeError("\n".join([*problems.values(), advice]))
+            raise RecipeError(*problems)
         return offers
 
     @staticmethod
@@ -160,19 +211,52 @@ class Experiment:
         fixed += header_bytes_bound(
             self.model, self.units, self.recipe.serve, len(self.recipe.candidates)
         )
-        smallest = 0
-        for unit in self.units:
-            smallest += min(
-                self.predicted_bytes(unit, chain)
-                for chain in self.offers[unit.name]
-                if chain in self.recipe.candidates
-            )
         return Size(
             fixed_bytes=fixed,
             weights=sum(unit.parameters for unit in self.units),
-            smallest_bytes=fixed + smallest,
-            dense_bytes=checkpoint.total_bytes,
+            smallest_bytes=self._smallest(fixed),
+            dense_bytes=checkpoint.file_bytes,
         )
+
+    def _smallest(self, fixed_bytes: int) -> int:
+        """Bytes of the smallest plan that the search can find.
+
+        All experts of a bank stand together here: they are equally large.
+
+        Raises:
+            RecipeError: the candidates allow no plan at all.
+        """
+        members = {unit.name: [f"{unit.name}.{m}" for m in unit.shapes] for unit in self.units}
+        offers = {
+            name: list(self._sized_offers(unit, member, name))
+            for unit in self.units
+            for member, name in zip(unit.shapes, members[unit.name], strict=True)
+        }
+        tied = ties(self.units, self.recipe.serve)
+        if not self.mixed_banks:
+            inside = {name for group in tied for name in group}
+            tied += [[unit.name] for unit in self.units if unit.name not in inside]
+        groups = [[name for unit in group for name in members[unit]] for group in tied]
+        problem = Problem(offers, groups, Budget(0, fixed_bytes))
+        try:
+            return smallest_bytes(problem, self.recipe.search)
+        except ValueError as error:
+            raise RecipeError(
+                f"candidates: with search: {self.recipe.search} and serve: {self.recipe.serve}"
+                f" there is no plan: {error}"
+            ) from None
+
+    def _sized_offers(self, unit: Unit, member: str, name: str) -> Iterator[Measurement]:
+        """What a search may choose for a member of a unit; bytes only."""
+        shapes, dtype = {member: unit.shapes[member]}, self._stored_dtype(unit)
+        for chain in self.offers[unit.name]:
+            if chain in self.recipe.candidates:
+                options = chain[-1].parsed()
+                size = method_module(chain[-1].method).predict_bytes(shapes, dtype, options)
+                yield Measurement(name, chain, size, 0.0, None, 0.0)
+        if unit.kind != "bank" or not self.mixed_banks:  # see results.py
+            size = math.prod(unit.shapes[member]) * dtype.itemsize
+            yield Measurement(name, (), size, 0.0, None, 0.0)
 
     def dense_bytes(self, unit: Unit) -> int:
         """Bytes of the unit as the original holds it."""
@@ -183,10 +267,12 @@ class Experiment:
         """Bytes of the unit under a chain, before any work."""
         if not chain:
             return self.dense_bytes(unit)
-        spec = chain[-1]
-        first = next(iter(self.model.unit_tensors(unit).values()))[0]
-        dtype = self.model.checkpoint.dtype(first)
+        spec, dtype = chain[-1], self._stored_dtype(unit)
         return method_module(spec.method).predict_bytes(unit.shapes, dtype, spec.parsed())
+
+    def _stored_dtype(self, unit: Unit) -> torch.dtype:
+        first = next(iter(self.model.unit_tensors(unit).values()))[0]
+        return self.model.checkpoint.dtype(first)
 
     def _budget(self) -> Budget:
         wanted, size = self.recipe.budget, self.size
@@ -194,19 +280,21 @@ class Experiment:
             total = wanted.bytes
         else:
             assert wanted.bits_per_weight is not None
-            total = size.fixed_bytes + int(wanted.bits_per_weight * size.weights / 8)
+            # Rounded first: a product that is a whole number may come out a hair below it.
+            total = size.fixed_bytes + int(round(wanted.bits_per_weight * size.weights / 8, 3))
         if total < size.smallest_bytes:
             bits = (size.smallest_bytes - size.fixed_bytes) * 8 / size.weights
             bits = math.ceil(bits * 1000) / 1000  # rounded down it would be refused again
             raise RecipeError(
                 f"budget: {total:,} bytes are too few: the smallest plan that these candidates"
-                f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight);"
+                f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight;"
+                f" serve: {self.recipe.serve}, search: {self.recipe.search});"
                 f" {size.fixed_bytes:,} of them are parts that are not compressed"
             )
         if total >= size.dense_bytes:
             raise RecipeError(
                 f"budget: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
-                " there is nothing to compress"
+                " there is nothing to compress, give less"
             )
         return Budget(total_bytes=total, fixed_bytes=size.fixed_bytes)
 
@@ -221,14 +309,24 @@ class Experiment:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.folder), self.recipe.trust_remote_code)
+        """The model's tokenizer.
+
+        Raises:
+            RecipeError: there is none, or it is another model's.
+        """
+        try:
+            tokenizer = load_tokenizer(str(self.folder), self.recipe.trust_remote_code)
+            check_vocabulary(tokenizer, self.model.vocab_size)
+        except UserError as error:
+            raise RecipeError(f"model: {error}") from error
+        return tokenizer
 
     def _sequences(self, texts: Texts, what: str) -> Sequences:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and texts.length > positions:
             raise RecipeError(
                 f"{what}.length: {texts.length} tokens are more than the {positions} positions"
-                " that the model knows"
+                f" that the model knows: give {positions} or fewer"
             )
         return draw(texts, self.tokenizer, self.model.vocab_size, what)
 
@@ -311,6 +409,13 @@ class Experiment:
         """Key of the piece of a unit under a chain with the statistics of a walk."""
         stats = walk.stats_key(self.by_name[unit].block)
         return piece_key(walk.fingerprint, unit, chain, stats)
+
+
+def _listed(chains: list[Chain]) -> str:
+    """The first few chains as people read them, and how many more there are."""
+    shown = ", ".join(map(chain_text, chains[:_SHOWN_CHAINS]))
+    more = len(chains) - _SHOWN_CHAINS
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def plain(value: Walk | Judge | Job) -> dict[str, Any]:

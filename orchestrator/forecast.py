@@ -27,6 +27,7 @@ from moesaic.orchestrator.recipe import resolve
 from moesaic.orchestrator.results import expert_load
 from moesaic.orchestrator.stages import missing_pairs
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.texts import beyond_vocabulary
 
 _SHOWN_EVENTS = 8
 
@@ -135,6 +136,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     peak = max(parts["total"] for parts in stages.values())
     _, events = expert_load(experiment, experiment.walk)
     events += _expected_events(experiment, left.blocks)
+    events += _tokenizer_events(experiment)
     events += _machine_events(experiment, team, peak, sum(store.values()))
     return {
         "recipe": experiment.recipe.name,
@@ -254,6 +256,19 @@ def _expected_events(experiment: Experiment, blocks: list[int]) -> Iterator[Even
                 unit.name,
                 expected,
             )
+
+
+def _tokenizer_events(experiment: Experiment) -> Iterator[Event]:
+    """Tokens that the model lacks, where they only come out of texts that spell them out."""
+    size = experiment.model.vocab_size
+    extra = beyond_vocabulary(experiment.tokenizer, size)
+    if extra:
+        yield Event(
+            "tokenizer_larger",
+            f"{len(extra)} added token(s) of the tokenizer are beyond the model's vocabulary of"
+            f" {size:,}: no text may contain {', '.join(map(repr, list(extra)[:3]))}",
+            value=float(len(extra)),
+        )
 
 
 def _machine_events(

@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.kernels.discovery import plugins
+from moesaic.kernels.discovery import UnknownName, plugins
 from moesaic.methods.base import Spec, chain_text
 from moesaic.orchestrator.errors import UserError
+
+# What every score of a finished run has; the last two may be null.
+_FIGURES, _MAY_BE_NULL = ("bytes", "bits_per_weight", "accuracy"), ("perplexity", "kl")
 
 
 def _first_line(module: Any) -> str:
@@ -62,18 +65,39 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no finished run.
     """
+    plan, scores = (_read(folder / name) for name in ("plan.json", "scores.json"))
     try:
-        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder}: no finished run: {Path(error.filename).name} is missing"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder}: plan.json or scores.json is damaged: {error}") from None
-    choices: dict[str, int] = {}
-    for specs in plan["units"].values():
-        chain = tuple(Spec.of(spec["method"], spec["options"]) for spec in specs)
-        choices[chain_text(chain)] = choices.get(chain_text(chain), 0) + 1
+        choices: dict[str, int] = {}
+        for specs in plan["units"].values():
+            chain = tuple(Spec.of(spec["method"], spec["options"]) for spec in specs)
+            choices[chain_text(chain)] = choices.get(chain_text(chain), 0) + 1
+    except (UnknownName, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(folder / "plan.json", error) from None
+    try:
+        for score in scores.values():
+            for name in (*_FIGURES, *_MAY_BE_NULL):
+                figure = score[name]
+                if figure is None and name in _MAY_BE_NULL:
+                    continue
+                if not isinstance(figure, int | float):
+                    raise TypeError(f"{name} is {figure!r:.60}")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _damaged(folder / "scores.json", error) from None
     ordered = dict(sorted(choices.items(), key=lambda item: -item[1]))
     return {"scores": scores, "plan": plan, "choices": ordered}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file.parent}: no finished run: {file.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"{str(file)[:300]}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return UserError(f"{file}: is damaged ({reason}): run the recipe again to have it written anew")

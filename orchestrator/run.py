@@ -12,11 +12,13 @@ import pandas as pd
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator import propagate
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.errors import RecipeError, UserError
+from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import describe_machine
+from moesaic.orchestrator.forecast import forecast
+from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
+from moesaic.orchestrator.reach import check_cluster, check_tracking
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
@@ -28,17 +30,38 @@ _FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "re
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
     """Reads the recipe and the model's headers, draws the tokens: everything that can be wrong."""
     recipe = load_recipe(recipe_file)
+    folder = _output(recipe, output)
     with _naming(recipe_file):
-        return _ready(Experiment(recipe, _output(recipe, output)))
+        return _ready(Experiment(recipe, folder))
+
+
+def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
+    """What a run will take (see :func:`forecast`), once nothing is wrong with the recipe.
+
+    Raises:
+        UserError: naming every mistake at once; the places that the recipe names are asked, too.
+    """
+    recipe = load_recipe(recipe_file)
+    folder = _output(recipe, output)
+    mistakes = Mistakes()
+    with _naming(recipe_file):
+        experiment = mistakes.attempt(lambda: Experiment(recipe, folder))
+        mistakes.attempt(lambda: crew(recipe.compute))
+        mistakes.attempt(lambda: check_cluster(recipe.compute))
+        mistakes.attempt(lambda: check_tracking(recipe.tracking, folder.parent))
+        if experiment is None or mistakes.found:
+            raise mistakes.error()
+        return forecast(_ready(experiment))
 
 
 @contextmanager
 def _naming(recipe_file: Path) -> Iterator[None]:
-    """Puts the recipe's name in front of what is said about its keys."""
+    """Puts the recipe's name in front of each thing that is said about its keys."""
     try:
         yield
     except RecipeError as error:
-        raise UserError(f"{recipe_file}: {error}") from error
+        text = "\n".join(f"{recipe_file}: {problem}" for problem in error.args)
+        raise UserError(text) from error
 
 
 def _output(recipe: Recipe, output: Path | None) -> Path:
@@ -160,7 +183,8 @@ def collect_garbage(
         recipe_file = folder / "recipe.yaml"
         if not recipe_file.is_file():
             raise UserError(f"{folder}: has no recipe.yaml")
-        experiment = Experiment(load_recipe(recipe_file), folder.resolve())
+        with _naming(recipe_file):
+            experiment = Experiment(load_recipe(recipe_file), folder.resolve())
         if experiment.store.root.resolve() != root.resolve():
             raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
         used += [*experiment.entries(), *propagate.entries(experiment, folder / "plan.json")]

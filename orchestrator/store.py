@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 
 _CHUNK = 1 << 20
 _SEAL = ".seal.json"
@@ -80,8 +80,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
-                f"{path}: the disk is full; free space (moesaic store gc) and run the same command"
-                " again, finished work is kept"
+                f"{path}: the disk is full; free space (moesaic store gc STORE --keep RUN removes"
+                " what RUN does not need) and run the same command again, finished work is kept"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
@@ -112,19 +112,28 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def make_folder(path: Path, what: str) -> None:
     """Makes a folder that files can be written into, if it is not there.
 
+    Args:
+        what: key of the recipe, or option of the command line, that names it.
+
     Raises:
-        UserError, RunError: it cannot be made or written, or the disk is full.
+        RecipeError: it cannot be made or written.
+        RunError: the disk is full.
     """
-    with disk_errors(path):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f"{_TEMPORARY}{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path}: {what} must be a folder") from None
-        except FileNotFoundError as error:  # what /proc and dead links answer to mkdir
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError):
+        raise RecipeError(f"{what}: {path} must be a folder: a file is in its place") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with disk_errors(path):
+                raise
+        shown = str(path) if len(str(path)) < 300 else f"{str(path)[:300]} …"
+        raise RecipeError(
+            f"{what}: {shown} cannot be written ({error.strerror}): name a folder that can be"
+        ) from None
 
 
 def _fill(path: Path, text: str) -> None:
@@ -150,7 +159,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        make_folder(root, "the store")
+        make_folder(root, "store")
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""

@@ -7,12 +7,13 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.orchestrator.errors import RecipeError, UserError
+from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.recipe import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
@@ -48,13 +49,39 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
     # Without files, transformers gives an empty tokenizer of the model's class.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{model}: no tokenizer: put its tokenizer.json into this folder")
     return tokenizer
+
+
+def beyond_vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+    """Entries of the tokenizer that the model has no embedding for, token → id."""
+    if len(tokenizer) <= vocab_size:
+        return {}
+    return {token: n for token, n in tokenizer.get_vocab().items() if n >= vocab_size}
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raises a UserError where ordinary text can give tokens that the model does not have.
+
+    Tokens that were added to the vocabulary are no such mistake: they come out of a text only where
+    they stand in it literally, and :func:`draw` would find that.
+    """
+    added = tokenizer.get_added_vocab()
+    ordinary = [n for t, n in beyond_vocabulary(tokenizer, vocab_size).items() if t not in added]
+    if ordinary:
+        raise UserError(_misfit(max(ordinary), vocab_size))
+
+
+def _misfit(token: int, vocab_size: int) -> str:
+    return (
+        f"its tokenizer gives token {token}, but the vocabulary ends at {vocab_size - 1}: they do"
+        " not fit; put the tokenizer of this model into its folder"
+    )
 
 
 def documents(source: Source) -> Iterator[str]:
@@ -171,32 +198,43 @@ def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
     chosen: list[list[int]] = []
     origin: list[int] = []
     counts = allotment(texts.sequences, [source.weight for source in texts.texts])
+    mistakes = Mistakes()
     for index, (source, count) in enumerate(zip(texts.texts, counts, strict=True)):
-        if count == 0:
-            raise RecipeError(
-                f"{what}.texts: {source.label} gets none of the {texts.sequences} sequences: its"
-                f" weight {source.weight:g} is too small"
-            )
-        tokens = _token_stream(tokenizer, source, count * body)
-        windows = len(tokens) // body
-        if windows < count:
-            if set(tokens) <= {tokenizer.eos_token_id}:
-                raise RecipeError(f"{what}.texts: {source.label} holds no text")
-            raise RecipeError(
-                f"{what}.texts: {source.label} has {len(tokens):,} tokens, but {count} sequences of"
-                f" {texts.length} tokens need {count * body:,}: give more text, or lower"
-                f" {what}.sequences"
-            )
-        starts = random.Random(f"{texts.seed}/{index}").sample(range(windows), count)
-        chosen += [first + tokens[s * body : (s + 1) * body] for s in starts]
-        origin += [index] * count
+        tokens = mistakes.attempt(
+            partial(_enough_tokens, texts, source, count, body, tokenizer, what), f"{what}.texts"
+        )
+        if tokens is not None:
+            windows = range(len(tokens) // body)
+            starts = random.Random(f"{texts.seed}/{index}").sample(windows, count)
+            chosen += [first + tokens[s * body : (s + 1) * body] for s in starts]
+            origin += [index] * count
+    if mistakes.found:
+        raise mistakes.error()
     order = list(range(len(chosen)))
     random.Random(texts.seed).shuffle(order)
     ids = np.array([chosen[i] for i in order], dtype=np.int32)
     if ids.max() >= vocab_size:
-        raise RecipeError(
-            f"model: its tokenizer gives token {ids.max()}, but the vocabulary ends at"
-            f" {vocab_size - 1}: they do not fit"
-        )
+        raise RecipeError(f"model: {_misfit(int(ids.max()), vocab_size)}")
     source_index = np.array([origin[i] for i in order], dtype=np.int32)
     return Sequences(ids, source_index, [source.label for source in texts.texts])
+
+
+def _enough_tokens(
+    texts: Texts, source: Source, count: int, body: int, tokenizer: Any, what: str
+) -> list[int]:
+    """The source's tokens, enough for ``count`` windows of ``body``."""
+    if count == 0:
+        raise RecipeError(
+            f"{what}.texts: {source.label} gets none of the {texts.sequences} sequences: its"
+            f" weight {source.weight:g} is too small"
+        )
+    tokens = _token_stream(tokenizer, source, count * body)
+    if len(tokens) // body < count:
+        if set(tokens) <= {tokenizer.eos_token_id}:
+            raise RecipeError(f"{what}.texts: {source.label} holds no text: give another file")
+        raise RecipeError(
+            f"{what}.texts: {source.label} has {len(tokens):,} tokens, but {count} sequences of"
+            f" {texts.length} tokens need {count * body:,}: give more text, or lower"
+            f" {what}.sequences"
+        )
+    return tokens

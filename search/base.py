@@ -142,7 +142,11 @@ class Problem:
 
 
 class Search(Protocol):
-    """What a search module defines."""
+    """What a search module defines.
+
+    A strategy that cannot choose every group of tied units by itself also defines
+    ``smallest_bytes(problem) -> int``; see the function of that name here.
+    """
 
     def search(self, problem: Problem) -> Plan:
         """The best plan within the budget; raises :class:`Infeasible` if there is none."""
@@ -151,6 +155,19 @@ class Search(Protocol):
 def search_module(name: str) -> Search:
     """The strategy called ``name``; raises ``UnknownName`` with the list of known ones."""
     return cast(Search, plugin("moesaic.search", "search", name))
+
+
+def smallest_bytes(problem: Problem, strategy: str) -> int:
+    """Bytes of the smallest plan that a strategy can find, whatever the budget.
+
+    Raises:
+        ValueError: there is no plan at all.
+    """
+    own = getattr(search_module(strategy), "smallest_bytes", None)
+    if own is not None:
+        return int(own(problem))
+    offers = [offered for _, offered in problem.groups()]
+    return problem.budget.fixed_bytes + sum(min(size for _, size, _ in group) for group in offers)
 
 
 def searches() -> list[str]:

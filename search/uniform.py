@@ -30,6 +30,15 @@ def search(problem: Problem) -> Plan:
     return min(fitting, key=lambda plan: (plan.loss, plan.bytes))
 
 
+def smallest_bytes(problem: Problem) -> int:
+    """Bytes of the smallest plan with the same chain everywhere.
+
+    Raises:
+        ValueError: no chain was measured for every unit.
+    """
+    return min(uniform_plan(problem, chain).bytes for chain in _shared(problem))
+
+
 def uniform_plan(problem: Problem, chain: Chain) -> Plan:
     """The plan that gives every unit ``chain``, whatever the budget.
 

@@ -1,9 +1,14 @@
 """Bad input through the command line: exit status, and one or two lines that say what to do."""
 
 import json
+import math
+import os
 import re
 import shutil
+import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,8 +17,12 @@ from click.testing import Result
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from moesaic.orchestrator.cli import app
-from tests.orchestrator.projects import make_model_folder, make_recipe
+from moesaic.orchestrator.cli import _finite, app
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.reach import check_tracking
+from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.store import Store
+from tests.orchestrator.projects import byte_tokenizer, make_model_folder, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +37,16 @@ def ask(*arguments: str | Path) -> Result:
 def refusal(verb: str, recipe: Path, *more: str | Path) -> str:
     """What stderr says of a mistake of the user's."""
     result = ask(verb, recipe, "--output", recipe.parent / "run", "--json", *more)
+    return told(result)
+
+
+def told(result: Result) -> str:
+    """The text of an error with exit status 2, the same for people and in JSON."""
     assert result.exit_code == 2, (result.exit_code, result.stderr)
-    assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    return result.stderr.removeprefix("error: ").rstrip("\n")
+    text = result.stderr.removeprefix("error: ").rstrip("\n")
+    assert json.loads(result.stdout) == {"error": text, "exit": 2}
+    return text
 
 
 def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_path: Path) -> None:
@@ -58,6 +73,26 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
         ({"budget": 3}, "budget: must be a mapping .keys: bytes, bits_per_weight., got 3"),
         ({"calibration": {"texts": ["a.txt"]}}, "texts.0: must be a mapping .keys: file,"),
         ({"keep": ["."]}, "keep: the patterns leave no unit"),
+        (
+            {"keep": ["k_proj", "no_such_name"]},
+            r"keep: 'no_such_name' matches no unit: .* model\.layers\.0\.self_attn\.q_proj, .*,",
+        ),
+        (
+            {"compute": {"workers": 1000}},
+            r"compute: 1000 worker\(s\) of 1 CPU and 0 GPU do not fit this machine \(at most",
+        ),
+        ({"compute": {"address": "nonsense"}}, "compute.address: 'nonsense' is no address: write"),
+        ({"compute": {"address": "127.0.0.1:1"}}, "compute.address: no Ray cluster answers at"),
+        ({"tracking": {"uri": "foo://bar"}}, "tracking.uri: 'foo://bar' is none: write"),
+        ({"tracking": {"uri": "file:///tmp/ml"}}, "tracking.uri: .* folder of files"),
+        ({"tracking": {"uri": "http://127.0.0.1:1"}}, "tracking.uri: nobody answers at http://127"),
+        ({"tracking": {"uri": "http://"}}, "tracking.uri: 'http://' names no host"),
+        ({"tracking": {"uri": "http://a:b"}}, "tracking.uri: 'http://a:b' is no address"),
+        (
+            {"tracking": {"uri": "postgresql://u:secret@127.0.0.1:1/db"}},
+            r"nobody answers at postgresql://u:\*\*\*@127.0.0.1:1/db",
+        ),
+        ({"tracking": {"uri": "sqlite:////proc/x/mlflow.db"}}, "tracking.uri: /proc/x cannot be"),
         ({"calibration": {"length": 65}}, "calibration.length: 65 .* more than the 64 positions"),
         ({"evaluation": {"sequences": 10000}}, r"evaluation\.texts: held-out.txt has .* need"),
     ],
@@ -78,10 +113,102 @@ def test_all_mistakes_are_told_at_once(model: Path, tmp_path: Path) -> None:
     assert [line.split(": ")[1] for line in lines] == ["serve", "calibration.lenght", "budgett"]
 
 
+def test_mistakes_of_recipe_model_texts_and_places_are_told_at_once(
+    model: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        model,
+        store="/proc/moesaic",
+        candidates=[{"method": "gptq", "bits": [3, 4], "group_size": 17}],
+        calibration={"texts": [{"file": "empty.txt"}, {"file": "short.txt"}]},
+        evaluation={"length": 65},
+        compute={"address": "nonsense"},
+        tracking={"uri": "foo://bar"},
+    )
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    lines = refusal("check", recipe).splitlines()
+    assert all(line.startswith(f"{recipe}: ") for line in lines)
+    rest = [line.removeprefix(f"{recipe}: ") for line in lines]
+    assert [line.split(": ")[0] for line in rest] == [
+        "store",
+        "candidates",
+        "calibration.texts",
+        "calibration.texts",
+        "evaluation.length",
+        "compute.address",
+        "tracking.uri",
+    ]
+    assert rest[1].count("gptq(") == 2 and "keep: [pattern]" in rest[1]
+
+
+def test_a_budget_is_told_beside_an_empty_text(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, model, budget={"bits_per_weight": 1})
+    (tmp_path / "first.txt").write_text("", encoding="utf-8")
+    first, second = refusal("search", recipe).splitlines()
+    assert first.startswith(f"{recipe}: budget: ")
+    assert second.startswith(f"{recipe}: calibration.texts: ")
+
+
+def test_check_refuses_what_only_another_search_could_reach(model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "serve": "vllm",  # which loads experts in 8 bits only, of these
+        "baselines": None,
+        "candidates": [{"method": "rtn", "bits": [2, 8], "group_size": -1}],
+        "budget": {"bits_per_weight": 7.6},
+    }
+    assert ask("check", make_recipe(tmp_path, model, **changes)).exit_code == 0
+    recipe = make_recipe(tmp_path, model, search="uniform", **changes)
+    found = re.search(r"smallest .* \((\S+) bits per weight; serve: vllm", refusal("check", recipe))
+    assert found is not None
+    changes["budget"] = {"bits_per_weight": float(found[1])}
+    result = ask("check", make_recipe(tmp_path, model, search="uniform", **changes))
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_search_without_any_plan_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> int:
+        raise ValueError("nothing fits together")
+
+    monkeypatch.setattr("moesaic.orchestrator.experiment.smallest_bytes", nothing)
+    recipe = make_recipe(tmp_path, model)
+    words = "candidates: with search: knapsack and serve: moesaic there is no plan: nothing fits"
+    assert words in refusal("check", recipe)
+
+
+def test_a_server_that_answers_will_do(model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ray:
+        address = f"127.0.0.1:{ray.getsockname()[1]}"
+        recipe = make_recipe(tmp_path, model, compute={"address": address})
+        result = ask("check", recipe, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers that it cannot
+    Thread(target=server.handle_request, daemon=True).start()
+    check_tracking(Tracking(uri=f"http://127.0.0.1:{server.server_port}"), tmp_path)
+    server.server_close()
+
+
+def test_a_file_that_is_no_database_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.db").write_text("this is no database", encoding="utf-8")
+    recipe = make_recipe(tmp_path, model, tracking={"uri": f"sqlite:///{tmp_path}/odd.db"})
+    assert refusal("check", recipe).endswith("odd.db is no sqlite database: name another file")
+
+
+def test_check_leaves_no_database(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, model, tracking={"uri": f"sqlite:///{tmp_path}/new.db"})
+    assert ask("check", recipe, "--output", tmp_path / "run").exit_code == 0
+    assert not list(tmp_path.rglob("*.db"))
+
+
 def test_text_without_words_is_told_as_such(model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, model)
     (tmp_path / "first.txt").write_text("", encoding="utf-8")
-    assert refusal("check", recipe).endswith("calibration.texts: first.txt holds no text")
+    assert refusal("check", recipe).endswith(
+        "calibration.texts: first.txt holds no text: give another file"
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,6 +219,8 @@ def test_text_without_words_is_told_as_such(model: Path, tmp_path: Path) -> None
         (lambda m: [f.unlink() for f in m.glob("tokenizer*")], "no tokenizer: put its tokenizer"),
         (lambda m: (m / "config.json").write_text('{"model_type": "odd"}'), "to add a family"),
         (lambda m: (m / "config.json").unlink(), "config.json: no such file"),
+        (lambda m: change(m / "config.json", num_attention_heads=0), "config.json: transformers"),
+        (lambda m: (m / "tokenizer.json").write_text("{"), "model: .* tokenizer cannot be loaded"),
     ],
 )
 def test_broken_model_folders_are_refused(
@@ -99,7 +228,24 @@ def test_broken_model_folders_are_refused(
 ) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     breaks(folder)
-    assert words in refusal("check", make_recipe(tmp_path, folder))
+    recipe = make_recipe(tmp_path, folder)
+    text = refusal("check", recipe)
+    assert text.startswith(f"{recipe}: model: ")
+    assert re.search(words, text), text
+
+
+def change(file: Path, **keys: Any) -> None:
+    """Other values for keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_inspect_names_the_configuration_that_transformers_cannot_use(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    change(folder / "config.json", num_attention_heads=0)
+    text = told(ask("inspect", folder, "--json"))
+    assert text.startswith(f"{folder / 'config.json'}: transformers cannot build this model: ")
 
 
 def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
@@ -112,8 +258,30 @@ def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", vocab_size=100)
-    words = "model: its tokenizer gives token"
-    assert words in refusal("check", make_recipe(tmp_path, folder))
+    lines = refusal("check", make_recipe(tmp_path, folder)).splitlines()
+    assert len(lines) == 1
+    assert "model: its tokenizer gives token 256, but the vocabulary ends at 99" in lines[0]
+
+
+def test_entries_of_a_tokenizer_that_only_other_texts_give_are_refused(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", vocab_size=250)
+    assert "gives token 256" in refusal("check", make_recipe(tmp_path, folder))
+
+
+def test_added_tokens_beyond_the_vocabulary_are_an_event_until_a_text_has_them(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    recipe = make_recipe(tmp_path, folder)
+    result = ask("check", recipe, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    (event,) = [e for e in json.loads(result.stdout)["events"] if e["kind"] == "tokenizer_larger"]
+    assert event["value"] == 1 and "'<extra>'" in event["message"]
+    (tmp_path / "first.txt").write_text("<extra> word " * 1000, encoding="utf-8")
+    assert "model: its tokenizer gives token 257" in refusal("check", recipe)
 
 
 @pytest.mark.parametrize("verb", ["check", "run", "search"])
@@ -121,15 +289,17 @@ def test_an_output_that_is_no_folder_is_refused(model: Path, tmp_path: Path, ver
     file = tmp_path / "file"
     file.write_text("kept", encoding="utf-8")
     text = refusal(verb, make_recipe(tmp_path, model), "--output", file)
-    assert text == f"{file}: --output must be a folder"
+    assert text == f"--output: {file} must be a folder: a file is in its place"
     assert file.read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize("store", ["file", "/proc/moesaic"])
 def test_a_store_that_cannot_be_written_is_refused(model: Path, tmp_path: Path, store: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    text = refusal("check", make_recipe(tmp_path, model, store=store))
-    assert text.startswith(str(tmp_path / store))
+    recipe = make_recipe(tmp_path, model, store=store)
+    text = refusal("check", recipe)
+    assert text.startswith(f"{recipe}: store: {tmp_path / store} ")
+    assert re.search("a file is in its place|name a folder that can be", text)
     assert len(text.splitlines()) == 1
 
 
@@ -137,8 +307,7 @@ def test_inspect_names_a_tensor_that_is_missing(model: Path, tmp_path: Path) -> 
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     save_file({"lm_head.weight": torch.zeros(257, 48)}, folder / "model.safetensors")
     result = ask("inspect", folder, "--json")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "model.embed_tokens.weight that is in no file" in result.stderr
+    assert "model.embed_tokens.weight that is in no file" in told(result)
 
 
 @pytest.mark.parametrize("kind", ["methods", "formats", "searches", "families"])
@@ -150,6 +319,70 @@ def test_lists_are_json_when_asked(kind: str) -> None:
 
 def test_the_folder_of_no_run_is_refused(tmp_path: Path) -> None:
     for arguments in (("show", tmp_path), ("store", "gc", tmp_path)):
-        result = ask(*arguments, "--json")
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr.startswith(f"error: {tmp_path}: ")
+        assert told(ask(*arguments, "--json")).startswith(f"{tmp_path}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("plan.json", "[]"),
+        ("plan.json", "{}"),
+        ("plan.json", "{"),
+        ("plan.json", '{"units": []}'),
+        ("plan.json", '{"units": {"u": [{"method": "rtn", "options": {"bits": 99}}]}}'),
+        ("plan.json", '{"units": {"u": [{"method": "zzz", "options": {}}]}}'),
+        ("plan.json", b"\xff\xfe"),
+        ("scores.json", "[]"),
+        ("scores.json", '{"dense": {"kl": 0}}'),
+        ("scores.json", '{"dense": 3}'),
+        ("scores.json", "[" * 100_000),
+    ],
+)
+def test_show_refuses_damaged_files(tmp_path: Path, file: str, content: str | bytes) -> None:
+    whole = {"plan.json": '{"units": {}}', "scores.json": "{}"}
+    for name, text in (whole | {file: content}).items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    text = told(ask("show", tmp_path, "--json"))
+    assert text.startswith(f"{tmp_path / file}: is damaged (")
+    assert len(text.splitlines()) == 1
+
+
+def test_show_has_a_dash_for_a_perplexity_without_a_number(tmp_path: Path) -> None:
+    score = {"bytes": 9, "bits_per_weight": 3, "perplexity": None, "kl": None, "accuracy": 0.0}
+    (tmp_path / "plan.json").write_text('{"units": {}}')
+    (tmp_path / "scores.json").write_text(json.dumps({"plan": score}))
+    result = ask("show", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["scores"]["plan"]["perplexity"] is None
+    assert result.stderr.count("–") == 2
+
+
+def test_gc_wants_to_be_told_what_stays(tmp_path: Path) -> None:
+    file = Store(tmp_path).put_json("ids", "ab" * 20, {}).path
+    os.utime(file, (0, 0))
+    for arguments in ([], ["--all", "--keep", tmp_path]):
+        text = told(ask("store", "gc", tmp_path, *arguments, "--json"))
+        assert "--keep RUN" in text and "--all" in text
+    assert file.is_file()
+    assert ask("store", "gc", tmp_path, "--all").exit_code == 0
+    assert not file.exists()
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    found = {"name": ("text", math.nan, [math.inf, 1.5])}
+    assert _finite(found) == {"name": ["text", None, [None, 1.5]]}
+
+
+def test_what_fails_is_one_json_object_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kind: str) -> None:
+        raise {"run": RunError("out of luck"), "other": OSError("odd")}[kind]
+
+    monkeypatch.setattr("moesaic.orchestrator.listing.listing", fail)
+    for kind, reason in (("run", "out of luck"), ("other", "OSError: odd (--debug shows the")):
+        result = ask("list", kind, "--json")
+        assert result.exit_code == 1
+        answer = json.loads(result.stdout)
+        assert answer["exit"] == 1 and answer["error"].startswith(reason)
+        assert ask("list", kind).stdout == ""
+    debugged = ask("list", "run", "--json", "--debug")
+    assert debugged.exit_code == 1 and "Traceback" in debugged.stderr

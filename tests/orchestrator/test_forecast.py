@@ -21,9 +21,11 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast, inspect_model, show_forecast, show_model
 from moesaic.orchestrator.machine import Compressing, Crew, Speeds, crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes, held_adding, held_sums, predict_memory
+from moesaic.orchestrator.results import measurements, problem
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import SiteStats, covered, ranges, tree_sum
+from moesaic.search.base import Budget, Infeasible, search_module
 from tests.orchestrator.inline import InlinePool
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
@@ -136,6 +138,44 @@ def test_predicted_bytes_equal_those_in_the_store_when_all_is_measured(
         assert after["work"][f"{what}_finished"] == work[what]
     for stage in ("calibrate", "gradients", "measure"):
         assert before["time"][stage] > 0 == after["time"][stage]
+
+
+@pytest.mark.parametrize("serve", ["moesaic", "transformers", "vllm"])
+@pytest.mark.parametrize("strategy", ["knapsack", "uniform"])
+def test_the_smallest_plan_is_the_smallest_that_the_search_finds(
+    tmp_path: Path, moe: Path, serve: str, strategy: str
+) -> None:
+    whole = {"method": "rtn", "bits": [2, 8], "group_size": -1}
+    groups = {"method": "rtn", "bits": [2, 3, 4], "group_size": 16, "symmetric": [True, False]}
+    candidates = [whole] if serve == "vllm" else [groups, whole]
+    experiment = _open(
+        tmp_path,
+        moe,
+        serve=serve,
+        search=strategy,
+        candidates=candidates,
+        baselines=None,
+        budget={"bits_per_weight": 12},
+        calibration={"gradient_sequences": 0},
+    )
+    Calibration(experiment, InlinePool(), View(), experiment.offers).run()  # type: ignore[arg-type]
+    table = measurements(experiment)
+    smallest, fixed = experiment.size.smallest_bytes, experiment.size.fixed_bytes
+    search = search_module(strategy).search
+    enough = problem(experiment, table, budget=Budget(smallest, fixed))
+    assert search(enough).bytes == smallest
+    with pytest.raises(Infeasible, match=f"has {smallest:,} bytes"):
+        search(problem(experiment, table, budget=Budget(smallest - 1, fixed)))
+
+
+def test_dense_bytes_are_those_of_the_files(tmp_path: Path, moe: Path) -> None:
+    experiment = _open(tmp_path, moe)
+    files = sum(path.stat().st_size for path in moe.glob("*.safetensors"))
+    assert experiment.size.dense_bytes == files
+    changes = {"budget": {"bits_per_weight": None, "bytes": files - 1}}
+    assert _open(tmp_path, moe, **changes).budget.total_bytes == files - 1
+    with pytest.raises(UserError, match=f"hold the whole dense model .{files:,} bytes"):
+        _open(tmp_path, moe, budget={"bits_per_weight": None, "bytes": files})
 
 
 @pytest.mark.usefixtures("fixed_speeds")

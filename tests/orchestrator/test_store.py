@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from moesaic.orchestrator import store as module
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.store import (
     Store,
     digest,
@@ -193,6 +193,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporary(store: Store) -> None:
     before = files(store.root)
     with pytest.raises(RunError) as error:
         store.put("pieces", KEY, _full)
+    assert "moesaic store gc STORE --keep RUN" in str(error.value)
     assert "the disk is full" in str(error.value) and "\n" not in str(error.value)
     assert str(store.path("pieces", KEY)) in str(error.value)
     assert files(store.root) == before
@@ -230,11 +231,12 @@ def test_a_store_that_is_not_writable_is_the_users_to_mend(
 
 
 def test_a_store_where_no_folder_can_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="/proc/store: cannot be written"):
-        Store(Path("/proc/store"))
+    for path in (Path("/proc/store"), tmp_path / ("n" * 300)):
+        with pytest.raises(RecipeError, match="^store: .*cannot be written .*: name a folder that"):
+            Store(path)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "store"):
-        with pytest.raises(UserError, match="must be a folder"):
+        with pytest.raises(RecipeError, match="^store: .* must be a folder: a file is in its"):
             Store(path)
 
 

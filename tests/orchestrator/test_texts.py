@@ -14,9 +14,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from moesaic.orchestrator import texts as module
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.recipe import Source, Texts
-from moesaic.orchestrator.texts import allotment, documents, draw, load_tokenizer
+from moesaic.orchestrator.texts import (
+    allotment,
+    beyond_vocabulary,
+    check_vocabulary,
+    documents,
+    draw,
+    load_tokenizer,
+)
 from tests.orchestrator.projects import VOCABULARY, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -122,6 +129,31 @@ def test_a_source_that_would_get_no_sequence_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocabulary ends at 19: they do not fit"):
         draw(section(numbered(tmp_path / "a", 50)), TOKENIZER, 20, "calibration")
+
+
+def test_all_sources_that_fail_are_told_at_once(tmp_path: Path) -> None:
+    empty, short = numbered(tmp_path / "a", 0), numbered(tmp_path / "b", 2)
+    odd = write_raw(tmp_path / "c", b"caf\xe9")
+    with pytest.raises(RecipeError) as error:
+        draw(section(empty, short, odd), TOKENIZER, VOCABULARY, "calibration")
+    first, second, third = str(error.value).splitlines()
+    assert first.startswith("calibration.texts: a holds no text: give")
+    assert second.startswith("calibration.texts: b has 13 tokens, but 2 sequences of 10 tokens")
+    assert third.startswith(f"calibration.texts: {tmp_path}/c: is not UTF-8")
+
+
+def test_only_added_tokens_may_be_beyond_the_vocabulary() -> None:
+    tokenizer = byte_tokenizer()
+    check_vocabulary(tokenizer, VOCABULARY)
+    assert beyond_vocabulary(tokenizer, VOCABULARY) == {}
+    tokenizer.add_tokens(["<one>", "<two>"])
+    check_vocabulary(tokenizer, VOCABULARY)
+    extra = beyond_vocabulary(tokenizer, VOCABULARY)
+    assert extra == {"<one>": VOCABULARY, "<two>": VOCABULARY + 1}
+    with pytest.raises(
+        UserError, match="gives token 256, but .* ends at 255: they do not fit; put"
+    ):
+        check_vocabulary(tokenizer, VOCABULARY - 1)
 
 
 def write_raw(path: Path, content: bytes) -> Source:
