@@ -11,20 +11,26 @@ import heapq
 import itertools
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray._private import ray_constants
+from ray.exceptions import RayError, RayTaskError
 
+from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.recipe import Compute
 
 _ATTEMPTS = 4
 _START_SECONDS = 300.0
+_SILENT_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
 # Threads that sleep instead of spinning: with another process busy, spinning threads make a
@@ -73,21 +79,81 @@ def connect(compute: Compute) -> bool:
     """
     if ray.is_initialized():
         return False
-    address = compute.address or os.environ.get("RAY_ADDRESS")
+    key, address = _address(compute)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        if address:
-            _try_address(address)
+        if not address:
+            start_local()
+            return True
+        _try_address(address)
+        with _own_sigterm():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-            return False
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        return True
+        return False
     except (OSError, RayError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray"
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{where} cannot be reached or started: {reason}") from error
+        if not address:
+            raise RunError(f"Ray could not be started on this machine: {reason}") from error
+        raise RunError(
+            f"{key}: the Ray cluster at {address} cannot be reached ({reason}): start it (ray start"
+            f" --head), correct {key}, or leave it out to use this machine alone"
+        ) from error
+
+
+def _address(compute: Compute) -> tuple[str, str | None]:
+    """Where the address of a cluster was given, and the address; None for a Ray of our own."""
+    key, address = "compute.address", compute.address
+    if not address:
+        key, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
+    return key, None if address in ("", "local") else address
+
+
+def start_local(**options: Any) -> None:
+    """Starts Ray for this process alone; all of it listens on 127.0.0.1.
+
+    Args:
+        options: more of ``ray.init``.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    with _loopback_only(), _own_sigterm():
+        ray.init(address="local", **quiet, **options)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray's switch for machines without clusters, in this process and those it starts meanwhile.
+
+    Ray reads it from the environment when it is imported, and somebody may have done that already.
+    It is gone afterwards: who joins a cluster must not have it. One set by the user is obeyed.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if name in os.environ:
+        yield
+        return
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        del os.environ[name]
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM; Ray puts two of its own over it.
+
+    The first exits as soon as it can, the second prints a stack of C++ and aborts.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _try_address(address: str) -> None:
@@ -103,6 +169,20 @@ def _try_address(address: str) -> None:
 def _shares(gpus: float, each: float) -> int:
     """Workers that a node's accelerators carry; Ray does not spread a fraction over two of them."""
     return int(gpus) * int(1 / each) if each < 1 else int(gpus / each)
+
+
+def _place(compute: Compute) -> str:
+    address = _address(compute)[1]
+    if address == "auto":
+        return f"{ray.get_runtime_context().gcs_address} (auto)"
+    return address or "this machine"
+
+
+def _free() -> str:
+    """What nobody uses at the moment."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    parts = [f"{free.get(n, 0):g} of {total.get(n, 0):g} {n}" for n in ("CPU", "GPU")]
+    return f"free now: {', '.join(parts)}"
 
 
 class Pool:
@@ -174,16 +254,36 @@ class Pool:
         return ray.remote(Worker).options(**options).remote(self.cpus)
 
     def _await_ready(self, workers: list[Any]) -> None:
-        try:
-            ray.get([worker.ready.remote() for worker in workers], timeout=_START_SECONDS)
-        except GetTimeoutError:
-            raise RunError(
-                f"{len(workers)} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU did not start"
-                f" within {_START_SECONDS:.0f} s: is the cluster busy?"
-            ) from None
-        except RayError as error:
-            reason = " ".join(str(error).split())[-300:]
-            raise RunError(f"a worker failed to start: {reason}") from error
+        """Waits, and says so when it takes longer: other people may be using the cluster."""
+        starting = [worker.ready.remote() for worker in workers]
+        started = time.monotonic()
+        told = False
+        while starting:
+            try:
+                ready, starting = ray.wait(
+                    starting, num_returns=len(starting), timeout=_POLL_SECONDS
+                )
+                ray.get(ready)
+            except RayError as error:
+                reason = " ".join(str(error).split())[-300:]
+                raise RunError(f"a worker failed to start: {reason}") from error
+            seconds = time.monotonic() - started
+            if not starting or seconds < _SILENT_SECONDS:
+                continue
+            where = _place(self.compute)
+            if seconds > _START_SECONDS:
+                raise RunError(
+                    f"compute: {len(starting)} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU"
+                    f" did not start within {_START_SECONDS:.0f} s at {where} ({_free()}): wait"
+                    " until others have finished, or ask for fewer (compute.workers)"
+                )
+            if not told:
+                told = True
+                stderr.print(
+                    f"waiting for {len(starting)} worker(s) of {self.cpus} CPU and"
+                    f" {self.gpus:g} GPU at {where} ({_free()})",
+                    markup=False,
+                )
 
     def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.

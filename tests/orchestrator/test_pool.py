@@ -1,12 +1,17 @@
 """The pool on a real Ray: order, memory, death, blame. One Ray for all of them."""
 
+import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+from ray._private import ray_constants
 
 from moesaic.orchestrator import pool as module
 from moesaic.orchestrator.errors import RunError, UserError
@@ -22,14 +27,10 @@ def cluster() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_AUTH_MODE", "disabled")
-    patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    patch.delenv("RAY_ADDRESS", raising=False)
+    patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
     root = str(Path(__file__).parents[2])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
-    )
+    module.start_local(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
     ray.shutdown()
     patch.undo()
@@ -203,17 +204,20 @@ def test_an_empty_run_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert idle.workers == []
 
 
-def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["compute.address", "RAY_ADDRESS"])
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     def refuse(**_: Any) -> None:
         raise ConnectionError("could not\nconnect")
 
     monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(module.ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(RunError) as error:
-        module.connect(Compute(address="auto"))
+        module.connect(Compute(address="auto") if key == "compute.address" else Compute())
     message = str(error.value)
-    assert "the Ray cluster at auto cannot be reached" in message
-    assert "could not connect" in message and "\n" not in message
+    assert message.startswith(f"{key}: the Ray cluster at auto cannot be reached (could not con")
+    assert f"correct {key}, or leave it out" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -226,6 +230,93 @@ def test_an_address_where_nobody_listens_is_found_out_before_ray_tries(
     monkeypatch.setattr(module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with pytest.raises(RunError, match=f"the Ray cluster at {address} cannot be reached"):
         module.connect(Compute(address=address))
+
+
+def listeners() -> dict[str, set[str]]:
+    """Addresses on which this process and those below it wait for others, by their names."""
+    found: dict[str, set[str]] = {}
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        try:
+            connections = process.net_connections("inet")
+            name = process.name() if process.pid != here.pid else "driver"
+        except psutil.NoSuchProcess:
+            continue
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN:
+                found.setdefault(name, set()).add(connection.laddr.ip.removeprefix("::ffff:"))
+    return found
+
+
+def test_a_ray_of_our_own_listens_to_this_machine_alone(pool: Pool) -> None:
+    assert pool.size == 2
+    found = listeners()
+    assert {"gcs_server", "raylet", "driver"} <= found.keys()
+    assert any(name.startswith("ray::Worker") for name in found)
+    assert set().union(*found.values()) == {"127.0.0.1"}
+
+
+def test_a_ray_of_our_own_leaves_no_trace_for_clusters_joined_later(pool: Pool) -> None:
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ
+    assert ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.parametrize("address", [None, "local"])
+def test_a_local_ray_is_started_without_an_address(
+    monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setenv("RAY_ADDRESS", "local" if address is None else "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert module.connect(Compute(address=address))
+    assert asked[0]["address"] == "local"
+
+
+def test_a_busy_cluster_is_waited_for_aloud_and_not_for_ever(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pool.size == 2  # which takes both processors
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_START_SECONDS", 3.0)
+    started = time.monotonic()
+    busy = Compute(workers=1, address="auto")
+    with pytest.raises(RunError) as error, Pool(busy) as second:
+        _ = second.size
+    assert time.monotonic() - started < 30
+    free = "free now: 0 of 2 CPU, 0 of 0 GPU"
+    where = f"{ray.get_runtime_context().gcs_address} (auto)"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"waiting for 1 worker(s) of 1 CPU and 0 GPU at {where} ({free})"
+    message = str(error.value)
+    assert message.startswith("compute: 1 worker(s) of 1 CPU and 0 GPU did not start within 3 s")
+    assert f"at {where} ({free})" in message and "compute.workers" in message
+    pool.run([task("remember", value=1)])  # and nothing of the first pool is lost
+
+
+def test_the_handler_of_sigterm_survives_the_start_of_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    module.connect(Compute())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_while_ray_starts_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise SystemExit(1)  # what Ray's own handler does
+
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        module.connect(Compute())
 
 
 def test_functions_are_found_by_name() -> None:
