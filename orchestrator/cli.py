@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -77,8 +78,7 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
     except RunError as error:
         _fail("failed", str(error), 1, as_json, debug)
     except KeyboardInterrupt:
-        stderr.print("stopped; run the same command to go on from here", markup=False)
-        raise typer.Exit(1) from None
+        _fail("failed", "stopped; run the same command to go on from here", 1, as_json, debug)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         hint = "" if debug else " (--debug shows the traceback)"
@@ -296,8 +296,15 @@ def store_gc(
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. SIGTERM (Slurm, Kubernetes, timeout) ends a run in order, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _stop)
     app()
+
+
+def _stop(number: int, frame: object) -> None:
+    # A second one must not disturb what the first one made us put in order.
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

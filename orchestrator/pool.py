@@ -90,7 +90,7 @@ def connect(compute: Compute) -> bool:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return False
     except (OSError, RayError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         if not address:
             raise RunError(f"Ray could not be started on this machine: {reason}") from error
         raise RunError(
