@@ -4,15 +4,16 @@ Nothing is computed: the tensors of the original files that no piece replaces an
 pieces are copied as bytes into new shards, in the order of the model, a few MB at a time. Folders
 of equal content are equal byte for byte.
 
-The folder is made under a hidden name beside its place, flushed to disk and renamed: at any moment
-there is a complete folder under the final name, or none.
+The folder is made under a hidden name beside its place, checked, flushed to disk and renamed: at
+any moment there is a complete folder under the final name that passed the check, or none. One that
+does not pass is removed.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def assemble(
     output: Path,
     card: str,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes the model folder ``output``; an earlier one is replaced.
 
@@ -63,6 +65,8 @@ def assemble(
         serve: who is to load the folder.
         card: text of ``README.md``.
         max_shard_bytes: a shard is closed before it would grow over this.
+        check: called with the finished folder before it gets its name; what it raises is passed on,
+            and an earlier ``output`` stays.
 
     Raises:
         RunError: the plan cannot be loaded by ``serve``, a piece is damaged, or the disk is full.
@@ -79,6 +83,7 @@ def assemble(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         _copy_companions(source, folder)
+        check(folder)
 
 
 def header_bytes_bound(

@@ -227,13 +227,13 @@ class Pipeline:
         }
 
     def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
-        """The checkpoint, reloaded and compared.
+        """The checkpoint, reloaded and compared before it takes the place of an earlier one.
 
         Args:
             scores: for its card; those of an earlier evaluation if left out, where there are any.
 
         Raises:
-            RunError: what was written does not compute what the pieces say.
+            RunError: what was written does not compute what the pieces say; it is removed.
         """
         experiment, recipe = self.experiment, self.experiment.recipe
         folder = self.output / "model"
@@ -243,15 +243,33 @@ class Pipeline:
             scores = self._sized(stages.known_scores(experiment, plans) or {})
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
-        assemble(experiment.model, experiment.folder, pieces, recipe.serve, folder, card)
+        assemble(
+            experiment.model,
+            experiment.folder,
+            pieces,
+            recipe.serve,
+            folder,
+            card,
+            check=lambda written: self._verify(written, folder, pieces),
+        )
         self.view.advance("assemble")
+        return folder
+
+    def _verify(self, written: Path, folder: Path, pieces: Mapping[str, Path]) -> None:
+        """Compares what is ``written`` with the pieces; ``folder`` is where it is to be."""
         import torch
 
-        ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
-        difference = verify(folder, experiment.model, pieces, recipe.serve, ids.long())
         self.view.advance("assemble")
+        experiment = self.experiment
+        ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
+        serve = experiment.recipe.serve
+        try:
+            difference = verify(written, experiment.model, pieces, serve, ids.long())
+        except RunError as error:
+            reason = str(error).replace(str(written), str(folder))
+            earlier = "; the earlier one is still there" if folder.exists() else ""
+            raise RunError(f"{reason}; what was written is removed{earlier}") from error
         self.view.line(f"{folder}: reloaded, logits differ by {difference:.1e} of their scale")
-        return folder
 
     def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
         """Everything that the run has to tell."""

@@ -248,6 +248,28 @@ def test_earlier_output_is_replaced_whole(tiny: Tiny, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_output_that_does_not_pass_its_check_leaves_the_earlier_one(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    source = tiny("qwen3")
+    model = open_model(source)
+    out = tmp_path / "out"
+    passed: list[Path] = []
+    assemble(model, source, {}, "moesaic", out, "first", check=passed.append)
+    first = file_bytes(out)
+
+    def refuse(folder: Path) -> None:
+        assert file_bytes(folder) == {**first, "README.md": b"second"}  # complete by now
+        assert file_bytes(out) == first
+        raise RunError("wrong")
+
+    with pytest.raises(RunError, match="^wrong$"):
+        assemble(model, source, {}, "moesaic", out, "second", check=refuse)
+    assert passed != [out]
+    assert file_bytes(out) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_output_survives_a_kill_between_the_renames_and_a_failure(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,13 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moesaic.orchestrator import assemble as assemble_module
 from moesaic.orchestrator import run, store
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.recipe import load_recipe
 from tests.orchestrator.inline import Killed, Project
@@ -181,6 +183,35 @@ def test_the_checkpoint_assembled_alone_is_that_of_the_run(project: Project) -> 
     left = project.left()
     project.run(stages=("assemble",))
     assert project.left() == left
+
+
+def test_a_wrong_checkpoint_does_not_take_the_place_of_a_good_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.run()
+    model = {name: data for name, data in project.left().items() if name != "plan.json"}
+    project.write(budget={"bits_per_weight": 6.5})
+    write = assemble_module._write_shards
+
+    def break_last_tensor(folder: Path, *rest: Any) -> None:
+        write(folder, *rest)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-2000] + bytes(2000))
+
+    monkeypatch.setattr(assemble_module, "_write_shards", break_last_tensor)
+    with pytest.raises(RunError) as error:
+        project.run()
+    message = str(error.value)
+    assert message.startswith(
+        f"{project.output / 'model'}: read by transformers, its logits differ"
+    )
+    assert message.endswith("what was written is removed; the earlier one is still there")
+    left = project.left()
+    assert left.pop("plan.json") and left == model
+    assert not list(project.output.glob(".*"))
+    monkeypatch.undo()
+    project.run()
+    assert project.left()["model.safetensors"] != model["model.safetensors"]
 
 
 @pytest.mark.parametrize("propagate", [False, True])
