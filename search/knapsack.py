@@ -24,9 +24,9 @@ the total of losses is to be least. The search goes in three steps.
 3. It ends when no state is left that could still become better.
 
 Losses are counted in a power of two, at most 2⁻⁶⁰ of the largest possible total, so that sums are
-exact and equal is equal; only the bounds are floats, and two plans whose losses differ by less than 2⁻⁴⁹ of
-that total count as equal. Of equally good plans the one with fewer bytes is taken; what is still
-undecided goes by the order of units and candidates, always the same way.
+exact and equal is equal; only the bounds are floats, and two plans whose losses differ by less than
+2⁻⁴⁹ of that total count as equal. Of equally good plans the one with fewer bytes is taken; what is
+still undecided goes by the order of units and candidates, always the same way.
 
 Measured losses leave few states (thousands for 6,000 groups of 20 choices). Losses that are a
 linear function of the bytes, which no measurement gives, leave so many that the search stops with
@@ -45,7 +45,8 @@ from moesaic.search.base import Infeasible, Plan, Problem
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# The largest possible total loss is below two to this power in the units that losses are counted in.
+# The largest possible total loss is below two to this power in the units that losses are counted
+# in.
 _LOSS_BITS = 61
 # A bound's rounding error in those units: a few products of 61 bits in floats of 53.
 _ROUNDING = float(2**12)
