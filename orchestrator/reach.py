@@ -11,24 +11,27 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import ray
+
 from moesaic.orchestrator import mlflow_text
-from moesaic.orchestrator.errors import RecipeError, UserError
-from moesaic.orchestrator.pool import _try_address
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.pool import _try_address, connect
 from moesaic.orchestrator.recipe import Compute, Tracking
 from moesaic.orchestrator.store import make_folder
 
 _SECONDS = 5.0
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-# What Ray understands besides HOST:PORT.
-_RAY_WORDS = ("auto", "local")
 
 
 def check_cluster(compute: Compute) -> None:
     """Raises a RecipeError where the recipe or RAY_ADDRESS names no cluster that answers."""
     key = "compute.address" if compute.address else "RAY_ADDRESS"
     address = compute.address or os.environ.get("RAY_ADDRESS")
-    if not address or address in _RAY_WORDS:
+    if not address or address == "local":
+        return
+    if address == "auto":
+        _check_auto(key, compute)
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
@@ -42,6 +45,20 @@ def check_cluster(compute: Compute) -> None:
             f"{key}: no Ray cluster answers at {address} ({error}): start one there"
             " (ray start --head), or leave the key out for this machine"
         ) from None
+
+
+def _check_auto(key: str, compute: Compute) -> None:
+    """Joins the cluster that runs on this machine, if there is one, and leaves it again."""
+    if ray.is_initialized():
+        return
+    try:
+        connect(compute)
+    except RunError:
+        raise RecipeError(
+            f"{key}: auto: no Ray cluster runs on this machine: start one (ray start --head), or"
+            " leave the key out"
+        ) from None
+    ray.shutdown()
 
 
 def check_tracking(tracking: Tracking, beside: Path) -> None:

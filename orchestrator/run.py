@@ -56,11 +56,12 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def _naming(recipe_file: Path) -> Iterator[None]:
-    """Puts the recipe's name in front of each thing that is said about its keys."""
+    """Puts the recipe's name in front of each thing that is said about it."""
     try:
         yield
-    except RecipeError as error:
-        text = "\n".join(f"{recipe_file}: {problem}" for problem in error.args)
+    except UserError as error:
+        problems = error.args if isinstance(error, RecipeError) else [str(error)]
+        text = "\n".join(f"{recipe_file}: {problem}" for problem in problems)
         raise UserError(text) from error
 
 
@@ -183,8 +184,9 @@ def collect_garbage(
         recipe_file = folder / "recipe.yaml"
         if not recipe_file.is_file():
             raise UserError(f"{folder}: has no recipe.yaml")
+        recipe = load_recipe(recipe_file)
         with _naming(recipe_file):
-            experiment = Experiment(load_recipe(recipe_file), folder.resolve())
+            experiment = Experiment(recipe, folder.resolve())
         if experiment.store.root.resolve() != root.resolve():
             raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
         used += [*experiment.entries(), *propagate.entries(experiment, folder / "plan.json")]

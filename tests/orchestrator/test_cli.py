@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from moesaic.orchestrator import reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.reach import check_tracking
-from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.recipe import Compute, Tracking
 from moesaic.orchestrator.store import Store
 from tests.orchestrator.projects import byte_tokenizer, make_model_folder, make_recipe
 
@@ -187,8 +187,42 @@ def test_a_server_that_answers_will_do(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers that it cannot
     Thread(target=server.handle_request, daemon=True).start()
-    check_tracking(Tracking(uri=f"http://127.0.0.1:{server.server_port}"), tmp_path)
+    reach.check_tracking(Tracking(uri=f"http://127.0.0.1:{server.server_port}"), tmp_path)
     server.server_close()
+
+
+def test_a_weight_without_a_value_is_told_with_recipe_file_and_name(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][3, 3] = math.nan
+    save_file(tensors, file, {"format": "pt"})
+    recipe = make_recipe(tmp_path, folder)
+    text = refusal("check", recipe)
+    assert text.startswith(f"{recipe}: {file}: tensor model.embed_tokens.weight has 1 values of ")
+    assert "copy the file again" in text
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_auto_wants_a_cluster_on_this_machine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    left: list[bool] = []
+
+    def connect(compute: Compute) -> bool:
+        if not running:
+            raise RunError("Could not find any running Ray instance")
+        return False
+
+    monkeypatch.setattr(reach, "connect", connect)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: left.append(True))
+    recipe = make_recipe(tmp_path, model, compute={"address": "auto"})
+    if running:
+        assert ask("check", recipe, "--output", tmp_path / "run").exit_code == 0
+        assert left == [True]
+    else:
+        assert "compute.address: auto: no Ray cluster runs on this" in refusal("check", recipe)
 
 
 def test_a_file_that_is_no_database_is_refused(model: Path, tmp_path: Path) -> None:
