@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
 from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
 from moesaic.orchestrator.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pool import _shares
 from moesaic.orchestrator.recipe import Compute
-from moesaic.orchestrator.statistics import StatisticsObserver
+from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
 from moesaic.orchestrator.store import write_atomically
 
 # One matrix product of a measurement takes at most this many operations, on sides of at most
@@ -197,9 +196,8 @@ def _hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
     x = torch.randn(rows, inputs, device=device).to(dtype)
     total = torch.zeros(inputs, inputs, device=device)
 
-    def add() -> Tensor:
-        wide = x.float()
-        return total.addmm_(wide.T, wide)
+    def add() -> None:
+        add_gram(total, x.float())
 
     return 2 * rows * inputs * inputs / _seconds(add, device)
 
@@ -278,7 +276,7 @@ def _compress(chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Uni
         unit = Unit("probe", "linear", 0, "mlp", {"weight": (rows, inputs)}, {"weight": "probe"})
         observer = StatisticsObserver([unit], tuple(method.NEEDS), torch.device(device))
         observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device), None)
-        sums = observer.stats["probe"].sums
+        sums = observer.finish()["probe"].sums
         weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
         # New Stats every time: what a method derives from them would be reused.
         return lambda: made.append(method.compress(weights, {"weight": Stats(sums)}, options))

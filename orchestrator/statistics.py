@@ -1,6 +1,6 @@
 """Sums over tokens: how they are taken, added along a tree, written and read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -69,8 +69,38 @@ def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> S
     return {name: Stats(entry) for name, entry in sums.items()}
 
 
+# Rows of a Hessian that are added at a time, by kind of device. Only what lies in them up to the
+# diagonal is computed: five eighths of the work for four such slices, in the end half. On one core
+# 128 rows are best from 512 inputs on, and as good as 96 or 192 below.
+_GRAM_ROWS = {"cpu": 128, "cuda": 1024}
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds xᵀx to the lower half of ``total``; :func:`mirror` fills in the upper one.
+
+    Args:
+        total: ``[in, in]``, float32.
+        x: ``[tokens, in]``, float32.
+    """
+    for low, high in _row_spans(total):
+        total[low:high, :high].addmm_(x[:, low:high].T, x[:, :high])
+
+
+def mirror(total: Tensor) -> None:
+    """Copies the lower half of ``total`` ``[*batch, in, in]`` to the upper one."""
+    for low, high in _row_spans(total):
+        total[..., :low, low:high] = total[..., low:high, :low].mT
+
+
+def _row_spans(total: Tensor) -> Iterator[Node]:
+    inputs = total.shape[-1]
+    step = _GRAM_ROWS.get(total.device.type, inputs)
+    for low in range(0, inputs, step):
+        yield low, min(low + step, inputs)
+
+
 class StatisticsObserver:
-    """Sums what is wanted of every site's inputs."""
+    """Sums what is wanted of every site's inputs; :meth:`finish` hands them out."""
 
     def __init__(self, units: list[Unit], needs: tuple[str, ...], device: torch.device) -> None:
         self.stats: SiteStats = {}
@@ -104,13 +134,20 @@ class StatisticsObserver:
         target("tokens").add_(x.shape[0])
         wide = x.float()
         if "hessian" in sums:
-            target("hessian").addmm_(wide.T, wide)
+            add_gram(target("hessian"), wide)
         if "abs" in sums:
             target("abs").add_(wide.abs().sum(0))
 
     def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
         if expert is not None and member == "down":
             self.routed[unit][expert] += y.shape[0]
+
+    def finish(self) -> SiteStats:
+        """The sums, after the last input."""
+        for stats in self.stats.values():
+            if "hessian" in stats:
+                mirror(stats["hessian"])
+        return self.stats
 
 
 class GradientObserver:

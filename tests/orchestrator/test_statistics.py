@@ -9,8 +9,10 @@ from moesaic.methods.base import Stats
 from moesaic.orchestrator.statistics import (
     Node,
     SiteStats,
+    add_gram,
     covered,
     load_stats,
+    mirror,
     ranges,
     save_stats,
     tree_sum,
@@ -87,3 +89,16 @@ def test_statistics_come_back_from_their_file(tmp_path: Path) -> None:
         for statistic, value in entry.sums.items():
             assert torch.equal(found[name][statistic], value)
     assert load_stats(tmp_path / "stats", lambda name: name == "c").keys() == {"c"}
+
+
+@pytest.mark.parametrize("inputs", [1, 127, 128, 129, 300])
+def test_sums_of_products_equal_float64s_and_are_symmetric(inputs: int) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    total = torch.zeros(2, inputs, inputs)
+    batches = [torch.randn(tokens, inputs, generator=generator) for tokens in (70, 1)]
+    for x in batches:
+        add_gram(total[1], x)
+    mirror(total)
+    assert torch.equal(total[1], total[1].T) and not total[0].any()
+    expected = sum((x.double().T @ x.double() for x in batches), torch.zeros(()))
+    assert torch.allclose(total[1].double(), expected, rtol=0, atol=1e-4)
