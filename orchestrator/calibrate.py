@@ -7,9 +7,8 @@ binary tree over the shards. A worker sums the whole subtrees that its range cov
 summed when all ranges have passed the block: the order of additions, and so every bit of the
 result, is the same for any number of workers.
 
-After the last block the reverse pass goes back, one recomputed block at a time, for a few sequences
-of every shard, and sums squared gradients of every member's outputs. Labels are drawn from the
-model's own distribution, so that the sum is a Fisher information and not an error of the model.
+For the reverse pass (:mod:`moesaic.orchestrator.gradients`) the hidden states of a few sequences of
+every shard are kept at every boundary between blocks.
 """
 
 import time
@@ -29,7 +28,6 @@ from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.statistics import (
-    GradientObserver,
     Node,
     SiteStats,
     StatisticsObserver,
@@ -47,9 +45,6 @@ from moesaic.orchestrator.store import (
 )
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
-
-# Rows of logits in float32 at a time in the loss of the reverse pass.
-_LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,7 @@ class Walk:
             "experts": self.experts,
             "code": code_digest(
                 "orchestrator/calibrate.py",
+                "orchestrator/gradients.py",
                 "orchestrator/statistics.py",
                 "orchestrator/streaming.py",
                 "orchestrator/experts.py",
@@ -130,7 +126,7 @@ class Walk:
         return scratch_folder(Path(self.store), digest(own))
 
 
-def _load(path: Path) -> Tensor | None:
+def load_tensor(path: Path) -> Tensor | None:
     """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -140,7 +136,7 @@ def _load(path: Path) -> Tensor | None:
         return None
 
 
-def _save(path: Path, value: Tensor) -> None:
+def save_tensor(path: Path, value: Tensor) -> None:
     def write(temporary: Path) -> None:
         save_file({"value": value.cpu().contiguous()}, temporary)
 
@@ -162,11 +158,11 @@ def boundary_path(walk: Walk, block: int, shard: int) -> Path:
     return walk.scratch / f"boundary-{block:04d}-{shard:04d}.safetensors"
 
 
-def _node_path(walk: Walk, what: str, block: int, node: Node) -> Path:
+def node_path(walk: Walk, what: str, block: int, node: Node) -> Path:
     return walk.scratch / f"{what}-{block:04d}-{node[0]:04d}-{node[1]:04d}.safetensors"
 
 
-def _model(state: WorkerState, walk: Walk) -> StreamedModel:
+def opened(state: WorkerState, walk: Walk) -> StreamedModel:
     model: StreamedModel = state.model(walk.model, walk.dtype, walk.trust_remote_code)
     return model
 
@@ -185,14 +181,14 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
     kept: Tensor | None = state.take(("hidden", walk.key, walk.prefixes, block, shard))
     if kept is not None:
         return kept
-    model = _model(state, walk)
+    model = opened(state, walk)
     start = block
-    hidden = _load(hidden_path(walk, start, shard))
+    hidden = load_tensor(hidden_path(walk, start, shard))
     while hidden is None and start > 0:
         if walk.prefixes:
             raise RunError(f"the hidden states before block {block} of shard {shard} are missing")
         start -= 1
-        hidden = _load(hidden_path(walk, start, shard))
+        hidden = load_tensor(hidden_path(walk, start, shard))
     if hidden is None:
         ids = _ids(walk, shard)
         hidden = torch.cat(
@@ -220,17 +216,17 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
     advanced = all(hidden_path(plan, block + 1, s).exists() for s in range(*span))
-    if not (advanced and all(_node_path(plan, "stats", block, n).exists() for n in nodes)):
-        model = _model(state, plan)
+    if not (advanced and all(node_path(plan, "stats", block, n).exists() for n in nodes)):
+        model = opened(state, plan)
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:
-            observer = StatisticsObserver(_units(model, block), plan.needs, model.device)
+            observer = StatisticsObserver(block_units(model, block), plan.needs, model.device)
             with observing(model, block, module, observer, experts=plan.experts):
                 _advance(state, plan, block, shard, module)
-            return observer.stats
+            return observer.finish()
 
-        _sum_nodes(plan, "stats", block, nodes, shard_stats)
+        sum_nodes(plan, "stats", block, nodes, shard_stats)
     return _finished(plan, block, span, started)
 
 
@@ -240,20 +236,20 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    if not all(_node_path(plan, "stats", block, node).exists() for node in nodes):
-        model = _model(state, plan)
+    if not all(node_path(plan, "stats", block, node).exists() for node in nodes):
+        model = opened(state, plan)
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _hidden(state, plan, block, shard)
-            _save(hidden_path(plan, block, shard), hidden)
-            observer = StatisticsObserver(_units(model, block), plan.needs, model.device)
+            save_tensor(hidden_path(plan, block, shard), hidden)
+            observer = StatisticsObserver(block_units(model, block), plan.needs, model.device)
             with observing(model, block, module, observer, experts=plan.experts):
                 for x in _batches(plan, hidden):
                     model.run_block(block, module, x.to(model.device))
-            return observer.stats
+            return observer.finish()
 
-        _sum_nodes(plan, "stats", block, nodes, shard_stats)
+        sum_nodes(plan, "stats", block, nodes, shard_stats)
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
 
 
@@ -265,7 +261,7 @@ def advance(
     plan = Walk(**walk)
     started = time.monotonic()
     if not all(hidden_path(plan, block + 1, s).exists() for s in range(*span)):
-        model = _model(state, plan)
+        model = opened(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
             _advance(state, plan, block, shard, module)
@@ -280,11 +276,11 @@ def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _units(model: StreamedModel, block: int) -> list[Unit]:
+def block_units(model: StreamedModel, block: int) -> list[Unit]:
     return [unit for unit in model.units() if unit.block == block]
 
 
-def _sum_nodes(
+def sum_nodes(
     walk: Walk,
     what: str,
     block: int,
@@ -298,7 +294,7 @@ def _sum_nodes(
 
     for node in nodes:
         sums = tree_sum(node, leaf)
-        path = _node_path(walk, what, block, node)
+        path = node_path(walk, what, block, node)
         write_atomically(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
 
 
@@ -306,7 +302,7 @@ def _advance(
     state: WorkerState, walk: Walk, block: int, shard: int, module: torch.nn.Module
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
-    model = _model(state, walk)
+    model = opened(state, walk)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
     after = torch.cat(
@@ -317,7 +313,7 @@ def _advance(
             f"block {block}: its output has NaN or Inf values in {model.dtype};"
             " try compute.dtype: float32"
         )
-    _save(hidden_path(walk, block + 1, shard), after)
+    save_tensor(hidden_path(walk, block + 1, shard), after)
     if block + 1 < model.blocks:
         state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
     else:
@@ -336,7 +332,7 @@ def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
     if walk.gradients:
         path = boundary_path(walk, block, shard)
         if not path.exists():
-            _save(path, hidden[: walk.gradients])
+            save_tensor(path, hidden[: walk.gradients])
 
 
 def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> dict[str, Any]:
@@ -354,7 +350,7 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     used: list[Path] = []
 
     def leaf(node: Node) -> SiteStats | None:
-        path = _node_path(plan, what, block, node)
+        path = node_path(plan, what, block, node)
         if not path.exists():
             if node[1] - node[0] == 1:
                 raise RunError(f"block {block}: the {what} of shard {node[0]} are missing")
@@ -378,76 +374,3 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     for path in used:
         path.unlink(missing_ok=True)
     return {"peak_bytes": peak_memory_bytes()}
-
-
-def _loss_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """d(−log p(label)) / d(hidden), summed over tokens, labels drawn from the model itself."""
-    gradients = []
-    for rows in hidden.reshape(-1, hidden.shape[-1]).split(_LOGIT_ROWS):
-        leaf = rows.detach().to(model.device).requires_grad_(True)
-        with torch.enable_grad():
-            logits = model.logits(model.final_norm(leaf[None]))[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
-            loss = torch.nn.functional.cross_entropy(
-                logits, labels[:, 0].to(logits.device), reduction="sum"
-            )
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        gradients.append(gradient.cpu())
-    return torch.cat(gradients).view_as(hidden)
-
-
-def gradient_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch / f"gradient-{block:04d}-{shard:04d}.safetensors"
-
-
-def _required(path: Path, what: str, shard: int) -> Tensor:
-    found = _load(path)
-    if found is None:
-        raise RunError(
-            f"{path}: the {what} of shard {shard} are missing; run the same command again"
-        )
-    return found
-
-
-def _output_gradient(model: StreamedModel, walk: Walk, block: int, shard: int) -> Tensor:
-    """Gradient at the output of ``block``: from the block after it, or from the loss."""
-    if block + 1 < model.blocks:
-        return _required(gradient_path(walk, block + 1, shard), "gradients", shard)
-    hidden = _required(boundary_path(walk, model.blocks, shard), "last hidden states", shard)
-    generator = torch.Generator().manual_seed(walk.seed * 1_000_003 + shard)
-    return _loss_gradient(model, hidden, generator)
-
-
-def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
-    """Takes gradients of the shards of ``span`` back through ``block``.
-
-    Returns:
-        ``seconds`` and ``peak_bytes`` of the worker.
-    """
-    plan = Walk(**walk)
-    started = time.monotonic()
-    nodes = covered((0, plan.shards), span)
-    returned = all(gradient_path(plan, block, s).exists() for s in range(*span))
-    if not (returned and all(_node_path(plan, "gradients", block, n).exists() for n in nodes)):
-        model = _model(state, plan)
-        module = model.load_block(block).requires_grad_(False)
-
-        def shard_stats(shard: int) -> SiteStats:
-            hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)
-            outer = _output_gradient(model, plan, block, shard)
-            observer = GradientObserver(_units(model, block), model.device)
-            before = []
-            with torch.enable_grad(), observing(model, block, module, observer):
-                for x, gradient in zip(hidden.split(1), outer.split(1), strict=True):
-                    x = x.to(model.device).requires_grad_(True)
-                    y = model.run_block(block, module, x)
-                    (inner,) = torch.autograd.grad(y, x, gradient.to(model.device))
-                    before.append(inner.cpu())
-            _save(gradient_path(plan, block, shard), torch.cat(before))
-            return observer.stats
-
-        _sum_nodes(plan, "gradients", block, nodes, shard_stats)
-    for shard in range(*span):
-        gradient_path(plan, block + 2, shard).unlink(missing_ok=True)
-        boundary_path(plan, block + 2, shard).unlink(missing_ok=True)
-    return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}

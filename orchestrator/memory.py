@@ -13,8 +13,8 @@ import torch
 
 from moesaic.methods import gptq
 from moesaic.methods.base import Unit, method_module
-from moesaic.orchestrator.calibrate import _LOGIT_ROWS
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.measure import _ERROR_BYTES
 from moesaic.orchestrator.pool import _WORKER_ENVIRONMENT
@@ -171,7 +171,7 @@ class Sizes:
 
     def logits(self, length: int) -> int:
         """Logits of some rows in float32, with what is made of them."""
-        return min(_LOGIT_ROWS, length) * self.model.vocab_size * 4 * _LOGIT_COPIES
+        return min(LOGIT_ROWS, length) * self.model.vocab_size * 4 * _LOGIT_COPIES
 
 
 def experts_per_token(config: object) -> int | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, Unit
-from moesaic.orchestrator.calibrate import Walk, boundary_path, gradient_path
+from moesaic.orchestrator.calibrate import Walk, boundary_path
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import score
 from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.statistics import Node, ranges
@@ -165,7 +166,7 @@ class Calibration:
 
         arguments = {"walk": plain(self.walk), "block": block, "span": span}
         priority = (_REVERSE, self.blocks - block)
-        return Task("calibrate:reverse", arguments, f"back {block}", priority, worker, done)
+        return Task("gradients:reverse", arguments, f"back {block}", priority, worker, done)
 
 
 def missing_pairs(
@@ -251,35 +252,35 @@ def evaluated(
     rows = [
         (low, min(low + step, len(sequences.ids))) for low in range(0, len(sequences.ids), step)
     ]
-    scores: dict[str, dict[str, Any]] = {}
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
     view.stage("evaluate", len(all_plans) * len(rows))
-    for name, pieces in all_plans.items():
-        key = _score_key(experiment, pieces)
-        known = store.get_json("scores", key)
-        hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
-        if known is not None and (name != "dense" or hidden_known):
-            scores[name] = known
-            view.advance("evaluate", len(rows))
-            continue
-        parts: dict[int, Mapping[str, Any]] = {}
+    hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
+    scores: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[int, Mapping[str, Any]]] = {}
 
-        def keep(index: int, result: Mapping[str, Any], parts: Any = parts) -> Iterable[Task]:
-            parts[index] = result
+    def task(name: str, index: int) -> Task:
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            parts.setdefault(name, {})[index] = result
             view.advance("evaluate", 1, result["peak_bytes"])
+            if len(parts[name]) == len(rows):
+                ordered = [parts[name][number] for number in range(len(rows))]
+                scores[name] = score(ordered, sequences.source.tolist(), sequences.labels)
+                store.put_json("scores", _score_key(experiment, all_plans[name]), scores[name])
             return ()
 
-        tasks = [
-            Task(
-                "evaluate:evaluate_rows",
-                {"judge": plain(judge), "rows": part, "pieces": dict(pieces)},
-                f"{name} {part[0]}",
-                done=lambda result, index=index, keep=keep: keep(index, result),  # type: ignore[misc]
-            )
-            for index, part in enumerate(rows)
-        ]
-        pool.run(tasks, view.tick)
-        ordered = [parts[index] for index in range(len(rows))]
-        scores[name] = score(ordered, sequences.source.tolist(), sequences.labels)
-        store.put_json("scores", key, scores[name])
-    return scores
+        arguments = {"judge": plain(judge), "rows": rows[index], "pieces": dict(all_plans[name])}
+        label = f"{name} {rows[index][0]}"
+        return Task("evaluate:evaluate_rows", arguments, label, done=done)
+
+    def tasks(name: str, again: bool) -> list[Task]:
+        known = None if again else store.get_json("scores", _score_key(experiment, all_plans[name]))
+        if known is None:
+            return [task(name, index) for index in range(len(rows))]
+        scores[name] = known
+        view.advance("evaluate", len(rows))
+        return []
+
+    # The others are compared with the dense model's hidden states.
+    pool.run(tasks("dense", again=not hidden_known), view.tick)
+    pool.run([t for name in plans for t in tasks(name, again=False)], view.tick)
+    return {name: scores[name] for name in all_plans}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moesaic.orchestrator import calibrate
+from moesaic.orchestrator import calibrate, gradients
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
@@ -76,7 +76,7 @@ def reverse(walk: Walk, workers: int = 1) -> None:
     states = [WorkerState(1) for _ in ranges(walk.shards, workers)]
     for block in reversed(range(BLOCKS)):
         for state, span in zip(states, ranges(walk.shards, workers), strict=True):
-            calibrate.reverse(state, asdict(walk), block, span)
+            gradients.reverse(state, asdict(walk), block, span)
         calibrate.reduce(WorkerState(1), asdict(walk), "gradients", block)
 
 
