@@ -147,7 +147,7 @@ class StreamedModel:
         Raises:
             UserError: a weight is NaN or infinite, or a file has become shorter.
         """
-        self._drop_outer()
+        self.drop_outer()
         layout = self.layouts[index]
         # The configuration is shared, not copied: it is the model's one place for settings.
         block = copy.deepcopy(self._skeleton.prototypes[index], {id(self.config): self.config})
@@ -279,7 +279,8 @@ class StreamedModel:
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False)
 
-    def _drop_outer(self) -> None:
+    def drop_outer(self) -> None:
+        """Lets go of embedding and head; they are read again when asked for."""
         for path in (self.family.embed, self.family.head):
             module = self._skeleton.model.get_submodule(path)
             for name, parameter in list(module.named_parameters()):

@@ -32,6 +32,8 @@ from moesaic.orchestrator.targets import Serve, plan_problem
 from moesaic.orchestrator.tensorfile import Stored, read_file
 
 TOLERANCE = 1e-3
+# Rows of the output head in float32 at a time.
+_HEAD_ROWS = 8192
 
 Weights = Mapping[str, Tensor]
 
@@ -73,7 +75,8 @@ def verify(
 
 def _compare(folder: Path, reader: str, reference: Tensor, logits: Tensor) -> float:
     scale = reference.abs().max().item()
-    difference = (logits - reference).abs().max().item() / scale
+    low, high = logits.sub_(reference).aminmax()
+    difference = max(-low.item(), high.item()) / scale
     if not difference <= TOLERANCE:  # NaN, too
         raise RunError(
             f"{folder}: read by {reader}, its logits differ from the planned model's by "
@@ -91,7 +94,9 @@ def _streamed_logits(
     for index, layout in enumerate(model.layouts):
         replaced = {unit.name: weights(unit) for unit in layout.units}
         hidden = model.run_block(index, model.load_block(index, replaced), hidden)
-    return model.logits(model.final_norm(hidden))
+    logits = model.logits(model.final_norm(hidden))
+    model.drop_outer()
+    return logits
 
 
 @torch.no_grad()
@@ -107,8 +112,7 @@ def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor, family: Family) ->
             model = _load(folder)
             if serve != "moesaic":
                 model(ids[:1, :1])
-            for module in _parts(model, family):
-                _compute_in_float32(module)
+            _compute_in_float32(model, family)
             logits: Tensor = model(ids).logits
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
@@ -116,16 +120,29 @@ def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor, family: Family) ->
     return logits
 
 
-def _parts(model: nn.Module, family: Family) -> Iterator[nn.Module]:
-    """Embedding, blocks, last norm and head: together all that has weights."""
-    for path in (family.embed, family.norm, family.head):
-        yield model.get_submodule(path)
+def _compute_in_float32(model: nn.Module, family: Family) -> None:
+    """Makes the model compute in float32; only what is at work holds its weights so.
+
+    Of the embedding these are the rows that are looked up, of the head a slice at a time.
+    """
     blocks, _, _ = family.block.rpartition(".")
-    yield from model.get_submodule(blocks).children()
+    for module in (model.get_submodule(family.norm), *model.get_submodule(blocks).children()):
+        _widen_while_at_work(module)
+    _widen_rows(model.get_submodule(family.embed))
+    head: Any = model.get_submodule(family.head)
+
+    def logits(x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], len(head.weight))
+        parts = zip(head.weight.split(_HEAD_ROWS), out.split(_HEAD_ROWS, -1), strict=True)
+        for rows, part in parts:
+            torch.matmul(x, rows.float().T, out=part)
+        return out if head.bias is None else out.add_(head.bias)
+
+    head.forward = logits
 
 
-def _compute_in_float32(module: nn.Module) -> None:
-    """Converts what ``module`` holds for as long as it computes; packed parts are left alone."""
+def _widen_while_at_work(module: nn.Module) -> None:
+    """Parts of compressed weights stay what they are."""
     held: list[tuple[Tensor, Tensor]] = []
 
     def widen(*_: object) -> None:
@@ -144,6 +161,22 @@ def _compute_in_float32(module: nn.Module) -> None:
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(narrow)
+
+
+def _widen_rows(embedding: Any) -> None:
+    weight, forward = embedding.weight, embedding.forward
+
+    def look_up(ids: Tensor) -> Tensor:
+        rows, index = ids.unique(return_inverse=True)
+        whole, padding = weight.data, embedding.padding_idx
+        weight.data, embedding.padding_idx = whole[rows].float(), None
+        try:
+            found: Tensor = forward(index)
+        finally:
+            weight.data, embedding.padding_idx = whole, padding
+        return found
+
+    embedding.forward = look_up
 
 
 def _load(folder: Path) -> Any:
