@@ -250,7 +250,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled demo model.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--minutes", type=float, default=18.0, help="ceiling of the training time")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {SEQUENCE} tokens")
     parser.add_argument("--learning-rate", type=float, default=8e-3)
     parser.add_argument("--seed", type=int, default=0)
