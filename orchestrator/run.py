@@ -1,5 +1,6 @@
 """A recipe file to results: the stages asked for, with the record kept in MLflow."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,13 +178,14 @@ def collect_garbage(
     Raises:
         UserError: the folder is no store, or a run cannot be read.
     """
-    if not any((root / kind).is_dir() for kind in ("pieces", "stats", "ids")):
-        raise UserError(f"{root}: is no store of moesaic")
+    # Those of os.path say False of a path that is too long, too.
+    if not any(os.path.isdir(root / kind) for kind in ("pieces", "stats", "ids")):
+        raise UserError(f"{str(root)[:300]}: is no store of moesaic")
     used: list[Path] = []
     for folder in runs:
         recipe_file = folder / "recipe.yaml"
-        if not recipe_file.is_file():
-            raise UserError(f"{folder}: has no recipe.yaml")
+        if not os.path.isfile(recipe_file):
+            raise UserError(f"{str(folder)[:300]}: has no recipe.yaml")
         recipe = load_recipe(recipe_file)
         with _naming(recipe_file):
             experiment = Experiment(recipe, folder.resolve())

@@ -402,6 +402,18 @@ def test_gc_wants_to_be_told_what_stays(tmp_path: Path) -> None:
     assert not file.exists()
 
 
+@pytest.mark.parametrize("arguments", [["check"], ["inspect"], ["show"], ["store", "gc", "--all"]])
+def test_paths_that_are_too_long_are_refused(arguments: list[str]) -> None:
+    text = told(ask(*arguments, "n" * 5000, "--json"))
+    assert "nnnn" in text and len(text) < 500
+
+
+def test_an_output_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, model)
+    text = refusal("check", recipe, "--output", tmp_path / ("n" * 300))
+    assert text.startswith(f"--output: {tmp_path}") and "File name too long" in text
+
+
 def test_numbers_that_json_does_not_have_are_null() -> None:
     found = {"name": ("text", math.nan, [math.inf, 1.5])}
     assert _finite(found) == {"name": ["text", None, [None, 1.5]]}

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from moesaic.search.base import Budget, Infeasible, Problem, search_module, searches
+from moesaic.search.base import (
+    Budget,
+    Infeasible,
+    Problem,
+    search_module,
+    searches,
+    smallest_bytes,
+)
 from tests.search.problems import FIXED, extremes, problem, realistic
 
 NAMES = searches()
@@ -46,6 +53,16 @@ def test_search_keeps_ties(name: str) -> None:
     plan = search_module(name).search(dataclasses.replace(given, ties=ties))
     for tie in ties:
         assert len({plan.units[unit] for unit in tie}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ties", [[], [["u0", "u1", "u2"], ["u4", "u9"]]])
+def test_the_smallest_plan_is_found_and_none_below_it(name: str, ties: list[list[str]]) -> None:
+    given = dataclasses.replace(realistic(units=12, choices=7, share=0.4, seed=3), ties=ties)
+    smallest = smallest_bytes(given, name) - FIXED
+    assert search_module(name).search(with_budget(given, smallest)).bytes == FIXED + smallest
+    with pytest.raises(Infeasible):
+        search_module(name).search(with_budget(given, smallest - 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
