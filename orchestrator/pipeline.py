@@ -37,7 +37,7 @@ from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
-from moesaic.orchestrator.verify import verify
+from moesaic.orchestrator.verify import verify_apart
 from moesaic.search.base import Infeasible, Plan, search_module
 from moesaic.search.uniform import uniform_plan
 
@@ -264,7 +264,7 @@ class Pipeline:
         ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
         serve = experiment.recipe.serve
         try:
-            difference = verify(written, experiment.model, pieces, serve, ids.long())
+            difference = verify_apart(written, experiment.model, pieces, serve, ids.long())
         except RunError as error:
             reason = str(error).replace(str(written), str(folder))
             earlier = "; the earlier one is still there" if folder.exists() else ""

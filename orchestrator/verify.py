@@ -14,6 +14,8 @@ read with a wrong scheme gives 1e-2 and more. The tolerance lies between.
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.compressed_modules import Packed
-from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.export import PACKED, schemes
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
@@ -71,6 +74,49 @@ def verify(
         reloaded = _reloaded_logits(folder, serve, ids, exact.family)
         difference = max(difference, _compare(folder, "transformers", reference, reloaded))
     return difference
+
+
+def verify_apart(
+    folder: Path, model: StreamedModel, chosen: Mapping[str, Path | None], serve: Serve, ids: Tensor
+) -> float:
+    """:func:`verify` in a process of its own, which has loaded no more than a user's would have.
+
+    Raises:
+        RunError: as :func:`verify`, or the process died.
+    """
+    request = {
+        "folder": str(folder),
+        "model": str(model.checkpoint.path),
+        "chosen": {name: None if path is None else str(path) for name, path in chosen.items()},
+        "serve": serve,
+        "ids": ids.tolist(),
+    }
+    command = [sys.executable, "-m", "moesaic.orchestrator.verify"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        reason = said[-1] if said and done.returncode > 0 else "killed: out of memory?"
+        raise RunError(f"{folder}: the process that reloads it ended ({reason})")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise RunError(answer["error"])
+    return float(answer["difference"])
+
+
+def _answer() -> None:
+    """What the process of :func:`verify_apart` does: a request on stdin, an answer on stdout."""
+    request = json.load(sys.stdin)
+    chosen = {name: path and Path(path) for name, path in request["chosen"].items()}
+    answer: dict[str, Any]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            model = StreamedModel(Checkpoint(Path(request["model"])))
+            ids = torch.tensor(request["ids"])
+            found = verify(Path(request["folder"]), model, chosen, request["serve"], ids)
+        answer = {"difference": found}
+    except (RunError, UserError) as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
 
 
 def _compare(folder: Path, reader: str, reference: Tensor, logits: Tensor) -> float:
@@ -305,3 +351,7 @@ class _Decoder:
         with safe_open(self.stored[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+if __name__ == "__main__":
+    _answer()

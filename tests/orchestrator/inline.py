@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import run
+from moesaic.orchestrator import pipeline, run
 from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.verify import verify
 from moesaic.orchestrator.worker import WorkerState, resolve
 from tests.orchestrator.projects import make_recipe
 
@@ -78,6 +79,7 @@ class Project:
         pool = InlinePool(size, kill_at)
         self.calls = pool.calls
         self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(pipeline, "verify_apart", verify)
         result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
         return dict(result), pool.calls
 

@@ -249,8 +249,8 @@ def test_gradients_are_those_of_autograd_through_the_whole_model(
                 pairs = [
                     (own["grad_sq"][e], torch.stack([y.grad for y in ys])) for e, ys in seen.items()
                 ]
-            for sums_of_squares, gradients in pairs:
-                reference = gradients.double().square().sum(0)
+            for sums_of_squares, seen_gradients in pairs:
+                reference = seen_gradients.double().square().sum(0)
                 assert reference.abs().max() > 0
                 assert torch.allclose(
                     sums_of_squares.double(), reference, rtol=1e-3, atol=1e-6 * reference.max()

@@ -15,7 +15,7 @@ from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import SERVES, Serve
-from moesaic.orchestrator.verify import TOLERANCE, verify
+from moesaic.orchestrator.verify import TOLERANCE, verify, verify_apart
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.planning import IDS, Choice, channel, make_pieces, open_model
 
@@ -122,3 +122,23 @@ def test_wrong_configuration_is_noticed_for_vllm(fault: str, tiny: Tiny, tmp_pat
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match="o_proj has|logits differ"):
         verify(folder, model, chosen, "vllm", IDS)
+
+
+def test_a_process_of_its_own_finds_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    folder, model, chosen = write(tiny, tmp_path, "moesaic")
+    assert verify_apart(folder, model, chosen, "moesaic", IDS) < TOLERANCE / 100
+    (folder / "config.json").unlink()
+    with pytest.raises(RunError, match="transformers cannot load it"):
+        verify_apart(folder, model, chosen, "moesaic", IDS)
+
+
+def test_a_process_that_dies_is_told(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, chosen = write(tiny, tmp_path, "moesaic")
+    killer = tmp_path / "python"
+    killer.write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
+    killer.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(killer))
+    with pytest.raises(RunError, match="ended .killed: out of memory"):
+        verify_apart(folder, model, chosen, "moesaic", IDS)
