@@ -265,8 +265,10 @@ class Pool:
                 )
                 ray.get(ready)
             except RayError as error:
+                self._check_nodes()
                 reason = " ".join(str(error).split())[-300:]
                 raise RunError(f"a worker failed to start: {reason}") from error
+            self._check_nodes()
             seconds = time.monotonic() - started
             if not starting or seconds < _SILENT_SECONDS:
                 continue
@@ -284,6 +286,14 @@ class Pool:
                     f" {self.gpus:g} GPU at {where} ({_free()})",
                     markup=False,
                 )
+
+    def _check_nodes(self) -> None:
+        """A machine on which Ray itself died takes no worker, and Ray would not say so."""
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise RunError(
+                f"Ray at {_place(self.compute)} has lost all its nodes (out of memory, or killed?);"
+                " finished work is kept, run the same command again"
+            )
 
     def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.

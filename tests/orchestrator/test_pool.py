@@ -295,6 +295,22 @@ def test_a_busy_cluster_is_waited_for_aloud_and_not_for_ever(
     pool.run([task("remember", value=1)])  # and nothing of the first pool is lost
 
 
+def test_a_ray_that_lost_its_nodes_is_not_waited_for(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pool.size == 2  # so that there is no room for a third
+    started = time.monotonic()
+    third = Pool(Compute(workers=1))
+    third.cpus, third.gpus = 1, 0.0
+    with third:
+        third.workers = [third._start()]
+        dead = [{**node, "Alive": False} for node in ray.nodes()]
+        monkeypatch.setattr(module.ray, "nodes", lambda: dead)
+        with pytest.raises(RunError, match="has lost all its nodes .* run the same command again"):
+            third._await_ready(third.workers)
+    assert time.monotonic() - started < 30
+
+
 def test_the_handler_of_sigterm_survives_the_start_of_ray(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
