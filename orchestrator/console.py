@@ -85,7 +85,9 @@ class View:
 
     def tick(self, running: Iterable[str]) -> None:
         """Shows what is being worked on; for :meth:`Pool.run`."""
-        note = f"{', '.join(running)[:60]}  peak {self._peak_bytes / 1e9:.1f} GB/worker"
+        note = ", ".join(running)[:60]
+        if self._peak_bytes:
+            note += f"  peak {self._peak_bytes / 1e9:.1f} GB/worker"
         for task in self.progress.tasks:
             if not task.finished:
                 speed = f"{task.speed:.1f}/s" if task.speed else ""
