@@ -4,16 +4,17 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
@@ -42,24 +43,30 @@ def contents(output: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def wait_for(folder: Path, pattern: str, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the store holds ``count`` files of a kind, so that the kill comes in mid-work."""
+def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + TIMEOUT
-    while len(list(folder.rglob(pattern))) < count:
+    while not happened():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
-def wait_for_workers(process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not children(process, "ray::Worker"):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def wait_for_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    wait_until(lambda: len(children(process, "ray::Worker")) == 2, process)
+    return children(process, "ray::Worker")
 
 
-def children(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+def wait_for_entries(store: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until workers have put ``count`` more entries into the store; they take a moment each."""
+    before = len(entries(store))
+    wait_until(lambda: len(entries(store)) >= before + count, process)
+
+
+def entries(store: Path) -> list[Path]:
+    return list(store.rglob("*.seal.json"))
+
+
+def children(process: subprocess.Popen[str], name: str = "") -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -70,14 +77,22 @@ def children(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     return found
 
 
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=60)[1]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe")
 
 
 def project(folder: Path, model: Path) -> Path:
-    # One source of text keeps the model card free of the folder's name; two workers, one thread.
-    return make_recipe(folder / "recipe", model, compute={"workers": 2})
+    # Many candidates, so that there is work left when a kill comes late on a busy machine.
+    candidates = [
+        {"method": "rtn", "bits": [3, 8], "group_size": 16},
+        {"method": "gptq", "bits": [2, 3, 4, 5, 6], "group_size": 16},
+    ]
+    return make_recipe(folder / "recipe", model, compute={"workers": 2}, candidates=candidates)
 
 
 @pytest.fixture(scope="module")
@@ -103,43 +118,97 @@ def test_run_leaves_the_files_of_the_contract(undisturbed: Path) -> None:
     assert (undisturbed.parent / "mlflow.db").exists()
 
 
-def kill(victim: str, process: subprocess.Popen[str]) -> None:
-    if victim == "driver":
-        process.send_signal(signal.SIGKILL)
-    else:
-        name = {"worker": "ray::Worker", "raylet": "raylet/raylet "}[victim]
-        found = children(process, name)
-        assert found, f"no {victim} to kill"
-        found[0].send_signal(signal.SIGKILL)
+def record(database: Path) -> dict[str, object]:
+    """All that MLflow knows of the only run, but for times, places and values of metrics."""
+    client = MlflowClient(f"sqlite:///{database}")
+    (experiment,) = (e for e in client.search_experiments() if e.name != "Default")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    models = client.search_logged_models([experiment.experiment_id])
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert len(children) == len(runs) - 1
+    return {
+        "status": {run.info.status for run in runs},
+        "failure": parent.data.tags.get("failure"),
+        "params": parent.data.params.keys(),
+        "metrics": parent.data.metrics.keys(),
+        "files": {file.path for file in client.list_artifacts(parent.info.run_id)},
+        "pieces": {name: run.data.params for name, run in children.items()},
+        "scores": {name: run.data.metrics.keys() for name, run in children.items()},
+        "model": [[metric.key for metric in model.metrics] for model in models],
+    }
 
 
-def test_runs_killed_again_and_again_end_byte_identical(
+def test_run_killed_in_every_phase_ends_byte_identical(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
+    """One run, killed in turn and started again; nothing finished is done twice."""
     recipe = project(tmp_path, model)
-    store = recipe.parent / "store"
-    for victims in (("worker", "driver"), ("raylet",)):
-        process = start(recipe, tmp_path / "run")
-        wait_for_workers(process)  # and so until those of a killed driver are gone
-        for victim in victims:
-            before = len(list(store.rglob("*.seal.json")))
-            wait_for(store, "*.seal.json", before + 3, process)
-            kill(victim, process)
-        stderr = process.communicate(timeout=TIMEOUT)[1]
+    output, store = tmp_path / "run", recipe.parent / "store"
+
+    def ended(process: subprocess.Popen[str]) -> str:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
         assert "Traceback" not in stderr
-        time.sleep(5)  # workers that lost their raylet may still end what they were at
+        assert process.returncode != 0
+        return stdout + stderr
+
+    def kill_driver_at(file: Path) -> None:
+        process = start(recipe, output)
+        wait_until(file.exists, process)
+        process.kill()
+        ended(process)
+
+    kill_driver_at(tmp_path / "mlflow.db")
+
+    # SIGTERM, as schedulers send it, ends in order; and by then a worker has been replaced.
+    process = start(recipe, output)
+    workers = wait_for_workers(process)
+    wait_for_entries(store, 3, process)
+    workers[0].kill()
+    below = children(process)
+    wait_for_entries(store, 3, process)
+    process.terminate()
+    said = ended(process)
+    assert process.returncode == 1
+    assert said.count("stopped; run the same command to go on from here") == 2  # and in the JSON
+    assert "SIGTERM" not in said  # Ray would print the stack of its C++
+    assert gone(below)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        assert connection.execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
+
+    # Workers go on for a while without their raylet.
+    process = start(recipe, output)
+    workers = wait_for_workers(process)
+    (raylet,) = children(process, "raylet/raylet ")
+    wait_for_entries(store, 3, process)
+    raylet.kill()
+    wait_for_entries(store, 3, process)
+    process.kill()
+    ended(process)
+    assert gone(workers)  # until then they may still end what they were at
     finished = {
         seal: seal.stat().st_mtime_ns
         for kind in ("stats", "gradients", "pieces", "errors")
-        for seal in (store / kind).rglob("*.seal.json")
+        for seal in entries(store / kind)
     }
     assert len(finished) > 8
-    finish(start(recipe, tmp_path / "run"))
+
+    kill_driver_at(output / "plan.json")
+    kill_driver_at(output / "scores.json")
+    kill_driver_at(output / ".model.partial")
+    assert not (output / "model").exists()
+    kill_driver_at(output / "report.html")
+
+    finish(start(recipe, output))
     assert all(seal.stat().st_mtime_ns == when for seal, when in finished.items())
-    theirs, ours = contents(undisturbed), contents(tmp_path / "run")
+    theirs, ours = contents(undisturbed), contents(output)
     # The card holds the recipe, and the recipe the folder that the test happens to lie in.
     assert theirs.pop("README.md") and ours.pop("README.md")
     assert theirs == ours
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    kept = record(tmp_path / "mlflow.db")
+    assert (kept["status"], kept["failure"]) == ({"FINISHED"}, None)
+    assert kept == record(undisturbed.parent / "mlflow.db")
 
 
 @pytest.fixture
