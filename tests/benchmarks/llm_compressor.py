@@ -7,7 +7,9 @@ Both get the same calibration tokens, write compressed-tensors files with the sa
 as whole processes: start, loading, calibration, solving, writing; moesaic also reloads and checks
 what it wrote. Then one neutral program reads both results and computes their perplexity on held-out
 text. llm-compressor feeds every block with what its compressed predecessors put out; moesaic does
-so with --propagate, and otherwise uses the dense model's activations, its default.
+so with --propagate, and otherwise uses the dense model's activations, its default. Processors
+without bfloat16 products in hardware multiply it slowly; --dtype and --peer-dtype compare the two
+in float32.
 
 Without --peer-python an environment is made under build/llmcompressor, once (about 3 GB).
 """
@@ -102,7 +104,7 @@ def run_theirs(folder: Path, python: Path, arguments: argparse.Namespace) -> Usa
     """Into ``folder/theirs``."""
     shutil.rmtree(folder / "theirs", ignore_errors=True)
     options = ["--bits", arguments.bits, "--group-size", arguments.group_size]
-    options += ["--batch-size", arguments.peer_batch_size]
+    options += ["--batch-size", arguments.peer_batch_size, "--dtype", arguments.peer_dtype]
     inputs = [arguments.model.resolve(), folder / "calibration.npy", folder / "theirs"]
     command = [python, HERE / "llm_compressor_peer.py", *inputs, *options]
     # Its own run-time log would be written into the working directory.
@@ -145,7 +147,8 @@ def body(
         f"{arguments.model.name}, GPTQ {arguments.bits} bits, group {arguments.group_size},"
         f" {arguments.sequences} × {arguments.length} calibration tokens; {len(times[OURS])} run(s)"
         f" each, in turns; medians (least–largest). moesaic's inputs come from {fed}."
-        f" {PEER} runs {arguments.peer_batch_size} sequence(s) at a time."
+        f" moesaic computes in {arguments.dtype}, {PEER} in {arguments.peer_dtype},"
+        f" {arguments.peer_batch_size} sequence(s) at a time."
         " Target: time at most 0.5, memory at most 1.\n\n" + table(headers, rows)
     )
 
@@ -156,13 +159,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has llmcompressor")
     parser.add_argument("--peer-batch-size", type=int, default=1, help="its own default is 1")
+    parser.add_argument(
+        "--peer-dtype", default="bfloat16", help="of its model; its own default is the files'"
+    )
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--heldout-sequences", type=int, default=24)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--propagate", action="store_true", help="moesaic: propagate: true")
-    parser.add_argument("--dtype", default="auto", help="moesaic: of the activations")
+    parser.add_argument("--dtype", default="bfloat16", help="moesaic: of the activations")
     arguments = parser.parse_args()
     check_inputs(arguments)
     python = peer_python(arguments.peer_python)

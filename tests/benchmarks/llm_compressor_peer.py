@@ -26,12 +26,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1, help="sequences at a time")
+    parser.add_argument("--dtype", default="bfloat16", help="to load and calibrate the model in")
     arguments = parser.parse_args()
 
     ids = np.load(arguments.ids)
     sequences, length = ids.shape
     rows = {"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype)
+    )
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     weights = {
         "num_bits": arguments.bits,
