@@ -38,19 +38,23 @@ def model_card(
         "",
     ]
     if scores is not None:
-        lines += [
-            "Scores on held-out text (KL to the dense model in nats per token):",
-            "",
-            "| | bytes | bits per weight | perplexity | KL |",
-            "|---|---:|---:|---:|---:|",
-            *(
-                f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} |"
-                f" {figure_text(s['perplexity'], 3)} | {figure_text(s['kl'], 4)} |"
-                for name, s in scores.items()
-            ),
-            "",
-        ]
+        lines += [*score_lines(scores), ""]
     return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""])
+
+
+def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The scores as a table in Markdown."""
+    return [
+        "Scores on held-out text (KL to the dense model in nats per token):",
+        "",
+        "| | bytes | bits per weight | perplexity | KL |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} |"
+            f" {figure_text(s['perplexity'], 3)} | {figure_text(s['kl'], 4)} |"
+            for name, s in scores.items()
+        ),
+    ]
 
 
 def _loading(recipe: Recipe) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator import propagate
+from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -135,6 +136,7 @@ def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> N
 def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> None:
     """Puts everything that a finished run has to tell on record."""
     output = pipeline.output
+    tracker.log_description("\n".join(score_lines(result["scores"])))
     tracker.log_scores(result["scores"], pipeline.plans)
     tracker.log_table(_layers(pipeline))
     tracker.log_events(pipeline.events())

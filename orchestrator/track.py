@@ -144,6 +144,11 @@ class Tracker:
             if "plan" in scores:
                 self._log(self.run_id, numbers(scores["plan"]), at=self._scored_at)
 
+    def log_description(self, text: str) -> None:
+        """Markdown that MLflow shows at the top of the run's page."""
+        with self._talk():
+            self._client.set_tag(self.run_id, "mlflow.note.content", text)
+
     def log_table(self, frame: pd.DataFrame) -> None:
         """One row per layer: ``layers.parquet`` to compute with, ``layers.html`` to look at."""
         with self._talk(), tempfile.TemporaryDirectory() as folder:

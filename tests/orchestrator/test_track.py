@@ -148,6 +148,7 @@ def test_table_files_and_events_are_artifacts(
         tracker.log_table(frame)
         tracker.log_files([tmp_path / "plan.json"])
         tracker.log_events(events)
+        tracker.log_description("| plan | 3.0 |")
     names = {file.path for file in client.list_artifacts(tracker.run_id)}
     assert names == {"layers.parquet", "layers.html", "plan.json", "events.json"}
     folder = tmp_path / "fetched"
@@ -157,8 +158,9 @@ def test_table_files_and_events_are_artifacts(
     assert "a&lt;b&gt;" in html and "4.25" in html
     listed = json.loads(artifact(client, tracker.run_id, "events.json", folder).read_text())
     assert [Event(**event) for event in listed["events"]] == events
-    metrics = client.get_run(tracker.run_id).data.metrics
-    assert metrics == {"events.few_tokens": 2, "events.damping grew": 1}
+    data = client.get_run(tracker.run_id).data
+    assert data.metrics == {"events.few_tokens": 2, "events.damping grew": 1}
+    assert data.tags["mlflow.note.content"] == "| plan | 3.0 |"
 
 
 def test_param_over_6000_characters_is_kept_whole_as_an_artifact(
