@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -218,6 +219,18 @@ def short_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports below those that Ray gives to workers (from 10002 on) and the system to clients."""
+    free = []
+    for port in range(6390, 10000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError("no free ports")
+
+
 def test_job_submitted_to_a_local_head_runs_the_recipe(
     model: Path, tmp_path: Path, short_folder: Path
 ) -> None:
@@ -229,9 +242,12 @@ def test_job_submitted_to_a_local_head_runs_the_recipe(
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_TMPDIR": str(short_folder),
     }
-    port, dashboard = 6390, 8275  # Ray gives workers ports from 10002 on
+    # Where another Ray of this machine has the agent's usual port, this one's would take no jobs.
+    port, dashboard, agent, grpc, client = free_ports(5)
     head = [ray, "start", "--head", "--port", str(port), "--num-cpus", "2", "--block"]
     head += ["--dashboard-port", str(dashboard), "--disable-usage-stats"]
+    head += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
+    head += ["--ray-client-server-port", str(client)]
     recipe = project(tmp_path, model)
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
