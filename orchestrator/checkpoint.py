@@ -13,6 +13,7 @@ index cannot create one.
 import hashlib
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -233,16 +234,10 @@ def _weight_files(folder: Path) -> list[Path]:
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not _is_file(folder / shard):
+        # Unlike Path.is_file it says False of a name that is too long.
+        if not os.path.isfile(folder / shard):
             raise UserError(f"{index}: names {shard[:80]}, which is not in the folder")
     return [folder / shard for shard in shards]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, say
-        return False
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

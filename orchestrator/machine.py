@@ -19,7 +19,7 @@ from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pool import _shares
+from moesaic.orchestrator.pool import cluster_address, shares
 from moesaic.orchestrator.recipe import Compute
 from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
 from moesaic.orchestrator.store import write_atomically
@@ -67,13 +67,13 @@ def crew(compute: Compute) -> Crew:
         per_worker = 1.0 if gpus else 0.0
     fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
     if per_worker:
-        fitting = min(fitting, _shares(gpus, per_worker))
+        fitting = min(fitting, shares(gpus, per_worker))
     team = Crew(
         workers=compute.workers or max(fitting, 1),
         fitting=fitting,
         cpus=compute.cpus_per_worker,
         device="cuda" if gpus and per_worker else "cpu",
-        cluster=compute.address or os.environ.get("RAY_ADDRESS", ""),
+        cluster=cluster_address(compute)[1] or "",
     )
     if not team.cluster and team.workers > fitting:
         raise RecipeError(

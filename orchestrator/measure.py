@@ -28,7 +28,7 @@ from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
 
 # Experts of a bank whose errors are computed at a time: bounds the float32 copies.
-_ERROR_BYTES = 64 << 20
+ERROR_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ def row_errors(weight: Tensor, other: Tensor, hessian: Tensor) -> tuple[Tensor, 
     """
     batch = hessian.shape[:-2]
     pieces = []
-    step = max(
-        1, _ERROR_BYTES // (4 * hessian.shape[-1] * max(hessian.shape[-1], weight.shape[-2]))
-    )
+    step = max(1, ERROR_BYTES // (4 * hessian.shape[-1] * max(hessian.shape[-1], weight.shape[-2])))
     for index in range(0, batch[0] if batch else 1, step):
         rows = slice(index, index + step) if batch else ...
         dense, h = weight[rows].float(), hessian[rows].float()

@@ -16,9 +16,9 @@ from moesaic.methods.base import Unit, method_module
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.measure import _ERROR_BYTES
-from moesaic.orchestrator.pool import _WORKER_ENVIRONMENT
-from moesaic.orchestrator.stages import _EVALUATION_PARTS
+from moesaic.orchestrator.measure import ERROR_BYTES
+from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
+from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
     GradientObserver,
     Node,
@@ -225,7 +225,7 @@ def _compiled(sizes: Sizes, stage: str) -> int:
         texts, plans = sizes.experiment.recipe.evaluation, len(sizes.experiment.recipe.baselines)
         runs = math.ceil(texts.sequences / texts.batch / sizes.crew.workers) * (plans + 2)
         count += 2 * shapes(min(texts.batch, texts.sequences) * texts.length, runs)
-    capacity = int(_WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+    capacity = int(WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
     return _COMPILED_BYTES * min(count, capacity)
 
 
@@ -322,14 +322,14 @@ def _judging(shape: tuple[int, ...], item: int) -> int:
     *batch, rows, inputs = shape
     whole = math.prod(shape)
     matrix = 4 * rows * inputs
-    step = max(1, _ERROR_BYTES // (4 * inputs * max(inputs, rows)))
+    step = max(1, ERROR_BYTES // (4 * inputs * max(inputs, rows)))
     return whole * (1 + item) + _ERROR_COPIES * matrix * (min(step, *batch) if batch else 1)
 
 
 def _evaluate(sizes: Sizes, block: int) -> Parts:
     """A part of the held-out text in one process: all its hidden states, then its logits."""
     texts = sizes.experiment.recipe.evaluation
-    rows = -(-texts.sequences // (_EVALUATION_PARTS * texts.batch)) * texts.batch
+    rows = -(-texts.sequences // (EVALUATION_PARTS * texts.batch)) * texts.batch
     hidden = min(rows, texts.sequences) * texts.length * sizes.model.hidden_size * sizes.item
     tokens = min(texts.batch, texts.sequences) * texts.length
     running = {

@@ -204,8 +204,7 @@ class Pipeline:
 
     def bytes_of(self, name: str) -> int:
         """Bytes of the safetensors files of a plan, or of ``dense``, headers included."""
-        dense = sum(file.stat().st_size for file in self.experiment.model.checkpoint.files)
-        return dense if name == "dense" else self.plans[name].bytes
+        return self.experiment.size.dense_bytes if name == "dense" else self.plans[name].bytes
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
@@ -262,9 +261,9 @@ class Pipeline:
         self.view.advance("assemble")
         experiment = self.experiment
         ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
-        serve = experiment.recipe.serve
+        serve, checkpoint = experiment.recipe.serve, experiment.model.checkpoint
         try:
-            difference = verify_apart(written, experiment.model, pieces, serve, ids.long())
+            difference = verify_apart(written, checkpoint, pieces, serve, ids.long())
         except RunError as error:
             reason = str(error).replace(str(written), str(folder))
             earlier = "; the earlier one is still there" if folder.exists() else ""

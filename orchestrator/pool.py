@@ -36,7 +36,7 @@ _CONNECT_SECONDS = 10.0
 # Threads that sleep instead of spinning: with another process busy, spinning threads make a
 # worker several times slower. oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts
 # bring a new one with almost every batch.
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
@@ -79,13 +79,13 @@ def connect(compute: Compute) -> bool:
     """
     if ray.is_initialized():
         return False
-    key, address = _address(compute)
+    key, address = cluster_address(compute)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if not address:
             start_local()
             return True
-        _try_address(address)
+        try_address(address)
         with _own_sigterm():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return False
@@ -99,7 +99,7 @@ def connect(compute: Compute) -> bool:
         ) from error
 
 
-def _address(compute: Compute) -> tuple[str, str | None]:
+def cluster_address(compute: Compute) -> tuple[str, str | None]:
     """Where the address of a cluster was given, and the address; None for a Ray of our own."""
     key, address = "compute.address", compute.address
     if not address:
@@ -156,7 +156,7 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _try_address(address: str) -> None:
+def try_address(address: str) -> None:
     """Raises OSError if nobody listens there; Ray itself would try for minutes and print its own.
 
     Other addresses than ``HOST:PORT`` and ``ray://HOST:PORT`` (``auto``) are left to Ray.
@@ -166,13 +166,13 @@ def _try_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
 
 
-def _shares(gpus: float, each: float) -> int:
+def shares(gpus: float, each: float) -> int:
     """Workers that a node's accelerators carry; Ray does not spread a fraction over two of them."""
     return int(gpus) * int(1 / each) if each < 1 else int(gpus / each)
 
 
 def _place(compute: Compute) -> str:
-    address = _address(compute)[1]
+    address = cluster_address(compute)[1]
     if address == "auto":
         return f"{ray.get_runtime_context().gcs_address} (auto)"
     return address or "this machine"
@@ -240,12 +240,12 @@ class Pool:
     def _fitting(self, node: Mapping[str, float]) -> int:
         """Number of workers that an empty node has room for."""
         count = int(node.get("CPU", 0)) // self.cpus
-        return min(count, _shares(node.get("GPU", 0.0), self.gpus)) if self.gpus else count
+        return min(count, shares(node.get("GPU", 0.0), self.gpus)) if self.gpus else count
 
     def _start(self) -> Any:
         from moesaic.orchestrator.worker import Worker
 
-        environment = {**_WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
         options = {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus,

@@ -3,7 +3,6 @@
 What can only be told by doing it (a cluster with room, an MLflow behind the server) is not told.
 """
 
-import os
 import socket
 import ssl
 import urllib.error
@@ -15,7 +14,7 @@ import ray
 
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.pool import _try_address, connect
+from moesaic.orchestrator.pool import cluster_address, connect, try_address
 from moesaic.orchestrator.recipe import Compute, Tracking
 from moesaic.orchestrator.store import make_folder
 
@@ -26,9 +25,8 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 def check_cluster(compute: Compute) -> None:
     """Raises a RecipeError where the recipe or RAY_ADDRESS names no cluster that answers."""
-    key = "compute.address" if compute.address else "RAY_ADDRESS"
-    address = compute.address or os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    key, address = cluster_address(compute)
+    if address is None:
         return
     if address == "auto":
         _check_auto(key, compute)
@@ -39,7 +37,7 @@ def check_cluster(compute: Compute) -> None:
             f"{key}: {address!r} is no address: write HOST:PORT, ray://HOST:PORT or auto"
         )
     try:
-        _try_address(address)
+        try_address(address)
     except (OSError, UnicodeError) as error:
         raise RecipeError(
             f"{key}: no Ray cluster answers at {address} ({error}): start one there"

@@ -18,7 +18,7 @@ from moesaic.orchestrator.store import Entry, digest, remove_scratch
 
 # A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
 _LEAD = 2
-_EVALUATION_PARTS = 4
+EVALUATION_PARTS = 4
 _REDUCE, _FORWARD, _REVERSE, _MEASURE = range(4)
 
 
@@ -248,11 +248,12 @@ def evaluated(
     """Scores of the dense model and of plans, each given as unit → file of its piece."""
     store, judge = experiment.store, experiment.judge
     sequences = experiment.evaluation
-    step = -(-len(sequences.ids) // (_EVALUATION_PARTS * judge.batch)) * judge.batch
+    step = -(-len(sequences.ids) // (EVALUATION_PARTS * judge.batch)) * judge.batch
     rows = [
         (low, min(low + step, len(sequences.ids))) for low in range(0, len(sequences.ids), step)
     ]
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
+    keys = {name: _score_key(experiment, pieces) for name, pieces in all_plans.items()}
     view.stage("evaluate", len(all_plans) * len(rows))
     hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
     scores: dict[str, dict[str, Any]] = {}
@@ -265,7 +266,7 @@ def evaluated(
             if len(parts[name]) == len(rows):
                 ordered = [parts[name][number] for number in range(len(rows))]
                 scores[name] = score(ordered, sequences.source.tolist(), sequences.labels)
-                store.put_json("scores", _score_key(experiment, all_plans[name]), scores[name])
+                store.put_json("scores", keys[name], scores[name])
             return ()
 
         arguments = {"judge": plain(judge), "rows": rows[index], "pieces": dict(all_plans[name])}
@@ -273,7 +274,7 @@ def evaluated(
         return Task("evaluate:evaluate_rows", arguments, label, done=done)
 
     def tasks(name: str, again: bool) -> list[Task]:
-        known = None if again else store.get_json("scores", _score_key(experiment, all_plans[name]))
+        known = None if again else store.get_json("scores", keys[name])
         if known is None:
             return [task(name, index) for index in range(len(rows))]
         scores[name] = known

@@ -72,13 +72,18 @@ def code_digest(*folders_or_files: str) -> str:
     return digest(sources)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the system refused for want of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """A full or read-only disk as one line that names the path; everything finished is kept."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise RunError(
                 f"{path}: the disk is full; free space (moesaic store gc STORE --keep RUN removes"
                 " what RUN does not need) and run the same command again, finished work is kept"
@@ -127,7 +132,7 @@ def make_folder(path: Path, what: str) -> None:
     except (FileExistsError, NotADirectoryError):
         raise RecipeError(f"{what}: {path} must be a folder: a file is in its place") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             with disk_errors(path):
                 raise
         shown = str(path) if len(str(path)) < 300 else f"{str(path)[:300]} …"

@@ -21,7 +21,7 @@ from moesaic.orchestrator.memory import (
     sites,
     slices,
 )
-from moesaic.orchestrator.stages import _EVALUATION_PARTS
+from moesaic.orchestrator.stages import EVALUATION_PARTS
 
 # Ray and its workers, until torch and transformers are loaded: measured on two cores.
 START_SECONDS = 15.0
@@ -177,7 +177,7 @@ class Clock:
         plans = len(recipe.baselines) + 1
         tokens = texts.sequences * texts.length
         dense = max((speed.dense for speed in self.speeds.compress.values()), default=0.0)
-        parts = min(_EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
+        parts = min(EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
         batches = math.ceil(texts.sequences / texts.batch)
         blocks = range(self.model.blocks)
         walk = sum(self.linears(b, tokens) + self.calls(b, batches) for b in blocks)
@@ -189,7 +189,7 @@ class Clock:
     def evaluators(self) -> int:
         """Workers that can share the evaluation."""
         texts = self.experiment.recipe.evaluation
-        return min(self.crew.workers, _EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
+        return min(self.crew.workers, EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
 
 
 def predict_seconds(experiment: Experiment, crew: Crew, left: Left) -> dict[str, float]:

@@ -27,7 +27,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
-from moesaic.orchestrator.store import disk_errors, write_text
+from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
 
 _PARENT = "mlflow.parentRunId"
@@ -452,8 +452,7 @@ def _name_once(made: Path, file: Path) -> None:
 def _raise_if_full(error: BaseException, file: Path | None) -> None:
     """A full disk is said as the store says it."""
     path = getattr(error, "filename", None) or file or "MLflow"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "database or disk is full" in str(error):
+    if disk_is_full(error) or "database or disk is full" in str(error):
         with disk_errors(Path(path)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 

@@ -42,13 +42,17 @@ Weights = Mapping[str, Tensor]
 
 
 def verify(
-    folder: Path, model: StreamedModel, chosen: Mapping[str, Path | None], serve: Serve, ids: Tensor
+    folder: Path,
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, Path | None],
+    serve: Serve,
+    ids: Tensor,
 ) -> float:
     """Largest difference of logits, relative to the largest logit.
 
     Args:
         folder: what ``assemble`` wrote.
-        model: the original model.
+        checkpoint: the original model.
         chosen: unit → its piece; None, or no entry, where the unit was left as it is.
         serve: who is to load the folder.
         ids: a few tokens ``[B, T]``.
@@ -57,7 +61,7 @@ def verify(
         RunError: the folder does not load, has tensors too few or too many, or the difference is
             above :data:`TOLERANCE`.
     """
-    exact = StreamedModel(model.checkpoint, dtype=torch.float32)
+    exact = StreamedModel(checkpoint, dtype=torch.float32)
     pieces = {name: path for name, path in chosen.items() if path is not None}
 
     def planned(unit: Unit) -> Weights:
@@ -77,7 +81,11 @@ def verify(
 
 
 def verify_apart(
-    folder: Path, model: StreamedModel, chosen: Mapping[str, Path | None], serve: Serve, ids: Tensor
+    folder: Path,
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, Path | None],
+    serve: Serve,
+    ids: Tensor,
 ) -> float:
     """:func:`verify` in a process of its own, which has loaded no more than a user's would have.
 
@@ -86,7 +94,7 @@ def verify_apart(
     """
     request = {
         "folder": str(folder),
-        "model": str(model.checkpoint.path),
+        "model": str(checkpoint.path),
         "chosen": {name: None if path is None else str(path) for name, path in chosen.items()},
         "serve": serve,
         "ids": ids.tolist(),
@@ -110,9 +118,8 @@ def _answer() -> None:
     answer: dict[str, Any]
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            model = StreamedModel(Checkpoint(Path(request["model"])))
-            ids = torch.tensor(request["ids"])
-            found = verify(Path(request["folder"]), model, chosen, request["serve"], ids)
+            original, ids = Checkpoint(Path(request["model"])), torch.tensor(request["ids"])
+            found = verify(Path(request["folder"]), original, chosen, request["serve"], ids)
         answer = {"difference": found}
     except (RunError, UserError) as error:
         answer = {"error": str(error)}

@@ -90,7 +90,8 @@ class Comparison:
         experiment = self.experiment
         ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
         serve = experiment.recipe.serve
-        verify(self.folder / "model", experiment.model, self.pieces, serve, ids.long())
+        checkpoint = experiment.model.checkpoint
+        verify(self.folder / "model", checkpoint, self.pieces, serve, ids.long())
         return time.perf_counter() - started
 
     def compressed(self, index: int) -> float:

@@ -92,7 +92,7 @@ def test_transformers_loads_what_was_planned(model_type: str, tiny: Tiny, tmp_pa
 
     chosen = make_pieces(model, choose, tmp_path / "pieces")
     assemble(model, source, chosen, "transformers", tmp_path / "out", "card")
-    assert verify(tmp_path / "out", model, chosen, "transformers", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "transformers", IDS) < 2e-6
 
 
 def test_transformers_loads_every_width_in_rows_and_groups(tiny: Tiny, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_transformers_loads_every_width_in_rows_and_groups(tiny: Tiny, tmp_path:
     assemble(model, source, chosen, "transformers", tmp_path / "out", "card")
     groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert len(groups["config_groups"]) == 13  # 7 widths in rows, 6 of them in groups
-    assert verify(tmp_path / "out", model, chosen, "transformers", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "transformers", IDS) < 2e-6
 
 
 def test_transformers_loads_dense_experts_beside_packed_attention(
@@ -119,7 +119,7 @@ def test_transformers_loads_dense_experts_beside_packed_attention(
         model, lambda _, unit: None if unit.kind == "bank" else channel(4), tmp_path / "pieces"
     )
     assemble(model, source, chosen, "transformers", tmp_path / "out", "card")
-    assert verify(tmp_path / "out", model, chosen, "transformers", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "transformers", IDS) < 2e-6
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral", "deepseek_v3"])
@@ -137,7 +137,7 @@ def test_vllm_folder_decodes_to_what_was_planned(
 
     chosen = make_pieces(model, choose, tmp_path / "pieces")
     assemble(model, source, chosen, "vllm", tmp_path / "out", "card")
-    assert verify(tmp_path / "out", model, chosen, "vllm", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "vllm", IDS) < 2e-6
 
 
 def test_shards_stay_under_the_limit_and_hold_the_same_tensors(tiny: Tiny, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_shards_stay_under_the_limit_and_hold_the_same_tensors(tiny: Tiny, tmp_p
         for name, tensor in tensors.items():
             assert index["weight_map"][name] == shard.name
             assert torch.equal(tensor, whole[name])
-    assert verify(tmp_path / "many", model, chosen, "moesaic", IDS) < 2e-6
+    assert verify(tmp_path / "many", model.checkpoint, chosen, "moesaic", IDS) < 2e-6
 
 
 @pytest.mark.parametrize("serve", SERVES)
@@ -231,7 +231,7 @@ def test_companions_are_copied_and_weights_are_not(tiny: Tiny, tmp_path: Path) -
     )
     assert written["README.md"] == b"new card"
     assert "quantization_config" not in json.loads(written["config.json"])
-    assert verify(tmp_path / "out", model, {}, "transformers", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, {}, "transformers", IDS) < 2e-6
 
 
 def test_earlier_output_is_replaced_whole(tiny: Tiny, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def measured(tmp_path: Path, model: Path) -> Experiment:
 def test_row_errors_are_those_of_the_outputs(
     batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_ERROR_BYTES", 1)  # one expert at a time
+    monkeypatch.setattr(measure, "ERROR_BYTES", 1)  # one expert at a time
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(*batch, 5, 7, generator=generator)
     other = weight + 0.1 * torch.randn(*batch, 5, 7, generator=generator)

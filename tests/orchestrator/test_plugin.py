@@ -64,7 +64,7 @@ def test_reloaded_logits_are_those_of_the_plan(model_type: str, tiny: Tiny, tmp_
     chosen = make_pieces(model, mixed, tmp_path / "pieces")
     assert 0 < sum(path is None for path in chosen.values()) < len(chosen)
     assemble(model, source, chosen, "moesaic", tmp_path / "out", "card", max_shard_bytes=50_000)
-    assert verify(tmp_path / "out", model, chosen, "moesaic", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "moesaic", IDS) < 2e-6
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "granitemoe"])
@@ -75,7 +75,7 @@ def test_weights_of_half_precision_are_rounded_once(
     model = open_model(source)
     chosen = make_pieces(model, lambda *_: channel(4), tmp_path / "pieces")
     assemble(model, source, chosen, "moesaic", tmp_path / "out", "card")
-    assert verify(tmp_path / "out", model, chosen, "moesaic", IDS) < 2e-6
+    assert verify(tmp_path / "out", model.checkpoint, chosen, "moesaic", IDS) < 2e-6
     own = load(tmp_path / "out")
     assert own.dtype == torch.bfloat16
     assert torch.isfinite(logits(own)).all()

@@ -40,14 +40,14 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 @pytest.mark.parametrize("serve", SERVES)
 def test_altered_scale_is_noticed(serve: Serve, tiny: Tiny, tmp_path: Path) -> None:
     folder, model, chosen = write(tiny, tmp_path, serve)
-    assert verify(folder, model, chosen, serve, IDS) < TOLERANCE / 100
+    assert verify(folder, model.checkpoint, chosen, serve, IDS) < TOLERANCE / 100
 
     def halve(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.1.self_attn.o_proj.weight_scale"][:8] *= 0.5
 
     change(folder, halve)
     with pytest.raises(RunError, match=r"logits differ .* limit 1e-03"):
-        verify(folder, model, chosen, serve, IDS)
+        verify(folder, model.checkpoint, chosen, serve, IDS)
 
 
 @pytest.mark.parametrize("serve", SERVES)
@@ -59,7 +59,7 @@ def test_nan_is_noticed(serve: Serve, tiny: Tiny, tmp_path: Path) -> None:
 
     change(folder, poison)
     with pytest.raises(RunError, match="logits differ .* nan"):
-        verify(folder, model, chosen, serve, IDS)
+        verify(folder, model.checkpoint, chosen, serve, IDS)
 
 
 @pytest.mark.parametrize("serve", SERVES)
@@ -68,14 +68,14 @@ def test_missing_and_surplus_tensors_are_noticed(serve: Serve, tiny: Tiny, tmp_p
     norm = "model.layers.0.input_layernorm.weight"
     change(folder, lambda tensors: tensors.update({"model.surplus.weight": tensors[norm] + 0}))
     with pytest.raises(RunError, match=r"(unexpected|too many).*model\.surplus\.weight"):
-        verify(folder, model, chosen, serve, IDS)
+        verify(folder, model.checkpoint, chosen, serve, IDS)
 
     def remove(tensors: dict[str, Tensor]) -> None:
         del tensors[norm], tensors["model.surplus.weight"]
 
     change(folder, remove)
     with pytest.raises(RunError, match=r"(missing|no tensor).*input_layernorm"):
-        verify(folder, model, chosen, serve, IDS)
+        verify(folder, model.checkpoint, chosen, serve, IDS)
 
 
 def test_experts_that_differ_by_block_are_right_for_vllm_and_wrong_in_transformers(
@@ -85,9 +85,9 @@ def test_experts_that_differ_by_block_are_right_for_vllm_and_wrong_in_transforme
         return channel(4 + 4 * unit.block) if unit.kind == "bank" else channel(4)
 
     folder, model, chosen = write(tiny, tmp_path, "vllm", by_block)
-    assert verify(folder, model, chosen, "vllm", IDS) < TOLERANCE / 100
+    assert verify(folder, model.checkpoint, chosen, "vllm", IDS) < TOLERANCE / 100
     with pytest.raises(RunError, match="read by transformers, its logits differ"):
-        verify(folder, model, chosen, "transformers", IDS)
+        verify(folder, model.checkpoint, chosen, "transformers", IDS)
 
 
 def test_zero_points_are_right_for_vllm_and_refused_by_transformers(
@@ -97,9 +97,9 @@ def test_zero_points_are_right_for_vllm_and_refused_by_transformers(
         return channel(4, symmetric=unit.kind == "bank")
 
     folder, model, chosen = write(tiny, tmp_path, "vllm", choose)
-    assert verify(folder, model, chosen, "vllm", IDS) < TOLERANCE / 100
+    assert verify(folder, model.checkpoint, chosen, "vllm", IDS) < TOLERANCE / 100
     with pytest.raises(RunError, match="transformers cannot load it"):
-        verify(folder, model, chosen, "transformers", IDS)
+        verify(folder, model.checkpoint, chosen, "transformers", IDS)
 
 
 @pytest.mark.parametrize("fault", ["no target", "two targets", "ignored", "bits"])
@@ -121,15 +121,15 @@ def test_wrong_configuration_is_noticed_for_vllm(fault: str, tiny: Tiny, tmp_pat
         first["weights"]["num_bits"] = 7
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match="o_proj has|logits differ"):
-        verify(folder, model, chosen, "vllm", IDS)
+        verify(folder, model.checkpoint, chosen, "vllm", IDS)
 
 
 def test_a_process_of_its_own_finds_the_same(tiny: Tiny, tmp_path: Path) -> None:
     folder, model, chosen = write(tiny, tmp_path, "moesaic")
-    assert verify_apart(folder, model, chosen, "moesaic", IDS) < TOLERANCE / 100
+    assert verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS) < TOLERANCE / 100
     (folder / "config.json").unlink()
     with pytest.raises(RunError, match="transformers cannot load it"):
-        verify_apart(folder, model, chosen, "moesaic", IDS)
+        verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS)
 
 
 def test_a_process_that_dies_is_told(
@@ -141,4 +141,4 @@ def test_a_process_that_dies_is_told(
     killer.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(killer))
     with pytest.raises(RunError, match="ended .killed: out of memory"):
-        verify_apart(folder, model, chosen, "moesaic", IDS)
+        verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS)
