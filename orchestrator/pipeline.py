@@ -37,7 +37,7 @@ from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
-from moesaic.orchestrator.verify import verify_apart
+from moesaic.orchestrator.verify import VerifierProcess
 from moesaic.search.base import Infeasible, Plan, search_module
 from moesaic.search.uniform import uniform_plan
 
@@ -242,19 +242,23 @@ class Pipeline:
             scores = self._sized(stages.known_scores(experiment, plans) or {})
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
-        assemble(
-            experiment.model,
-            experiment.folder,
-            pieces,
-            recipe.serve,
-            folder,
-            card,
-            check=lambda written: self._verify(written, folder, pieces),
-        )
+        with VerifierProcess() as verifier:
+            self.pool.close()  # nothing comes after this that needs workers
+            assemble(
+                experiment.model,
+                experiment.folder,
+                pieces,
+                recipe.serve,
+                folder,
+                card,
+                check=lambda written: self._verify(verifier, written, folder, pieces),
+            )
         self.view.advance("assemble")
         return folder
 
-    def _verify(self, written: Path, folder: Path, pieces: Mapping[str, Path]) -> None:
+    def _verify(
+        self, verifier: VerifierProcess, written: Path, folder: Path, pieces: Mapping[str, Path]
+    ) -> None:
         """Compares what is ``written`` with the pieces; ``folder`` is where it is to be."""
         import torch
 
@@ -263,7 +267,7 @@ class Pipeline:
         ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
         serve, checkpoint = experiment.recipe.serve, experiment.model.checkpoint
         try:
-            difference = verify_apart(written, checkpoint, pieces, serve, ids.long())
+            difference = verifier.verify(written, checkpoint, pieces, serve, ids.long())
         except RunError as error:
             reason = str(error).replace(str(written), str(folder))
             earlier = "; the earlier one is still there" if folder.exists() else ""

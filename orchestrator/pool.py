@@ -202,11 +202,16 @@ class Pool:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers, and Ray if it was started for them; later tasks start both anew."""
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
         if self._local:
             ray.shutdown()
+            self._local = False
 
     @property
     def size(self) -> int:

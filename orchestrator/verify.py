@@ -80,39 +80,60 @@ def verify(
     return difference
 
 
-def verify_apart(
-    folder: Path,
-    checkpoint: Checkpoint,
-    chosen: Mapping[str, Path | None],
-    serve: Serve,
-    ids: Tensor,
-) -> float:
+class VerifierProcess:
     """:func:`verify` in a process of its own, which has loaded no more than a user's would have.
 
-    Raises:
-        RunError: as :func:`verify`, or the process died.
+    A context manager: the process starts, and imports what it needs, before there is anything to
+    verify.
     """
-    request = {
-        "folder": str(folder),
-        "model": str(checkpoint.path),
-        "chosen": {name: None if path is None else str(path) for name, path in chosen.items()},
-        "serve": serve,
-        "ids": ids.tolist(),
-    }
-    command = [sys.executable, "-m", "moesaic.orchestrator.verify"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        reason = said[-1] if said and done.returncode > 0 else "killed: out of memory?"
-        raise RunError(f"{folder}: the process that reloads it ended ({reason})")
-    answer = json.loads(done.stdout)
-    if "error" in answer:
-        raise RunError(answer["error"])
-    return float(answer["difference"])
+
+    def __init__(self) -> None:
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, "-m", "moesaic.orchestrator.verify"]
+        self._process = subprocess.Popen(command, text=True, **pipes)
+
+    def __enter__(self) -> "VerifierProcess":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def verify(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        chosen: Mapping[str, Path | None],
+        serve: Serve,
+        ids: Tensor,
+    ) -> float:
+        """As :func:`verify`, once.
+
+        Raises:
+            RunError: as there, or the process died.
+        """
+        request = {
+            "folder": str(folder),
+            "model": str(checkpoint.path),
+            "chosen": {name: None if path is None else str(path) for name, path in chosen.items()},
+            "serve": serve,
+            "ids": ids.tolist(),
+        }
+        answer, said = self._process.communicate(json.dumps(request))
+        if self._process.returncode != 0:
+            lines = said.strip().splitlines()
+            reason = (
+                lines[-1] if lines and self._process.returncode > 0 else "killed: out of memory?"
+            )
+            raise RunError(f"{folder}: the process that reloads it ended ({reason})")
+        found = json.loads(answer)
+        if "error" in found:
+            raise RunError(found["error"])
+        return float(found["difference"])
 
 
 def _answer() -> None:
-    """What the process of :func:`verify_apart` does: a request on stdin, an answer on stdout."""
+    """What a :class:`VerifierProcess` does: a request on stdin, an answer on stdout."""
     request = json.load(sys.stdin)
     chosen = {name: path and Path(path) for name, path in request["chosen"].items()}
     answer: dict[str, Any]

@@ -43,6 +43,9 @@ class InlinePool:
     def __exit__(self, *failure: object) -> None:
         """There is nothing to end."""
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
         """As :meth:`Pool.run`; tasks without affinity go round."""
         order = itertools.count()
@@ -59,6 +62,18 @@ class InlinePool:
             result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
             for new in task.done(result):
                 heapq.heappush(waiting, (new.priority, next(order), new))
+
+
+class InlineVerifier:
+    """As the process of its own, in this one."""
+
+    verify = staticmethod(verify)
+
+    def __enter__(self) -> "InlineVerifier":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """There is nothing to end."""
 
 
 class Project:
@@ -79,7 +94,7 @@ class Project:
         pool = InlinePool(size, kill_at)
         self.calls = pool.calls
         self.patch.setattr(run, "Pool", lambda compute: pool)
-        self.patch.setattr(pipeline, "verify_apart", verify)
+        self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
         result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
         return dict(result), pool.calls
 

@@ -15,7 +15,7 @@ from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import SERVES, Serve
-from moesaic.orchestrator.verify import TOLERANCE, verify, verify_apart
+from moesaic.orchestrator.verify import TOLERANCE, VerifierProcess, verify
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.planning import IDS, Choice, channel, make_pieces, open_model
 
@@ -28,6 +28,11 @@ def write(tiny: Tiny, folder: Path, serve: Serve, choose: Any = None) -> Written
     chosen = make_pieces(model, choose or (lambda *_: channel(4)), folder / "pieces")
     assemble(model, source, chosen, serve, folder / "out", "card")
     return folder / "out", model, chosen
+
+
+def apart(folder: Path, model: StreamedModel, chosen: dict[str, Path | None]) -> float:
+    with VerifierProcess() as verifier:
+        return verifier.verify(folder, model.checkpoint, chosen, "moesaic", IDS)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
@@ -126,10 +131,10 @@ def test_wrong_configuration_is_noticed_for_vllm(fault: str, tiny: Tiny, tmp_pat
 
 def test_a_process_of_its_own_finds_the_same(tiny: Tiny, tmp_path: Path) -> None:
     folder, model, chosen = write(tiny, tmp_path, "moesaic")
-    assert verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS) < TOLERANCE / 100
+    assert apart(folder, model, chosen) < TOLERANCE / 100
     (folder / "config.json").unlink()
     with pytest.raises(RunError, match="transformers cannot load it"):
-        verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS)
+        apart(folder, model, chosen)
 
 
 def test_a_process_that_dies_is_told(
@@ -141,4 +146,4 @@ def test_a_process_that_dies_is_told(
     killer.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(killer))
     with pytest.raises(RunError, match="ended .killed: out of memory"):
-        verify_apart(folder, model.checkpoint, chosen, "moesaic", IDS)
+        apart(folder, model, chosen)
