@@ -17,12 +17,12 @@ class UnknownName(LookupError):
 
 
 @cache
-def plugins(package: str, marker: str) -> dict[str, ModuleType]:
-    """Modules of ``package`` that define ``marker``, by file name, in alphabetical order.
+def plugins(package: str, markers: tuple[str, ...]) -> dict[str, ModuleType]:
+    """Modules of ``package`` that define one of ``markers``, by file name, in alphabetical order.
 
     Args:
         package: import name of a folder, such as ``moesaic.methods``.
-        marker: name of the function that makes a module a plug-in of this kind.
+        markers: names of functions, each of which makes a module a plug-in of this kind.
     """
     folder = importlib.import_module(package)
     found: dict[str, ModuleType] = {}
@@ -30,14 +30,14 @@ def plugins(package: str, marker: str) -> dict[str, ModuleType]:
         if info.ispkg or info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{package}.{info.name}")
-        if hasattr(module, marker):
+        if any(hasattr(module, marker) for marker in markers):
             found[info.name] = module
     return found
 
 
-def plugin(package: str, marker: str, name: str) -> ModuleType:
+def plugin(package: str, markers: tuple[str, ...], name: str) -> ModuleType:
     """The plug-in ``name`` of ``package``; raises :class:`UnknownName` with the known names."""
-    known = plugins(package, marker)
+    known = plugins(package, markers)
     if name not in known:
         kind = package.rpartition(".")[2]
         raise UnknownName(f"unknown name {name!r} in {kind}: known are {', '.join(known)}")

@@ -76,9 +76,9 @@ class Format(Protocol):
 
 def format_module(name: str) -> Format:
     """The format called ``name``; raises ``UnknownName`` with the list of known formats."""
-    return cast(Format, plugin("moesaic.kernels", "pack", name))
+    return cast(Format, plugin("moesaic.kernels", ("pack",), name))
 
 
 def formats() -> list[str]:
     """Names of all formats."""
-    return list(plugins("moesaic.kernels", "pack"))
+    return list(plugins("moesaic.kernels", ("pack",)))

@@ -15,6 +15,9 @@ A *method* is a module of this folder that defines
 ``Options``  a :class:`MethodOptions`: each field with its default, description and candidates
 ``compress`` ``(weights, stats, options) -> Result``
 ``predict_bytes``, ``problem``  what can be told before any work (see :class:`Method`)
+
+Methods that change how many experts a layer has, or how wide they are, define ``reduce`` instead of
+``compress`` (see :mod:`moesaic.methods.reduction`).
 """
 
 import itertools
@@ -175,11 +178,11 @@ class Spec:
             UnknownName: no such method.
             pydantic.ValidationError: an unknown or illegal option.
         """
-        parsed = method_module(method).Options(**(options or {}))
+        parsed = options_of(method)(**(options or {}))
         return cls(method, json.dumps(parsed.model_dump(mode="json"), sort_keys=True))
 
     def parsed(self) -> MethodOptions:
-        return method_module(self.method).Options(**json.loads(self.options))
+        return options_of(self.method)(**json.loads(self.options))
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "options": json.loads(self.options)}
@@ -227,14 +230,34 @@ class Method(Protocol):
         """Why members of these shapes cannot be compressed so, in one line; None if they can."""
 
 
+# Functions that make a module of this folder a method.
+_COMPRESS, _REDUCE = "compress", "reduce"
+
+
 def method_module(name: str) -> Method:
     """The method called ``name``; raises ``UnknownName`` with the list of known methods."""
-    return cast(Method, plugin("moesaic.methods", "compress", name))
+    return cast(Method, plugin("moesaic.methods", (_COMPRESS,), name))
+
+
+def options_of(name: str) -> type[MethodOptions]:
+    """The options of a method or reducer; raises ``UnknownName`` with the list of known ones."""
+    options: type[MethodOptions] = plugin("moesaic.methods", (_COMPRESS, _REDUCE), name).Options
+    return options
+
+
+def is_reducer(name: str) -> bool:
+    """Whether the method called ``name`` is a reducer."""
+    return name in plugins("moesaic.methods", (_REDUCE,))
 
 
 def methods() -> list[str]:
-    """Names of all methods."""
-    return list(plugins("moesaic.methods", "compress"))
+    """Names of all methods that compress."""
+    return list(plugins("moesaic.methods", (_COMPRESS,)))
+
+
+def reducers() -> list[str]:
+    """Names of all reducers."""
+    return list(plugins("moesaic.methods", (_REDUCE,)))
 
 
 def expand(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -18,12 +18,12 @@ def _first_line(module: Any) -> str:
 
 
 def _described(package: str, marker: str) -> dict[str, str]:
-    return {name: _first_line(module) for name, module in plugins(package, marker).items()}
+    return {name: _first_line(module) for name, module in plugins(package, (marker,)).items()}
 
 
 def _methods() -> dict[str, str]:
     found = {}
-    for name, module in plugins("moesaic.methods", "compress").items():
+    for name, module in plugins("moesaic.methods", ("compress", "reduce")).items():
         options = ", ".join(
             f"{key}={field.default}" for key, field in module.Options.model_fields.items()
         )

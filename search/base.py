@@ -154,7 +154,7 @@ class Search(Protocol):
 
 def search_module(name: str) -> Search:
     """The strategy called ``name``; raises ``UnknownName`` with the list of known ones."""
-    return cast(Search, plugin("moesaic.search", "search", name))
+    return cast(Search, plugin("moesaic.search", ("search",), name))
 
 
 def smallest_bytes(problem: Problem, strategy: str) -> int:
@@ -172,4 +172,4 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
 
 def searches() -> list[str]:
     """Names of all search strategies."""
-    return list(plugins("moesaic.search", "search"))
+    return list(plugins("moesaic.search", ("search",)))

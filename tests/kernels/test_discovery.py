@@ -31,17 +31,17 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_plugins_are_the_modules_with_the_marker_in_alphabetical_order(package: str) -> None:
-    assert list(plugins(package, "pack")) == ["acid", "zinc"]
-    assert list(plugins(package, "helper")) == ["common"]
+    assert list(plugins(package, ("pack",))) == ["acid", "zinc"]
+    assert list(plugins(package, ("helper",))) == ["common"]
 
 
 def test_plugin_returns_the_module(package: str) -> None:
-    assert plugin(package, "pack", "zinc").__name__ == "shelf.zinc"
+    assert plugin(package, ("pack",), "zinc").__name__ == "shelf.zinc"
 
 
 def test_plugin_lists_the_known_names_when_the_name_is_unknown(package: str) -> None:
     with pytest.raises(UnknownName, match="unknown name 'zink' in shelf: known are acid, zinc"):
-        plugin(package, "pack", "zink")
+        plugin(package, ("pack",), "zink")
 
 
 def test_formats_are_the_files_of_kernels_that_define_pack() -> None:
