@@ -1,5 +1,8 @@
 """What every reducer must do, whatever the router."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,8 +17,36 @@ from moesaic.methods.reduction import (
 from tests.methods.layers import make_layer
 
 KINDS = ("softmax", "biased", "grouped")
-# Options under which a reducer takes nothing away, where that is not keep: 1.0.
-EVERYTHING = {name: {"keep": 1.0} for name in reducers()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a reducer for the layer of ``make_layer``: 8 experts of width 12.
+
+    Attributes:
+        key: the option that says how much stays, which complaints must name.
+        everything: nothing is taken away.
+        half: half of it is.
+        impossible: values of ``key`` that no such layer can have.
+        illegal: values of ``key`` that no layer at all can have.
+    """
+
+    key: str = "keep"
+    everything: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
+    half: dict[str, Any] = field(default_factory=lambda: {"keep": 0.5})
+    impossible: tuple[float, ...] = (1, 9, 0.1, 1.5)
+    illegal: tuple[float, ...] = (0, -1, 0.0)
+
+
+# Reducers whose options are not those of most.
+CASES = {name: Case() for name in reducers()} | {
+    "slim": Case(
+        key="width",
+        everything={"width": 1.0},
+        half={"width": 0.5},
+        impossible=(3, 13, 0.1, 1.5),
+    ),
+}
 
 
 @pytest.fixture(params=reducers())
@@ -38,14 +69,14 @@ def test_needs_are_statistics_that_calibration_knows(name: str) -> None:
 
 
 def test_taking_nothing_away_changes_nothing(name: str, layer: ExpertLayer) -> None:
-    reduction = run(name, layer, **EVERYTHING[name])
+    reduction = run(name, layer, **CASES[name].everything)
     x = layer.stats["sample"]
     dense = mixture(layer, None, x)
     torch.testing.assert_close(mixture(layer, reduction, x), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_outline_is_what_comes_out(name: str, layer: ExpertLayer) -> None:
-    options = Spec.of(name, {"keep": 0.5}).parsed()
+    options = Spec.of(name, CASES[name].half).parsed()
     module = reducer_module(name)
     reduction = module.reduce(layer, options)
     assert module.outline(layer.shape, options) == reduction.outline
@@ -55,7 +86,7 @@ def test_outline_is_what_comes_out(name: str, layer: ExpertLayer) -> None:
 
 
 def test_result_is_finite_and_routes_top_k(name: str, layer: ExpertLayer) -> None:
-    reduction = run(name, layer, keep=0.5)
+    reduction = run(name, layer, **CASES[name].half)
     x = layer.stats["sample"]
     index, gates = layer.gating(x, reduction.router)
     assert index.shape == gates.shape == (len(x), layer.shape.top_k)
@@ -66,14 +97,14 @@ def test_result_is_finite_and_routes_top_k(name: str, layer: ExpertLayer) -> Non
 
 
 def test_same_layer_gives_the_same_bits(name: str, layer: ExpertLayer) -> None:
-    first, second = run(name, layer, keep=0.5), run(name, layer, keep=0.5)
+    first, second = run(name, layer, **CASES[name].half), run(name, layer, **CASES[name].half)
     assert all(torch.equal(first.weights[m], second.weights[m]) for m in first.weights)
     assert all(torch.equal(first.router[m], second.router[m]) for m in first.router)
 
 
 def test_bfloat16_weights_are_no_obstacle(name: str) -> None:
     layer = make_layer(dtype=torch.bfloat16)
-    reduction = run(name, layer, keep=0.5)
+    reduction = run(name, layer, **CASES[name].half)
     assert all(w.dtype == torch.bfloat16 for w in reduction.weights.values())
     assert all(bool(torch.isfinite(w).all()) for w in reduction.weights.values())
 
@@ -83,7 +114,7 @@ def test_an_expert_that_no_token_reached_is_told(name: str) -> None:
         router["bias"] = torch.zeros(8)
         router["bias"][3] = -1e4
 
-    reduction = run(name, make_layer(change=silence), keep=0.5)
+    reduction = run(name, make_layer(change=silence), **CASES[name].half)
     assert "unreached_experts" in {event.kind for event in reduction.events}
     assert all(bool(torch.isfinite(w).all()) for w in reduction.weights.values())
 
@@ -93,7 +124,7 @@ def test_all_tokens_to_the_same_experts(name: str) -> None:
         router["bias"] = torch.zeros(8)
         router["bias"][:2] = 1e4
 
-    reduction = run(name, make_layer(change=attract), keep=0.5)
+    reduction = run(name, make_layer(change=attract), **CASES[name].half)
     assert all(bool(torch.isfinite(w).all()) for w in reduction.weights.values())
 
 
@@ -103,21 +134,24 @@ def test_identical_experts_are_no_obstacle(name: str) -> None:
             weight[1::2] = weight[::2]
 
     layer = make_layer(change=copy)
-    reduction = run(name, layer, keep=0.5)
+    reduction = run(name, layer, **CASES[name].half)
     assert torch.isfinite(mixture(layer, reduction, layer.stats["sample"])).all()
 
 
-@pytest.mark.parametrize("keep", [1, 9, 0.1, 1.5])
-def test_impossible_counts_are_refused(name: str, keep: float) -> None:
-    if name == "slim":
-        pytest.skip("keeps all experts; its own test has its limits")
-    layer = make_layer()
-    options = Spec.of(name, {"keep": keep}).parsed()
-    with pytest.raises(ValueError, match="keep"):
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in reducers() for value in CASES[name].impossible]
+)
+def test_impossible_counts_are_refused(name: str, value: float) -> None:
+    key, layer = CASES[name].key, make_layer()
+    options = Spec.of(name, {key: value}).parsed()
+    with pytest.raises(ValueError, match=key):
         reducer_module(name).outline(layer.shape, options)
 
 
-@pytest.mark.parametrize("keep", [0, -1, 0.0])
-def test_keeping_nothing_is_refused_by_the_options(name: str, keep: float) -> None:
-    with pytest.raises(ValueError, match="keep"):
-        Spec.of(name, {"keep": keep})
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in reducers() for value in CASES[name].illegal]
+)
+def test_keeping_nothing_is_refused_by_the_options(name: str, value: float) -> None:
+    key = CASES[name].key
+    with pytest.raises(ValueError, match=key):
+        Spec.of(name, {key: value})
