@@ -218,13 +218,10 @@ def mixture(layer: ExpertLayer, reduction: Reduction | None, x: Tensor) -> Tenso
     reduced = layer if reduction is None else reduction.applied(layer)
     index, gates = layer.gating(x, reduced.router)
     experts = reduced.weights["gate"].shape[0]
-    if reduction is not None and reduction.expert_map is not None:
-        index = reduction.expert_map.to(index.device)[index]
     constants = None if reduction is None else reduction.constants
     size = experts + (0 if constants is None else len(constants))
-    share = torch.zeros(len(x), size, device=x.device)
-    share.scatter_add_(1, index, gates.float())
-    reached = torch.zeros_like(share, dtype=torch.bool).scatter_(1, index, True)
+    expert_map = None if reduction is None else reduction.expert_map
+    share, reached = combined_gates(index, gates.float(), expert_map, size)
     total = torch.zeros(len(x), x.shape[-1], device=x.device)
     for expert in range(experts):
         tokens = reached[:, expert].nonzero().flatten()
@@ -234,6 +231,28 @@ def mixture(layer: ExpertLayer, reduction: Reduction | None, x: Tensor) -> Tenso
     if constants is not None:
         total += share[:, experts:] @ constants.float()
     return total
+
+
+def combined_gates(
+    index: Tensor, gates: Tensor, expert_map: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """Gates by stand-in: those of a token's choices that lead to the same one add up.
+
+    Args:
+        index: ``[T, k]``, rows of the router.
+        gates: ``[T, k]``.
+        expert_map: ``[R]``, row → stand-in; None where they are the same.
+        size: number of stand-ins S.
+
+    Returns:
+        the gates ``[T, S]``, and which stand-ins a token reaches, bool ``[T, S]``.
+    """
+    if expert_map is not None:
+        index = expert_map.to(index.device)[index]
+    share = torch.zeros(len(index), size, dtype=gates.dtype, device=index.device)
+    share.scatter_add_(1, index, gates)
+    reached = torch.zeros_like(share, dtype=torch.bool).scatter_(1, index, True)
+    return share, reached
 
 
 def reducer_module(name: str) -> Reducer:

@@ -13,6 +13,7 @@ every shard are kept at every boundary between blocks.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,12 @@ from torch import Tensor
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.expert_statistics import (
+    ExpertStatistics,
+    Tokens,
+    expert_site,
+    sampled_tokens,
+)
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.statistics import (
@@ -61,6 +68,8 @@ class Walk:
         experts: ``routed`` or ``all``.
         gradients: sequences per shard for the reverse pass; 0 for none.
         seed: of the labels drawn in the reverse pass.
+        sampled: tokens that every expert is run on, where ``needs`` name expert statistics.
+        sources: text source of every sequence; empty where no expert statistics are wanted.
         store: root of the store.
         prefixes: with ``propagate``, for every block the digest of what the plan made of the blocks
             before it, "" where that is nothing; empty where inputs come from the dense model.
@@ -80,6 +89,8 @@ class Walk:
     gradients: int
     seed: int
     store: str
+    sampled: int = 0
+    sources: tuple[int, ...] = ()
     prefixes: tuple[str, ...] = ()
 
     @cached_property
@@ -92,10 +103,12 @@ class Walk:
             "cut": [self.sequences, self.shards, self.batch],
             "needs": sorted(self.needs),
             "experts": self.experts,
+            "layers": [self.sampled, self.sources],
             "code": code_digest(
                 "orchestrator/calibrate.py",
                 "orchestrator/gradients.py",
                 "orchestrator/statistics.py",
+                "orchestrator/expert_statistics.py",
                 "orchestrator/streaming.py",
                 "orchestrator/experts.py",
                 "orchestrator/family.py",
@@ -205,6 +218,40 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
     return hidden
 
 
+@contextmanager
+def _collecting(
+    walk: Walk, model: StreamedModel, block: int, shard: int, module: torch.nn.Module
+) -> Iterator[SiteStats]:
+    """While this is open the block is run on a shard; what is given is filled when it ends."""
+    units = block_units(model, block)
+    bank = next((unit for unit in units if unit.kind == "bank"), None)
+    layer = None
+    if bank is not None and walk.sources:
+        layer = ExpertStatistics(bank, walk.needs, _tokens(walk, shard), model.device)
+    observer = StatisticsObserver(units, walk.needs, model.device)
+    stats: SiteStats = {}
+    with observing(model, block, module, observer, experts=walk.experts, layer=layer):
+        yield stats
+    stats.update(observer.finish())
+    if bank is not None and layer is not None:
+        stats[expert_site(bank.name)] = layer.finish()
+
+
+def _tokens(walk: Walk, shard: int) -> Tokens:
+    low, high = walk.shard_rows(shard)
+    with safe_open(walk.ids, framework="pt") as file:
+        length = file.get_slice("ids").get_shape()[1]
+    tokens = walk.sequences * length
+    places, rows = sampled_tokens(low * length, high * length, tokens, walk.sampled)
+    return Tokens(
+        sources=torch.tensor(walk.sources[low:high]).repeat_interleave(length),
+        kinds=1 + max(walk.sources),
+        sampled=places,
+        rows=rows,
+        total=min(walk.sampled, tokens),
+    )
+
+
 @torch.no_grad()
 def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
     """Takes the shards of ``span`` through a dense block: statistics and hidden states out.
@@ -221,10 +268,9 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:
-            observer = StatisticsObserver(block_units(model, block), plan.needs, model.device)
-            with observing(model, block, module, observer, experts=plan.experts):
+            with _collecting(plan, model, block, shard, module) as stats:
                 _advance(state, plan, block, shard, module)
-            return observer.finish()
+            return stats
 
         sum_nodes(plan, "stats", block, nodes, shard_stats)
     return _finished(plan, block, span, started)
@@ -243,11 +289,10 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         def shard_stats(shard: int) -> SiteStats:
             hidden = _hidden(state, plan, block, shard)
             save_tensor(hidden_path(plan, block, shard), hidden)
-            observer = StatisticsObserver(block_units(model, block), plan.needs, model.device)
-            with observing(model, block, module, observer, experts=plan.experts):
+            with _collecting(plan, model, block, shard, module) as stats:
                 for x in _batches(plan, hidden):
                     model.run_block(block, module, x.to(model.device))
-            return observer.finish()
+            return stats
 
         sum_nodes(plan, "stats", block, nodes, shard_stats)
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}

@@ -21,14 +21,18 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moesaic.methods.base import Unit
+from moesaic.methods.reduction import combined_gates
 
 if TYPE_CHECKING:
+    from moesaic.orchestrator.expert_statistics import ExpertStatistics
     from moesaic.orchestrator.streaming import StreamedModel
 
 # Name of our function in transformers' table of expert implementations.
 NAME = "moesaic"
 # Attribute of an experts module that holds its watcher while one is there.
 _WATCHER = "_moesaic_watcher"
+# Attribute of a reduced experts module that holds its stand-ins.
+_STAND_INS = "_moesaic_stand_ins"
 
 Experts = Literal["routed", "all"]
 
@@ -41,16 +45,35 @@ class Observer(Protocol):
 
     def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
         """``y [tokens, out]``: what a member gives, bias included. It is part of the graph: where
-        gradients are on, ``y.register_hook`` sees the gradient of the loss."""
+        gradients are on, ``y.register_hook`` sees the gradient of the loss. The member ``output``
+        of a bank, with no expert, is what all of its experts give together."""
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Where the router's rows lead in a reduced layer.
+
+    Attributes:
+        expert_map: ``[rows]``: expert, or M + c for constant c.
+        constants: ``[C, H]``, or None.
+    """
+
+    expert_map: Tensor
+    constants: Tensor | None
+
+    def put_into(self, module: nn.Module) -> None:
+        """Makes :func:`forward` heed them in an experts module."""
+        setattr(module, _STAND_INS, self)
 
 
 @dataclass(frozen=True)
 class _Watcher:
-    """Tells ``observer`` about the experts of ``unit``."""
+    """Tells ``observer`` about the experts of ``unit``, and ``layer`` about their layer."""
 
     unit: Unit
     observer: Observer
     everything: bool
+    layer: "ExpertStatistics | None"
 
     def inputs(self, member: str, expert: int, x: Tensor) -> None:
         """Reports the inputs of a routed expert, unless those of all tokens have been."""
@@ -94,6 +117,11 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     watcher: _Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None and watcher.everything:
         watcher.see_all(module, hidden)
+    if watcher is not None and watcher.layer is not None:
+        watcher.layer.inputs(hidden, lambda expert, x: _one_expert(module, None, expert, x))
+    stand_ins: StandIns | None = getattr(module, _STAND_INS, None)
+    if stand_ins is not None:
+        return _with_stand_ins(module, stand_ins, hidden, index, weights)
     # [k·T] by expert, then by place in the top-k list, then by token: the order of transformers'
     # own loop, so that even its rounding is the same.
     experts, order = torch.sort(index.T.flatten(), stable=True)
@@ -102,8 +130,30 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     result = torch.zeros_like(hidden)
     for expert, tokens in enumerate(torch.split(order % len(hidden), counts)):
         if len(tokens):
-            y = _one_expert(module, watcher, expert, hidden[tokens]) * factors[expert]
+            y = _one_expert(module, watcher, expert, hidden[tokens])
+            if watcher is not None and watcher.layer is not None:
+                watcher.layer.routed_output(expert, y, factors[expert])
+            result.index_add_(0, tokens, (y * factors[expert]).to(result.dtype))
+    if watcher is not None:
+        watcher.observer.outputs(watcher.unit.name, "output", result, None)
+    return result
+
+
+def _with_stand_ins(
+    module: Any, stand_ins: StandIns, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """As :func:`forward`; a token meets each stand-in once, with the sum of its gates."""
+    constants = stand_ins.constants
+    size = module.num_experts + (0 if constants is None else len(constants))
+    share, reached = combined_gates(index, weights, stand_ins.expert_map, size)
+    result = torch.zeros_like(hidden)
+    for expert in range(module.num_experts):
+        tokens = reached[:, expert].nonzero().flatten()
+        if len(tokens):
+            y = _one_expert(module, None, expert, hidden[tokens]) * share[tokens, expert, None]
             result.index_add_(0, tokens, y.to(result.dtype))
+    if constants is not None:
+        result += (share[:, module.num_experts :] @ constants.to(share)).to(result.dtype)
     return result
 
 
@@ -138,6 +188,7 @@ def observing(
     block: nn.Module,
     observer: Observer,
     experts: Experts = "routed",
+    layer: "ExpertStatistics | None" = None,
 ) -> Iterator[None]:
     """While this is open, ``observer`` is told what ``block`` computes.
 
@@ -152,14 +203,18 @@ def observing(
         experts: ``all``: inputs of the experts' sites are told for every expert as if all tokens
             were routed to it (``x`` of the first site is then the same tensor for all of them);
             the block's result and the outputs told are those of the routed tokens all the same.
+        layer: told of the expert layer as a whole: routing, gated outputs, inputs.
     """
     seen: set[str] = set()
     with ExitStack() as stack:
         for unit in model.layouts[index].units:
             module = block.get_submodule(model.unit_module(unit))
             if unit.kind == "bank":
-                setattr(module, _WATCHER, _Watcher(unit, observer, experts == "all"))
+                setattr(module, _WATCHER, _Watcher(unit, observer, experts == "all", layer))
                 stack.callback(delattr, module, _WATCHER)
+                if layer is not None:
+                    router = block.get_submodule(model.router_module)
+                    stack.callback(router.register_forward_hook(_router_hook(layer)).remove)
                 continue
             site = unit.sites["weight"]
             if site not in seen:
@@ -172,6 +227,15 @@ def observing(
 def _input_hook(site: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         observer.inputs(site, args[0].detach().flatten(0, -2), None)
+
+    return hook
+
+
+def _router_hook(
+    layer: "ExpertStatistics",
+) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        layer.routing(*output)  # every router of transformers gives logits, gates and index
 
     return hook
 

@@ -77,6 +77,29 @@ class Bank(_Strict):
         return self
 
 
+class Router(_Strict):
+    """What chooses the experts: tensors with a row per expert, all of them also in ``kept``.
+
+    Attributes:
+        weight: ``[E, H]``.
+        bias: of the logits, ``[E]``, if there is one.
+        correction: added for the choice only, ``[E]``, if there is one.
+        count: key of ``config.json`` that says how many experts there are.
+        width: key that says how wide they are, where it says nothing else.
+    """
+
+    weight: str
+    bias: str = ""
+    correction: str = ""
+    count: str
+    width: str = ""
+
+    def tensors(self) -> dict[str, str]:
+        """``weight``, ``bias``, ``correction`` → name on disk, for those that there are."""
+        names = {"weight": self.weight, "bias": self.bias, "correction": self.correction}
+        return {role: name for role, name in names.items() if name}
+
+
 class Family(_Strict):
     """What a model type calls its parts.
 
@@ -88,6 +111,7 @@ class Family(_Strict):
         block: prefix of a block with ``{block}``, on disk and in the module tree alike.
         attention, mlp, shared_experts: linears of each part.
         experts: the expert bank, if the model type has one.
+        router: what chooses among the experts.
         kept: everything else in a block, kept as it is: norms, routers, sinks …
         renames: name on disk → name in the module, for kept tensors where they differ.
         unused: tensors on disk that the module does not want, copied unread.
@@ -103,11 +127,21 @@ class Family(_Strict):
     attention: list[Linears]
     mlp: list[Linears] = []
     experts: Bank | None = None
+    router: Router | None = None
     shared_experts: list[Linears] = []
     kept: list[str]
     renames: dict[str, str] = {}
     unused: list[str] = []
     extra_blocks: bool = False
+
+    @model_validator(mode="after")
+    def _router_is_kept(self) -> "Family":
+        if (self.experts is None) != (self.router is None):
+            raise ValueError("experts and router go together")
+        for name in self.router.tensors().values() if self.router else ():
+            if name not in self.kept:
+                raise ValueError(f"the router's {name} must be in kept")
+        return self
 
     def parts(self) -> list[tuple[str, Linears]]:
         """All groups of linears with the name of their part, in model order."""

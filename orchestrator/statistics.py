@@ -116,7 +116,7 @@ class StatisticsObserver:
                 }
                 sums = {
                     need: torch.zeros(shapes[need][1], dtype=shapes[need][0], device=device)
-                    for need in {*needs, "tokens"}
+                    for need in {*needs, "tokens"} & shapes.keys()
                 }
                 self.stats.setdefault(site, Stats(sums))
             if unit.kind == "bank":
@@ -156,8 +156,10 @@ class GradientObserver:
     def __init__(self, units: list[Unit], device: torch.device) -> None:
         self.stats: SiteStats = {}
         for unit in units:
-            for member, shape in unit.shapes.items():
-                *batch, out, _ = shape
+            shapes = {member: (*batch, out) for member, (*batch, out, _) in unit.shapes.items()}
+            if unit.kind == "bank":
+                shapes["output"] = (unit.shapes["down"][-2],)
+            for member, (*batch, out) in shapes.items():
                 self.stats[f"{unit.name}{SEPARATOR}{member}"] = Stats(
                     {
                         "grad_tokens": torch.zeros(batch, dtype=torch.int64, device=device),

@@ -98,6 +98,13 @@ class StreamedModel:
         """Path of the unit's module within its block."""
         return self.layouts[unit.block].modules[unit.name]
 
+    @property
+    def router_module(self) -> str:
+        """Path of the router within a block that has experts."""
+        assert self.family.router is not None, "only families with experts have routers"
+        weight = self.family.router.weight
+        return self.family.renames.get(weight, weight).removesuffix(".weight")
+
     def fixed_names(self) -> list[str]:
         """Names on disk of everything that no unit covers."""
         covered = {
