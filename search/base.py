@@ -1,7 +1,7 @@
 """The words that searches are written in: measurements in, a plan out. No torch here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 from moesaic.kernels.discovery import plugin, plugins
@@ -81,18 +81,73 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One way to shape the experts of a bank before they are compressed.
+
+    Attributes:
+        prefix: first links of the chains of all its choices; () leaves the experts as they are.
+        form: what an engine must know of it (``48x768``); where :attr:`Problem.one_form` is set,
+            all banks take alternatives of one form.
+        bytes: what it holds besides its choices, against the bank as it is (router rows, maps);
+            may be negative.
+        loss: predicted loss of the reduction itself.
+        choices: choice → its measurements, with chains that leave out the prefix.
+    """
+
+    prefix: Chain
+    form: str
+    bytes: int
+    loss: float
+    choices: Mapping[str, Sequence[Measurement]]
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a search is given.
 
+    A problem with ``banks`` is for :func:`moesaic.search.alternatives.solve`; strategies see it
+    only after an alternative was picked for each bank (see :meth:`settled`).
+
     Attributes:
         choices: unit → its measurements, at least one each, in model order.
-        ties: groups of units that must take the same chain; units in no group are free.
+        ties: groups of units that must take the same chain, after the prefix where there is one;
+            units in no group are free. Names that the picked alternatives lack do not count.
         budget: the limit.
+        banks: bank → its alternatives, no two of one prefix; their choices are not in ``choices``.
+        one_form: whether all banks must take alternatives of one form.
     """
 
     choices: Mapping[str, Sequence[Measurement]]
     ties: Sequence[Sequence[str]]
     budget: Budget
+    banks: Mapping[str, Sequence[Alternative]] = field(default_factory=dict)
+    one_form: bool = False
+
+    def settled(self, picks: Mapping[str, Alternative]) -> "Problem":
+        """The problem that is left when every bank takes its alternative; chains lack prefixes.
+
+        Raises:
+            ValueError: two of its choices have one name.
+        """
+        offers = dict(self.choices)
+        for bank in self.banks:
+            for name, found in picks[bank].choices.items():
+                if name in offers:
+                    raise ValueError(f"bank {bank}: the choice {name} stands elsewhere, too")
+                offers[name] = found
+        ties = [[name for name in tie if name in offers] for tie in self.ties]
+        fixed = self.budget.fixed_bytes + sum(picks[bank].bytes for bank in self.banks)
+        return Problem(
+            offers,
+            [tie for tie in ties if len(tie) > 1],
+            replace(self.budget, fixed_bytes=fixed),
+        )
+
+    def whole(self, picks: Mapping[str, Alternative], plan: Plan) -> Plan:
+        """A plan of the settled problem as one of this: with prefixes, and what they lose."""
+        prefixes = {name: picks[bank].prefix for bank in self.banks for name in picks[bank].choices}
+        units = {unit: prefixes.get(unit, ()) + chain for unit, chain in plan.units.items()}
+        return Plan(units, plan.bytes, plan.loss + sum(picks[bank].loss for bank in self.banks))
 
     def groups(self) -> list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]:
         """Tied units as one choice: (units, [(chain, bytes, loss), …]), in model order.
@@ -100,8 +155,11 @@ class Problem:
         Only chains that every unit of the group was measured with are offered.
 
         Raises:
-            ValueError: a unit stands in two ties, or the units of a tie share no chain.
+            ValueError: a unit stands in two ties, or the units of a tie share no chain, or
+                alternatives are still to be picked.
         """
+        if self.banks:
+            raise ValueError("banks have alternatives: see moesaic.search.alternatives.solve")
         owner: dict[str, tuple[str, ...]] = {}
         for tie in self.ties:
             for unit in tie:
@@ -130,7 +188,16 @@ class Problem:
         return groups
 
     def plan(self, chosen: Mapping[str, Chain]) -> Plan:
-        """The plan that gives every unit its chosen chain."""
+        """The plan that gives every unit its chosen chain; prefixes tell the alternatives.
+
+        Raises:
+            ValueError: a unit was not measured with its chain, or a bank has no such alternative.
+        """
+        if self.banks:
+            picks = {bank: self._picked(bank, chosen) for bank in self.banks}
+            skip = {name: len(picks[bank].prefix) for bank in picks for name in picks[bank].choices}
+            rest = {unit: chain[skip.get(unit, 0) :] for unit, chain in chosen.items()}
+            return self.whole(picks, self.settled(picks).plan(rest))
         units, size, loss = {}, self.budget.fixed_bytes, 0.0
         for unit, measurements in self.choices.items():
             chain = chosen[unit]
@@ -139,6 +206,19 @@ class Problem:
                 raise ValueError(f"unit {unit} was not measured with {chain_text(chain)}")
             units[unit], size, loss = chain, size + found.bytes, loss + found.loss
         return Plan(units, size, loss)
+
+    def _picked(self, bank: str, chosen: Mapping[str, Chain]) -> Alternative:
+        """The alternative of a bank that a plan uses."""
+        for alternative in self.banks[bank]:
+            prefix = alternative.prefix
+            if all(
+                name in chosen
+                and chosen[name][: len(prefix)] == prefix
+                and any(m.chain == chosen[name][len(prefix) :] for m in measurements)
+                for name, measurements in alternative.choices.items()
+            ):
+                return alternative
+        raise ValueError(f"bank {bank} has no alternative with the chosen chains")
 
 
 class Search(Protocol):
@@ -163,6 +243,11 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
     Raises:
         ValueError: there is no plan at all.
     """
+    if problem.banks:
+        # Imported here: it is written in the words of this module.
+        from moesaic.search import alternatives
+
+        return alternatives.smallest_bytes(problem, strategy)
     own = getattr(search_module(strategy), "smallest_bytes", None)
     if own is not None:
         return int(own(problem))

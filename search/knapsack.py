@@ -34,6 +34,7 @@ an error instead of filling the memory.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,7 @@ Floats = NDArray[np.float64]
 # in.
 _LOSS_BITS = 61
 # A bound's rounding error in those units: a few products of 61 bits in floats of 53.
-_ROUNDING = float(2**12)
+ROUNDING = float(2**12)
 # A rate that no group offers.
 _NEVER = 1e200
 # States remembered in all, 6 bytes each.
@@ -57,7 +58,7 @@ _MOST_STATES = 200_000_000
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """The choices of one group that no other choice of it beats, bytes rising, losses falling.
 
     Attributes:
@@ -93,14 +94,14 @@ def search(problem: Problem) -> Plan:
             f"the smallest plan has {smallest + budget.fixed_bytes:,} bytes,"
             f" the budget is {budget.total_bytes:,} bytes"
         )
-    picked = _solve(groups, budget.unit_bytes)
+    picked = solve(groups, budget.unit_bytes)
     chosen: dict[str, Chain] = {}
     for (units, choices), group, pick in zip(offers, groups, picked, strict=True):
         chosen |= dict.fromkeys(units, choices[int(group.index[pick])][0])
     return problem.plan(chosen)
 
 
-def _groups(offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]) -> list[_Group]:
+def _groups(offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]) -> list[Group]:
     """Every group's worthwhile choices with losses as whole numbers."""
     largest = 0.0
     for units, choices in offers:
@@ -108,50 +109,77 @@ def _groups(offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]
             if not math.isfinite(loss):
                 raise ValueError(f"unit {units[0]}: the loss of {chain_text(chain)} is {loss}")
         largest += max(abs(loss) for _, _, loss in choices)
+    scale = loss_scale(largest)
+    return [
+        worthwhile([size for _, size, _ in choices], [round(x * scale) for _, _, x in choices])
+        for _, choices in offers
+    ]
+
+
+def loss_scale(largest: float) -> float:
+    """What losses are multiplied with to count them in whole numbers.
+
+    Args:
+        largest: no total of losses is larger.
+    """
     # A power of two keeps floats as they are: what sums to the same before does so after.
-    scale = math.ldexp(1.0, min(_LOSS_BITS - math.frexp(largest)[1], 1023)) if largest else 1.0
-    return [_worthwhile(choices, scale) for _, choices in offers]
+    return math.ldexp(1.0, min(_LOSS_BITS - math.frexp(largest)[1], 1023)) if largest else 1.0
 
 
-def _worthwhile(choices: list[tuple[Chain, int, float]], scale: float) -> _Group:
-    sizes = np.array([size for _, size, _ in choices], dtype=np.int64)
-    losses = np.array([round(loss * scale) for _, _, loss in choices], dtype=np.int64)
+def worthwhile(sizes: Sequence[int] | Ints, losses: Sequence[int] | Ints) -> Group:
+    """The choices of a group that no other one beats; losses are whole numbers."""
+    sizes = np.asarray(sizes, dtype=np.int64)
+    losses = np.asarray(losses, dtype=np.int64)
     order = np.lexsort((losses, sizes))  # stable: of equal choices the first stays first
-    order = order[_improves(losses[order])]
-    return _Group(order, sizes[order], losses[order], _hull(sizes[order], losses[order]))
+    order = order[improves(losses[order])]
+    return Group(order, sizes[order], losses[order], hull(sizes[order], losses[order]))
 
 
-def _improves(losses: Ints) -> NDArray[np.bool_]:
+def improves(losses: Ints) -> NDArray[np.bool_]:
     """Which entries are smaller than all before them."""
     keep = np.ones(len(losses), dtype=bool)
     keep[1:] = losses[1:] < np.minimum.accumulate(losses)[:-1]
     return keep
 
 
-def _hull(sizes: Ints, losses: Ints) -> list[int]:
+def hull(sizes: Ints, losses: Ints) -> list[int]:
     """Positions on the lower convex hull of falling points."""
     points = [(int(size), int(loss)) for size, loss in zip(sizes, losses, strict=True)]
-    hull: list[int] = []
+    corners: list[int] = []
     for position, (size, loss) in enumerate(points):
-        while len(hull) > 1:
-            (s0, l0), (s1, l1) = points[hull[-2]], points[hull[-1]]
+        while len(corners) > 1:
+            (s0, l0), (s1, l1) = points[corners[-2]], points[corners[-1]]
             if (l0 - l1) * (size - s1) > (l1 - loss) * (s1 - s0):
                 break
-            hull.pop()
-        hull.append(position)
-    return hull
+            corners.pop()
+        corners.append(position)
+    return corners
 
 
-def _solve(groups: list[_Group], budget: int) -> list[int]:
-    """Position of each group's choice; the smallest choices fit."""
-    base, price = _relaxed(groups, budget)
+def solve(
+    groups: Sequence[Group],
+    budget: int,
+    widest: int | None = None,
+    most_moves: int | None = None,
+) -> list[int]:
+    """Position of each group's choice; the smallest choices fit.
+
+    Args:
+        widest: keep no more partial plans than so many, the most promising ones, after each group:
+            bounds the time, but what comes out need not be the best.
+        most_moves: stop with an error after looking at so many moves.
+
+    Raises:
+        RuntimeError: too many nearly equal plans to tell the best.
+    """
+    base, price = relaxed(groups, budget)
     free = budget - sum(int(g.bytes[pick]) for g, pick in zip(groups, base, strict=True))
     if price == 0.0:
         return base  # every group has its best choice
-    return _Programme(groups, base, price, free).run()
+    return _Programme(groups, base, price, free, widest, most_moves).run()
 
 
-def _relaxed(groups: list[_Group], budget: int) -> tuple[list[int], float]:
+def relaxed(groups: Sequence[Group], budget: int) -> tuple[list[int], float]:
     """The base, which fits, and λ: steps along the hulls until the next one does not fit.
 
     λ is 0 where all steps fit.
@@ -193,7 +221,17 @@ class _Moves:
 class _Programme:
     """The dynamic programme; see the module's docstring."""
 
-    def __init__(self, groups: list[_Group], base: list[int], price: float, free: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        base: list[int],
+        price: float,
+        free: int,
+        widest: int | None,
+        most_moves: int | None,
+    ) -> None:
+        self.widest = widest
+        self.moves_left = most_moves
         self.base = base
         self.price = price
         self.free = free
@@ -249,21 +287,31 @@ class _Programme:
         """
         level = self.best_change + self.price * self.free
         best_reduced = level + self.price * self.best_excess
-        fewer = reduced < best_reduced - _ROUNDING
-        hopeful: NDArray[np.bool_] = bound < np.where(fewer, level + _ROUNDING, level - _ROUNDING)
+        fewer = reduced < best_reduced - ROUNDING
+        hopeful: NDArray[np.bool_] = bound < np.where(fewer, level + ROUNDING, level - ROUNDING)
         return hopeful
 
     def _advance(self, stage: int, move: _Moves, excess: Ints, change: Ints) -> tuple[Ints, Ints]:
         """All states with all moves of one group, without those that cannot become the best."""
         reduced = self._reduced(excess, change)
-        total = reduced[:, None] + move.reduced
+        least = reduced.min() + move.reduced
+        useful = np.flatnonzero(self._hopeful(least, least))
+        if self.moves_left is not None:
+            self.moves_left -= len(reduced) * len(useful)
+            if self.moves_left < 0:
+                raise RuntimeError(f"knapsack: too many moves at stage {stage + 1}")
+        total = reduced[:, None] + move.reduced[useful]
         states, picks = np.nonzero(self._hopeful(total, total))
+        picks = useful[picks]
         excess, change = excess[states] + move.bytes[picks], change[states] + move.loss[picks]
         over = np.where(excess > 0, self.saving[stage + 1], self.leaving[stage + 1])
         reduced = self._reduced(excess, change)
-        order = np.flatnonzero(self._hopeful(reduced, reduced + over * np.abs(excess)))
+        bound = reduced + over * np.abs(excess)
+        order = np.flatnonzero(self._hopeful(reduced, bound))
         order = order[np.lexsort((change[order], excess[order]))]
-        order = order[_improves(change[order])]
+        order = order[improves(change[order])]
+        if self.widest is not None and len(order) > self.widest:
+            order = order[np.sort(np.argsort(bound[order], kind="stable")[: self.widest])]
         excess, change = excess[order], change[order]
         self.history.append((states[order].astype(np.int32), picks[order].astype(np.int16)))
         self._remember(excess, change)
@@ -298,7 +346,7 @@ def _suffix_minima(values: Floats) -> Floats:
     return np.minimum.accumulate(values[::-1])[::-1]
 
 
-def _moves(number: int, group: _Group, base: int, price: float) -> _Moves:
+def _moves(number: int, group: Group, base: int, price: float) -> _Moves:
     picks = np.array([base] + [p for p in range(len(group.bytes)) if p != base], dtype=np.int64)
     sizes = group.bytes[picks] - group.bytes[base]
     losses = group.loss[picks] - group.loss[base]
