@@ -54,14 +54,14 @@ class Options(MethodOptions):
         ge=1,
     )
     spread: float = option(
-        0.1,
+        0.01,
         "weight of a token that is not routed to the expert, where one that is has 1 on average",
-        [0.01, 0.1, 1.0],
+        [0.01, 0.1],
         ge=0,
     )
     # C_SS + λI has a condition number of at most 1 + channels / ridge: float64 always solves it.
     ridge: float = option(
-        1e-3, "ridge of the refit, relative to the mean of diag C_SS", [1e-3, 1e-2, 1e-1], ge=1e-8
+        0.1, "ridge of the refit, relative to the mean of diag C_SS", [1e-2, 1e-1], ge=1e-8
     )
 
 

@@ -43,16 +43,16 @@ class Options(MethodOptions):
 
     keep: Keep = keep_option()
     coactivation: float = option(
-        1.0,
+        0.0,
         "λ: how much it counts for similarity that two experts are used by the same tokens",
         [0.0, 1.0],
         ge=0,
     )
-    representative: Literal["weights", "load"] = option(
-        "weights",
-        "which expert of a cluster stays: the one nearest to the mean of their weights, as in the"
-        " paper, or the one with most tokens",
-        ["weights", "load"],
+    representative: Literal["load", "weights"] = option(
+        "load",
+        "which expert of a cluster stays: the one with most tokens, or the one nearest to the mean"
+        " of their weights, as in the paper",
+        ["load", "weights"],
     )
 
 
