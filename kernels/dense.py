@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moesaic.kernels.tensor import CompressedTensor, Param
 
-_PART = "weight"
+_PART = "dense"
 
 
 def pack(weight: Tensor) -> CompressedTensor:

@@ -250,6 +250,14 @@ def is_reducer(name: str) -> bool:
     return name in plugins("moesaic.methods", (_REDUCE,))
 
 
+def reducing(chain: Chain) -> tuple[Chain, Chain]:
+    """The links of a chain that reduce an expert layer, and those that come after them."""
+    count = 0
+    while count < len(chain) and is_reducer(chain[count].method):
+        count += 1
+    return chain[:count], chain[count:]
+
+
 def methods() -> list[str]:
     """Names of all methods that compress."""
     return list(plugins("moesaic.methods", (_COMPRESS,)))

@@ -18,25 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.bank import is_reduced
 from moesaic.orchestrator.checkpoint import INDEX, SINGLE
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.export import (
     Piece,
     check_plan,
+    form,
     largest_piece,
     natural_key,
     quantization_config,
+    replaced_names,
+    resized_config,
     unit_tensors,
 )
 from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, can_be_packed
-from moesaic.orchestrator.tensorfile import Blob, Stored, file_bytes, read_file, write_file
+from moesaic.orchestrator.tensorfile import Blob, file_bytes, read_file, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
 # A part of a mosaic is called group{number}_{part}; integer groups have at most four parts.
 _GROUP_NAME_BYTES, _MOST_PARTS = 10, 4
+# Map and constants of a reduced bank, names of the bank aside.
+_STAND_IN_BYTES = 2 * 128
 _METADATA = {"format": "pt"}
 # Length, metadata and padding.
 _SHARD_HEADER_BYTES = 64
@@ -77,6 +83,8 @@ def assemble(
     with disk_errors(output), _new_folder(output) as folder:
         _write_shards(folder, tensors, int(max_shard_bytes))
         config = {**model.checkpoint.config}
+        if serve != "moesaic":
+            config |= resized_config(model, pieces)
         quantization = quantization_config(model, pieces, serve)
         if quantization is not None:
             config["quantization_config"] = quantization
@@ -99,29 +107,31 @@ def header_bytes_bound(
     compressible = {unit.name for unit in units}
     digits = len(str(checkpoint.total_bytes))
 
-    def size(tensors: Iterable[tuple[str, Stored]]) -> int:
-        return sum(_header_entry_bytes(name, stored, digits) for name, stored in tensors)
+    def size(tensors: Iterable[Blob]) -> int:
+        return sum(_header_entry_bytes(blob, digits) for blob in tensors)
 
     originals = _originals(model)
-    total = size((name, originals[name]) for name in model.fixed_names())
+    total = size(originals[name] for name in model.fixed_names())
     for unit in model.units():
         names = {name for group in model.unit_tensors(unit).values() for name in group}
-        dense = size((name, originals[name]) for name in names)
+        dense = size(originals[name] for name in names)
         packed = 0
         if unit.name in compressible and can_be_packed(unit, serve, model.family):
             packed = size(unit_tensors(model, unit, largest_piece(unit, serve), serve))
             if serve == "moesaic" and unit.kind == "bank" and schemes > 1:
                 groups = min(schemes, unit.shapes["gate"][0])
                 packed = groups * (packed + _GROUP_NAME_BYTES * len(unit.shapes) * _MOST_PARTS)
+        if unit.kind == "bank" and serve == "moesaic":
+            packed += _STAND_IN_BYTES + 2 * len(unit.name)
         total += max(dense, packed)
     # Two neighbouring shards hold more than the limit together.
     shards = 1 + 2 * checkpoint.total_bytes // MAX_SHARD_BYTES
     return total + shards * _SHARD_HEADER_BYTES
 
 
-def _header_entry_bytes(name: str, stored: Stored, digits: int) -> int:
+def _header_entry_bytes(blob: Blob, digits: int) -> int:
     offsets = [10**digits - 1] * 2
-    entry = {name: {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": offsets}}
+    entry = {blob.name: {"dtype": blob.dtype, "shape": blob.shape, "data_offsets": offsets}}
     return len(json.dumps(entry, separators=(",", ":"))) - 1  # braces go, a comma comes
 
 
@@ -136,42 +146,48 @@ def _read_headers(model: StreamedModel, chosen: Mapping[str, Path | None]) -> di
         if path is None:
             continue
         piece = piece_header(path)
-        shapes = {member: described.shape for member, described in piece.items()}
-        if shapes != dict(unit.shapes):
+        shapes = {member: piece[member].shape for member in unit.shapes if member in piece}
+        if shapes != dict(_expected(unit, piece)):
             raise RunError(f"{path}: holds shapes {shapes}, unit {name} has {dict(unit.shapes)}")
         pieces[name] = piece
     return pieces
 
 
-def _tensors(
-    model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve
-) -> list[tuple[str, Stored]]:
+def _expected(unit: Unit, piece: Piece) -> Mapping[str, tuple[int, ...]]:
+    """Shapes that a unit's piece must have; a reduced bank has fewer or narrower experts."""
+    if not is_reduced(piece):
+        return unit.shapes
+    experts, width = (min(pair) for pair in zip(form(unit, piece), form(unit, None), strict=True))
+    gate = (experts, width, unit.shapes["gate"][2])
+    return {"gate": gate, "up": gate, "down": (experts, gate[2], width)}
+
+
+def _tensors(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) -> list[Blob]:
     """Every tensor of the new files in the order of the model."""
     owner = {
         name: unit
         for unit in model.units()
         if unit.name in pieces
-        for names in model.unit_tensors(unit).values()
-        for name in names
+        for name in replaced_names(model, unit, pieces[unit.name])
     }
     originals = _originals(model)
-    tensors: list[tuple[str, Stored]] = []
+    tensors: list[Blob] = []
     done = set()
     for name in sorted(originals, key=natural_key):
         unit = owner.get(name)
         if unit is None:
-            tensors.append((name, originals[name]))
+            tensors.append(originals[name])
         elif unit.name not in done:
             done.add(unit.name)
             tensors += unit_tensors(model, unit, pieces[unit.name], serve)
     return tensors
 
 
-def _originals(model: StreamedModel) -> dict[str, Stored]:
-    """Where each tensor of the original model lies."""
-    found: dict[str, Stored] = {}
+def _originals(model: StreamedModel) -> dict[str, Blob]:
+    """The tensors of the original model, as they lie in its files."""
+    found: dict[str, Blob] = {}
     for file in model.checkpoint.files:
-        found.update(read_file(file)[0])
+        found |= {name: Blob.of(name, stored) for name, stored in read_file(file)[0].items()}
     return found
 
 
@@ -186,20 +202,20 @@ def folder_bytes(
     return sum(file_bytes(shard, _METADATA) for shard in _shards(tensors, int(max_shard_bytes)))
 
 
-def _shards(tensors: list[tuple[str, Stored]], limit_bytes: int) -> list[list[Blob]]:
+def _shards(tensors: list[Blob], limit_bytes: int) -> list[list[Blob]]:
     """The tensors of each file."""
     shards: list[list[Blob]] = [[]]
     size = 0
-    for name, stored in tensors:
-        if shards[-1] and size + stored.nbytes > limit_bytes:
+    for blob in tensors:
+        if shards[-1] and size + blob.nbytes > limit_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(Blob.of(name, stored))
-        size += stored.nbytes
+        shards[-1].append(blob)
+        size += blob.nbytes
     return shards
 
 
-def _write_shards(folder: Path, tensors: list[tuple[str, Stored]], limit_bytes: int) -> None:
+def _write_shards(folder: Path, tensors: list[Blob], limit_bytes: int) -> None:
     shards = _shards(tensors, limit_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -207,7 +223,7 @@ def _write_shards(folder: Path, tensors: list[tuple[str, Stored]], limit_bytes: 
         write_file(folder / file, shard, _METADATA)
         weight_map |= dict.fromkeys((blob.name for blob in shard), file)
     if len(shards) > 1:
-        total = sum(stored.nbytes for _, stored in tensors)
+        total = sum(blob.nbytes for blob in tensors)
         index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")

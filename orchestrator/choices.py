@@ -41,9 +41,14 @@ def choices(unit: Unit) -> list[Choice]:
     ]
 
 
+def choices_in(unit: Unit, chosen: Chosen) -> list[Choice]:
+    """The choices of a unit under a plan, which may leave it fewer experts; [] if not chosen."""
+    return [choice for choice in choices(unit) if choice.name in chosen]
+
+
 def chains_of(unit: Unit, chosen: Chosen) -> list[Chain]:
     """The distinct chains that a plan uses in a unit, in the order of its choices."""
-    return list(dict.fromkeys(chosen[choice.name] for choice in choices(unit)))
+    return list(dict.fromkeys(chosen[choice.name] for choice in choices_in(unit, chosen)))
 
 
 def tied_choices(

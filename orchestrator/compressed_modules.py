@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.kernels import dense
 from moesaic.kernels.tensor import CompressedTensor, format_module
-from moesaic.orchestrator.pieces import parse
+from moesaic.methods.reduction import combined_gates
+from moesaic.orchestrator.pieces import describe, parse
+from moesaic.orchestrator.reshape import resize_experts
 
 METHOD = "moesaic"  # what the folder's quantization_config calls itself
 VERSION = 1
@@ -46,6 +49,16 @@ class Packed(nn.Module):
         self.part_names = tuple(shapes)
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Packed":
+        """A dense weight in the same clothes."""
+        packed = dense.pack(weight)
+        described = describe(packed.format, packed.shape, packed.dtype, packed.params)
+        module = cls(described)
+        for name, part in packed.parts.items():
+            module._buffers[name] = part
+        return module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the parts, but never converts them: they are what the file holds."""
@@ -107,16 +120,34 @@ class CompressedExperts(nn.Module):
     Args:
         members: ``gate``, ``up`` and ``down`` described as :class:`Packed` wants them.
         experts: the module whose place it takes; its activation is used, its weights are not.
+        reduced: what a reduced bank says of its router (``rows``, ``mapped``, ``constants``).
     """
+
+    expert_map: Tensor | None
+    constants: Tensor | None
 
     gate_up_proj_bias: nn.Parameter | None
     down_proj_bias: nn.Parameter | None
     _original: Any
 
-    def __init__(self, members: Mapping[str, Mapping[str, Any]], experts: Any) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Mapping[str, Any]],
+        experts: Any,
+        reduced: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.gate, self.up, self.down = (Packed(members[name]) for name in ("gate", "up", "down"))
-        self.num_experts: int = self.gate.described["shape"][0]
+        count, width, hidden = self.gate.described["shape"]
+        self.num_experts: int = count
+        if reduced is not None:
+            resize_experts(experts, count, width)
+        mapped, constants = (reduced or {}).get("mapped"), (reduced or {}).get("constants", 0)
+        rows = torch.empty((reduced or {}).get("rows", 0), dtype=torch.int64)
+        self.register_buffer("expert_map", rows if mapped else None)
+        dtype = self.gate.described["dtype"]
+        empty = torch.empty(constants, hidden, dtype=dtype) if constants else None
+        self.register_buffer("constants", empty)
         self.is_concatenated: bool = experts.is_concatenated
         self.is_transposed: bool = experts.is_transposed
         for name in ("gate_up_proj_bias", "down_proj_bias"):
@@ -133,6 +164,8 @@ class CompressedExperts(nn.Module):
         """``hidden [T, H]``, experts and their weights ``[T, k]`` -> ``[T, H]``."""
         out = torch.zeros_like(hidden)
         gate, up, down = self.gate.tensor, self.up.tensor, self.down.tensor
+        if self.expert_map is not None:
+            top_k_index, top_k_weights, out = self._stand_ins(top_k_index, top_k_weights, out)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # marks tokens of other devices
                 continue
@@ -146,6 +179,19 @@ class CompressedExperts(nn.Module):
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
+    def _stand_ins(
+        self, index: Tensor, weights: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts ``[T, M]`` that tokens reach through the map, their joint weights, and the output
+        with the constants' part; an expert that is not reached is left out as M."""
+        count = self.num_experts
+        size = count + (0 if self.constants is None else len(self.constants))
+        share, reached = combined_gates(index, weights, self.expert_map, size)
+        if self.constants is not None:
+            out = out + (share[:, count:] @ self.constants.to(share)).to(out.dtype)
+        experts = torch.arange(count, device=index.device).expand(len(index), count)
+        return experts.masked_fill(~reached[:, :count], count), share[:, :count], out
+
     def _activate(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
         """The original's activation, given gate and up in the order that it knows."""
         gate_up = torch.cat([gate, up], -1)
@@ -157,7 +203,12 @@ class CompressedExperts(nn.Module):
         return activated
 
     def dense(self) -> nn.Module:
-        """The original module with dense weights."""
+        """The original module with dense weights; where a map leads to the experts, which the
+        original does not know, this one with dense weights."""
+        if self.expert_map is not None:
+            for name in ("gate", "up", "down"):
+                setattr(self, name, Packed.of(getattr(self, name).tensor.dense()))
+            return self
         gate, up, down = (m.tensor.dense() for m in (self.gate, self.up, self.down))
         gate_up = torch.cat([gate, up], 1)  # [E, 2I, H]
         if not self.is_concatenated:

@@ -6,7 +6,6 @@ recipe is found out before any work starts.
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +14,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moesaic.methods.base import Chain, Unit, chain_text, method_module
+from moesaic.methods.base import Chain, Unit, chain_text, is_reducer, method_module, reducing
+from moesaic.methods.reduction import LayerShape, Outline
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.choices import tied_choices
+from moesaic.orchestrator.choices import Chosen, choices, tied_choices
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.recipe import Recipe, Texts
+from moesaic.orchestrator.reductions import (
+    layer_shape,
+    outline,
+    reduced_unit,
+    reduction_key,
+    side_bytes,
+)
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
-from moesaic.orchestrator.targets import allowed, ties
+from moesaic.orchestrator.targets import allowed, reduction_problem, ties
 from moesaic.orchestrator.texts import Sequences, check_vocabulary, draw, load_tokenizer
-from moesaic.search.base import Budget, Measurement, Problem, smallest_bytes
+from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
 
 
 def find_model(name: str) -> Path:
@@ -153,6 +160,7 @@ class Experiment:
             UserError: a chain does not fit a unit's shape (each chain once), a baseline cannot be
                 loaded, or a unit has no candidate left.
         """
+        self._check_reductions()
         faults: dict[tuple[str, str], list[Chain]] = {}
         offers: dict[str, list[Chain]] = {}
         nothing: dict[str, str] = {}
@@ -161,9 +169,9 @@ class Experiment:
         for unit in self.units:
             offers[unit.name] = offered = []
             refusals = []
-            for chain in self.recipe.chains():
+            for chain in self._chains_for(unit):
                 misfit = self._misfit(unit, chain)
-                reason = misfit or allowed(unit, chain, self.recipe.serve, self.model.family)
+                reason = misfit or self._unloadable(unit, chain)
                 if reason is None:
                     offered.append(chain)
                 elif misfit or chain in baselines:
@@ -189,17 +197,97 @@ class Experiment:
             raise RecipeError(*problems)
         return offers
 
-    @staticmethod
-    def _misfit(unit: Unit, chain: Chain) -> str | None:
+    def _check_reductions(self) -> None:
+        """Raises a RecipeError for reductions that nothing can use."""
+        reductions = {c[0]: c for c in self.recipe.chains() if reducing(c)[0]}
+        names = ", ".join(map(str, reductions))
+        if not reductions:
+            return
+        banks = [unit for unit in self.model.units() if unit.kind == "bank"]
+        if not banks:
+            raise RecipeError(
+                f"candidates: {names}: for experts only, and {self.model.family.model_type} has"
+                " none: take it out"
+            )
+        kept = [unit.name for unit in banks if self.recipe.kept(unit.name)]
+        if kept and self.recipe.serve != "moesaic":
+            raise RecipeError(
+                f"candidates: {names}: serve: {self.recipe.serve} needs equally many experts in"
+                f" all blocks, but keep leaves {kept[0]} as it is: serve: moesaic, or keep none"
+            )
+
+    def _chains_for(self, unit: Unit) -> list[Chain]:
+        """The chains of the recipe that are meant for a unit.
+
+        Linears have no experts: a baseline that reduces some gives them what comes after that.
+        """
+        chains = self.recipe.chains()
+        if unit.kind == "bank":
+            return chains
+        candidates = [c for c in chains if not reducing(c)[0]]
+        rest = [reducing(chain)[1] for chain in self.recipe.baselines.values()]
+        return list(dict.fromkeys([*candidates, *filter(None, rest)]))
+
+    def everywhere(self, chain: Chain) -> Chosen:
+        """Names of choices → what they take when every unit takes ``chain``, as far as it can."""
+        chosen: dict[str, Chain] = {}
+        for unit in self.units:
+            own = chain if chain in self.offers[unit.name] else reducing(chain)[1]
+            prefix = reducing(own)[0]
+            shaped = self.reduced(unit, prefix) if prefix else unit
+            chosen |= dict.fromkeys((choice.name for choice in choices(shaped)), own)
+        return chosen
+
+    @cached_property
+    def _layers(self) -> dict[str, LayerShape]:
+        return {u.name: layer_shape(self.model, u) for u in self.units if u.kind == "bank"}
+
+    def outline(self, unit: Unit, prefix: Chain) -> Outline:
+        """What reducers leave of a bank; ValueError where they cannot be used."""
+        return outline(self._layers[unit.name], prefix)
+
+    def reduced(self, unit: Unit, prefix: Chain) -> Unit:
+        """The bank that reducers leave."""
+        return reduced_unit(unit, self.outline(unit, prefix)) if prefix else unit
+
+    def side_bytes(self, unit: Unit, prefix: Chain) -> int:
+        """Bytes of what a reduced bank holds besides its members, against the bank as it is."""
+        model, shape = self.model, self._layers[unit.name]
+        disk = model.layouts[unit.block].kept
+        router, *_ = model.router_names(unit.block).values()
+        biases = model.bias_names(unit.block)
+        item = {name: model.checkpoint.dtype(disk[name]).itemsize for name in [router, *biases]}
+        own = [*model.router_names(unit.block).values(), *biases]
+        now = sum(model.checkpoint.nbytes(disk[name]) for name in own)
+        bias = item[biases[0]] if biases else 0
+        weight = self._stored_dtype(unit).itemsize
+        return side_bytes(shape, self.outline(unit, prefix), item[router], bias, weight) - now
+
+    def _misfit(self, unit: Unit, chain: Chain) -> str | None:
         """Why a unit of this kind and shape cannot be compressed so."""
-        for spec in chain:
+        prefix, rest = reducing(chain)
+        try:
+            shapes = self.reduced(unit, prefix).shapes
+        except ValueError as error:
+            return str(error)
+        for spec in rest:
             method = method_module(spec.method)
             if unit.kind not in method.SCOPE:
                 return f"{spec.method} does not work on a {unit.kind}"
-            reason = method.problem(unit.shapes, spec.parsed())
+            reason = method.problem(shapes, spec.parsed())
             if reason is not None:
                 return reason
         return None
+
+    def _unloadable(self, unit: Unit, chain: Chain) -> str | None:
+        """Why the target cannot load a unit compressed so."""
+        serve, family = self.recipe.serve, self.model.family
+        prefix, rest = reducing(chain)
+        if prefix:
+            reason = reduction_problem(unit, self.outline(unit, prefix), serve, family)
+            if reason is not None:
+                return reason
+        return allowed(self.reduced(unit, prefix), rest, serve, family)
 
     @cached_property
     def size(self) -> Size:
@@ -227,17 +315,23 @@ class Experiment:
             RecipeError: the candidates allow no plan at all.
         """
         members = {unit.name: [f"{unit.name}.{m}" for m in unit.shapes] for unit in self.units}
-        offers = {
-            name: list(self._sized_offers(unit, member, name))
-            for unit in self.units
-            for member, name in zip(unit.shapes, members[unit.name], strict=True)
-        }
+        offers: dict[str, list[Measurement]] = {}
+        banks: dict[str, list[Alternative]] = {}
+        for unit in self.units:
+            if unit.kind == "bank":
+                banks[unit.name] = [
+                    self._sized_alternative(unit, prefix) for prefix in self.prefixes(unit)
+                ]
+            else:
+                (name,) = members[unit.name]
+                offers[name] = self._sized_offers(unit, (), "weight", name)
         tied = ties(self.units, self.recipe.serve)
         if not self.mixed_banks:
             inside = {name for group in tied for name in group}
             tied += [[unit.name] for unit in self.units if unit.name not in inside]
         groups = [[name for unit in group for name in members[unit]] for group in tied]
-        problem = Problem(offers, groups, Budget(0, fixed_bytes))
+        budget = Budget(0, fixed_bytes)
+        problem = Problem(offers, groups, budget, banks, one_form=not self.mixed_banks)
         try:
             return smallest_bytes(problem, self.recipe.search)
         except ValueError as error:
@@ -246,17 +340,42 @@ class Experiment:
                 f" there is no plan: {error}"
             ) from None
 
-    def _sized_offers(self, unit: Unit, member: str, name: str) -> Iterator[Measurement]:
-        """What a search may choose for a member of a unit; bytes only."""
-        shapes, dtype = {member: unit.shapes[member]}, self._stored_dtype(unit)
+    def prefixes(self, unit: Unit, candidates_only: bool = True) -> list[Chain]:
+        """Ways to reduce a bank that a search may choose, the bank as it is first."""
+        known = set(self.recipe.candidates) if candidates_only else set(self.offers[unit.name])
+        found = [reducing(chain)[0] for chain in self.offers[unit.name] if chain in known]
+        return list(dict.fromkeys([*([()] if not all(found) else []), *found]))
+
+    def form(self, unit: Unit, prefix: Chain) -> str:
+        """Number and width of the experts that reducers leave, as engines must know them."""
+        experts, width, _ = self.reduced(unit, prefix).shapes["gate"]
+        return f"{experts}x{width}"
+
+    def _sized_alternative(self, unit: Unit, prefix: Chain) -> Alternative:
+        names = {member: f"{unit.name}.{member}" for member in unit.shapes}
+        choices = {
+            name: self._sized_offers(unit, prefix, member, name) for member, name in names.items()
+        }
+        size = self.side_bytes(unit, prefix) if prefix else 0
+        return Alternative(prefix, self.form(unit, prefix), size, 0.0, choices)
+
+    def _sized_offers(self, unit: Unit, prefix: Chain, member: str, name: str) -> list[Measurement]:
+        """What a search may choose for a member of a unit, after a reduction; bytes only."""
+        shape, dtype = self.reduced(unit, prefix).shapes[member], self._stored_dtype(unit)
+        dense = math.prod(shape) * dtype.itemsize
+        found = []
         for chain in self.offers[unit.name]:
-            if chain in self.recipe.candidates:
-                options = chain[-1].parsed()
-                size = method_module(chain[-1].method).predict_bytes(shapes, dtype, options)
-                yield Measurement(name, chain, size, 0.0, None, 0.0)
-        if unit.kind != "bank" or not self.mixed_banks:  # see results.py
-            size = math.prod(unit.shapes[member]) * dtype.itemsize
-            yield Measurement(name, (), size, 0.0, None, 0.0)
+            first, rest = reducing(chain)
+            if chain not in self.recipe.candidates or first != prefix:
+                continue
+            size = dense
+            for spec in rest:
+                method = method_module(spec.method)
+                size = method.predict_bytes({member: shape}, dtype, spec.parsed())
+            found.append(Measurement(name, rest, size, 0.0, None, 0.0))
+        if not prefix and (unit.kind != "bank" or not self.mixed_banks):  # see results.py
+            found.append(Measurement(name, (), dense, 0.0, None, 0.0))
+        return found
 
     def dense_bytes(self, unit: Unit) -> int:
         """Bytes of the unit as the original holds it."""
@@ -265,10 +384,14 @@ class Experiment:
 
     def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
         """Bytes of the unit under a chain, before any work."""
-        if not chain:
-            return self.dense_bytes(unit)
-        spec, dtype = chain[-1], self._stored_dtype(unit)
-        return method_module(spec.method).predict_bytes(unit.shapes, dtype, spec.parsed())
+        prefix, rest = reducing(chain)
+        size = self.side_bytes(unit, prefix) if prefix else 0
+        shapes, dtype = self.reduced(unit, prefix).shapes, self._stored_dtype(unit)
+        if not rest:
+            dense = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+            return size + dense if prefix else self.dense_bytes(unit)
+        (spec,) = rest
+        return size + method_module(spec.method).predict_bytes(shapes, dtype, spec.parsed())
 
     def _stored_dtype(self, unit: Unit) -> torch.dtype:
         first = next(iter(self.model.unit_tensors(unit).values()))[0]
@@ -351,6 +474,7 @@ class Experiment:
         """The calibration walk over the dense model."""
         section = self.recipe.calibration
         shards = min(section.shards, section.sequences)
+        reduced = any(is_reducer(s.method) for chain in self.recipe.chains() for s in chain)
         per_shard = -(-min(section.gradient_sequences, section.sequences) // shards)
         return Walk(
             model=str(self.folder),
@@ -367,6 +491,8 @@ class Experiment:
             gradients=per_shard,
             seed=section.seed,
             store=str(self.store.root),
+            sampled=section.expert_tokens if reduced else 0,
+            sources=tuple(self.calibration.source.tolist()) if reduced else (),
         )
 
     @cached_property
@@ -396,6 +522,11 @@ class Experiment:
         walk, store = self.walk, self.store
         blocks = range(self.model.blocks)
         keys = [self.key(u, chain, walk) for u, chains in self.offers.items() for chain in chains]
+        reductions = [
+            self.reduction_key(unit, prefix, walk)
+            for unit, chains in self.offers.items()
+            for prefix in filter(None, {reducing(chain)[0] for chain in chains})
+        ]
         return [
             walk.scratch,
             Path(walk.ids),
@@ -403,12 +534,18 @@ class Experiment:
             *(store.path("stats", walk.stats_key(block)) for block in blocks),
             *(store.path("gradients", walk.gradients_key(block)) for block in blocks),
             *(store.path(kind, key) for kind in ("pieces", "errors") for key in keys),
+            *(store.path("reductions", key) for key in reductions),
         ]
 
     def key(self, unit: str, chain: Chain, walk: Walk) -> str:
         """Key of the piece of a unit under a chain with the statistics of a walk."""
         stats = walk.stats_key(self.by_name[unit].block)
         return piece_key(walk.fingerprint, unit, chain, stats)
+
+    def reduction_key(self, unit: str, prefix: Chain, walk: Walk) -> str:
+        """Key of what reducers make of a bank with the statistics of a walk."""
+        stats = walk.stats_key(self.by_name[unit].block)
+        return reduction_key(walk.fingerprint, unit, prefix, stats)
 
 
 def _listed(chains: list[Chain]) -> str:

@@ -1,11 +1,11 @@
 """Sums about expert layers: what the router does, and what experts give.
 
-Two kinds of sums are taken in the pass that also collects the inputs' statistics. Those over routed
-tokens follow the router and the experts at their work. Those over a sample of tokens, spread evenly
-over the calibration text, come from running every expert on every sampled token; their outputs are
-not kept: token by token only the ``E × E`` cosines, the ``E × H`` sums and the layer's input remain.
-Sampled tokens go through in slices whose outputs take at most :data:`SLICE_BYTES`, so that memory is
-bounded whatever the number of experts: 256 experts of width 2,048 are run on 128 tokens at a time.
+Two kinds of sums are taken in the pass that also collects the inputs' statistics. Those over
+routed tokens follow the router and the experts at their work. Those over a sample of tokens, spread
+evenly over the calibration text, come from running every expert on every sampled token. Their
+outputs are not kept: only the ``E × E`` cosines, the ``E × H`` sums and the layer's input remain.
+Sampled tokens go through in slices whose outputs take at most :data:`SLICE_BYTES`, so that memory
+is bounded whatever the number of experts: 256 experts of width 2,048 run on 128 tokens at a time.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -100,7 +100,7 @@ class ExpertStatistics:
         self._given = 0  # tokens whose inputs have been told
 
     def routing(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
-        """A batch's ``logits [T, E]``, and ``gates`` and ``index`` ``[T, k]`` of what was chosen."""
+        """A batch's ``logits [T, E]``; ``gates`` and ``index`` ``[T, k]`` of what was chosen."""
         count = len(index)
         source = self.tokens.sources[self._seen : self._seen + count].to(index.device)
         self._seen += count

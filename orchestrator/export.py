@@ -13,23 +13,34 @@ under the name of the module that transformers builds.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moesaic.kernels.int_group import MAX_BITS, part_shapes, quantization_args
 from moesaic.kernels.tensor import Param
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.bank import (
+    BIAS,
+    CONSTANTS,
+    EXPERT_MAP,
+    ROUTER,
+    fuse,
+    fuse_biases,
+    is_reduced,
+)
 from moesaic.orchestrator.compressed_modules import METHOD, VERSION
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.pieces import Member
+from moesaic.orchestrator.pieces import Member, tensor_blob
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import FORMAT, Scheme, Serve, plan_problem
-from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Stored
+from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored
 
 PACKED = "pack-quantized"
+DENSE = "dense"
 # Transformers folds every expert tensor through its dequantizer as soon as anything is quantized.
 # Told that experts are float8, it passes weights that have no scale through as they are; packed
 # integers are the only other thing it understands, and dense experts make that fail.
@@ -54,9 +65,10 @@ def check_plan(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) 
     if serve == "moesaic":
         return
     for name, piece in pieces.items():
-        odd = next((m.format for m in piece.values() if m.format != FORMAT), None)
-        if odd:
-            raise RunError(f"{name}: serve: {serve} cannot load the format {odd}")
+        odd = next((m.format for m in piece.values() if m.format not in (FORMAT, DENSE)), None)
+        if odd or {EXPERT_MAP, CONSTANTS} & piece.keys():
+            raise RunError(f"{name}: serve: {serve} cannot load {odd or 'a map of experts'}")
+    _one_form(model, pieces, serve)
     reason = plan_problem(model.units(), schemes(model, pieces), serve, model.family)
     if reason:
         raise RunError(reason)
@@ -69,29 +81,142 @@ def schemes(
     found: dict[str, dict[str, Scheme] | None] = {}
     for unit in model.units():
         found[unit.name] = None
-        if unit.name in pieces:
-            found[unit.name] = {name: m.params for name, m in pieces[unit.name].items()}
+        if unit.name in pieces and not is_dense(unit, pieces[unit.name]):
+            found[unit.name] = {name: pieces[unit.name][name].params for name in unit.shapes}
     return found
 
 
-def unit_tensors(
-    model: StreamedModel, unit: Unit, piece: Piece, serve: Serve
-) -> list[tuple[str, Stored]]:
-    """Names and places of everything that the file holds of a compressed unit."""
+def is_dense(unit: Unit, piece: Piece) -> bool:
+    """Whether a piece compresses nothing: it is that of a bank that is only reduced."""
+    return all(piece[member].format == DENSE for member in unit.shapes)
+
+
+def _one_form(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) -> None:
+    """Raises a RunError unless all banks have equally many and equally wide experts."""
+    forms = {u.name: form(u, pieces.get(u.name)) for u in model.units() if u.kind == "bank"}
+    first = next(iter(forms), "")
+    for name, own in forms.items():
+        if own != forms[first]:
+            raise RunError(
+                f"{first} and {name}: serve: {serve} needs equally many experts of one width"
+            )
+
+
+def form(unit: Unit, piece: Piece | None) -> tuple[int, int]:
+    """Number and width of a bank's experts under a piece; None leaves it as it is."""
+    shape = unit.shapes["gate"] if piece is None else piece["gate"].shape
+    return shape[0], shape[1]
+
+
+def resized_config(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, int]:
+    """Keys of ``config.json`` that say how many experts there are and how wide, where it changes.
+
+    For engines that load ordinary checkpoints.
+    """
+    router = model.family.router
+    banks = [u for u in model.units() if u.kind == "bank" and is_reduced(pieces.get(u.name, {}))]
+    if not banks or router is None:
+        return {}
+    (experts, width), before = form(banks[0], pieces[banks[0].name]), banks[0].shapes["gate"]
+    names = {**(getattr(model.config, "attribute_map", None) or {}), router.count: router.count}
+    aliases = {other for pair in names.items() if router.count in pair for other in pair}
+    known = aliases & model.checkpoint.config.keys() | {router.count}
+    changed = dict.fromkeys(sorted(known), experts)
+    return changed if width == before[1] else {**changed, router.width: width}
+
+
+def unit_tensors(model: StreamedModel, unit: Unit, piece: Piece, serve: Serve) -> list[Blob]:
+    """Everything that the file holds of a compressed unit, and of what comes with it."""
+    side = _side_tensors(model, unit, piece) if is_reduced(piece) else []
+    module = module_path(model, unit)
     if serve == "moesaic":
-        module = module_path(model, unit)
-        return [
-            (f"{module}.{part}" if unit.kind == "linear" else f"{module}.{member}.{part}", stored)
-            for member, described in piece.items()
-            for part, stored in described.parts.items()
+        own = [name for name in piece if name in (*unit.shapes, EXPERT_MAP, CONSTANTS)]
+        return side + [
+            Blob.of(_own_name(unit, module, member, part), stored)
+            for member in own
+            for part, stored in piece[member].parts.items()
         ]
+    if unit.kind == "bank" and is_dense(unit, piece) and model.bank.fused:
+        return side + _fused(model, unit, piece)
     tensors = []
     for member, names in model.unit_tensors(unit).items():
-        for index, name in enumerate(names):
+        count = 1 if unit.kind == "linear" else piece[member].shape[0]
+        for index, name in enumerate(names[:count]):
             for part, stored in piece[member].parts.items():
                 place = stored if unit.kind == "linear" else stored[index]
-                tensors.append((f"{name.removesuffix('.weight')}.{part}", place))
-    return tensors
+                layer = name.removesuffix(".weight")
+                full = name if piece[member].format == DENSE else f"{layer}.{part}"
+                tensors.append(Blob.of(full, place))
+    return side + tensors
+
+
+def _own_name(unit: Unit, module: str, member: str, part: str) -> str:
+    """Name of a part in our own layout."""
+    if unit.kind == "linear":
+        return f"{module}.{part}"
+    return (
+        f"{module}.{member}" if member in (EXPERT_MAP, CONSTANTS) else f"{module}.{member}.{part}"
+    )
+
+
+def replaced_names(model: StreamedModel, unit: Unit, piece: Piece) -> set[str]:
+    """Names on disk of everything that a piece stands for."""
+    names = {name for group in model.unit_tensors(unit).values() for name in group}
+    if is_reduced(piece):
+        kept = model.layouts[unit.block].kept
+        own = [*model.router_names(unit.block).values(), *model.bias_names(unit.block)]
+        names |= {kept[name] for name in own}
+    return names
+
+
+def _side_tensors(model: StreamedModel, unit: Unit, piece: Piece) -> list[Blob]:
+    """Router and biases of a reduced bank under their names on disk."""
+    kept = model.layouts[unit.block].kept
+    found = []
+    for role, name in model.router_names(unit.block).items():
+        (stored,) = piece[f"{ROUTER}{role}"].parts.values()
+        found.append(Blob.of(kept[name], stored))
+    biases = model.bias_names(unit.block)
+    if biases:
+        members = {name: piece[f"{BIAS}{name}"] for name in unit.shapes}
+        fused = _lazily(members, lambda tensors: fuse_biases(tensors, model.bank))
+        found += [blob(kept[name]) for name, blob in zip(biases, fused, strict=True)]
+    return found
+
+
+def _fused(model: StreamedModel, unit: Unit, piece: Piece) -> list[Blob]:
+    """A reduced, dense bank of a family that keeps all experts of a block in one tensor."""
+    names = model.unit_tensors(unit)
+    blobs = _lazily(
+        {name: piece[name] for name in unit.shapes}, lambda tensors: fuse(tensors, model.bank)
+    )
+    return [blob(names[m][0]) for m, blob in zip(("gate", "down"), blobs, strict=True)]
+
+
+def _lazily(
+    members: Mapping[str, Member], join: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+) -> list[Callable[[str], Blob]]:
+    """Tensors joined from dense members; their sizes now, their bytes when they are written."""
+    empty = {
+        name: torch.empty(member.shape, dtype=member.dtype, device="meta")
+        for name, member in members.items()
+    }
+
+    def made(index: int, like: Tensor) -> Callable[[str], Blob]:
+        def chunks() -> Iterable[bytes | memoryview]:
+            read = {name: _read(member) for name, member in members.items()}
+            return tensor_blob("", join(read)[index]).chunks()
+
+        dtype, shape = DTYPE_NAMES[like.dtype], tuple(like.shape)
+        return lambda name: Blob(name, dtype, shape, chunks)
+
+    return [made(index, like) for index, like in enumerate(join(empty))]
+
+
+def _read(member: Member) -> Tensor:
+    (stored,) = member.parts.values()
+    data = bytearray(b"".join(stored.chunks()))
+    return torch.frombuffer(data, dtype=member.dtype).view(member.shape)
 
 
 def largest_piece(unit: Unit, serve: Serve) -> Piece:
@@ -119,10 +244,13 @@ def quantization_config(
     model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve
 ) -> dict[str, Any] | None:
     """What ``config.json`` says of the plan; None if nothing is compressed."""
+    if serve == "moesaic":
+        modules = _modules(model, pieces)
+        return {"quant_method": METHOD, "version": VERSION, "modules": modules} if pieces else None
+    dense = [unit.name for unit in model.units() if schemes(model, pieces)[unit.name] is None]
+    pieces = {name: piece for name, piece in pieces.items() if name not in dense}
     if not pieces:
         return None
-    if serve == "moesaic":
-        return {"quant_method": METHOD, "version": VERSION, "modules": _modules(model, pieces)}
     groups = _groups(model, pieces, serve)
     return {
         "quant_method": "compressed-tensors",
@@ -135,13 +263,27 @@ def quantization_config(
 
 def _modules(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     return {
-        module_path(model, unit): {
-            "kind": unit.kind,
-            "members": {name: member.to_json() for name, member in pieces[unit.name].items()},
-        }
+        module_path(model, unit): _module(model, unit, pieces[unit.name])
         for unit in model.units()
         if unit.name in pieces
     }
+
+
+def _module(model: StreamedModel, unit: Unit, piece: Piece) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "kind": unit.kind,
+        "members": {name: piece[name].to_json() for name in piece if name in unit.shapes},
+    }
+    if is_reduced(piece):
+        block = model.family.block.format(block=unit.block)
+        constants = piece[CONSTANTS].shape[0] if CONSTANTS in piece else 0
+        described["reduced"] = {
+            "router": f"{block}.{model.router_module}",
+            "rows": piece[f"{ROUTER}weight"].shape[0],
+            "mapped": EXPERT_MAP in piece,
+            "constants": constants,
+        }
+    return described
 
 
 def _groups(

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from moesaic.methods.base import Chain, Result, Stats, Unit, method_module
+from moesaic.methods.base import Chain, Result, Stats, Unit, method_module, reducing
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
@@ -246,11 +246,12 @@ def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing
     known: dict[tuple[tuple[str, object], ...], Compressing] = {}
     found: dict[Chain, Compressing] = {}
     for chain in experiment.recipe.chains():
-        if any("linear" not in method_module(spec.method).SCOPE for spec in chain):
+        rest = reducing(chain)[1]
+        if not rest or any("linear" not in method_module(s.method).SCOPE for s in rest):
             continue
-        switches = tuple(_switches(chain))
+        switches = tuple(_switches(rest))
         if switches not in known:
-            known[switches] = _compress(chain, experiment.dtype, device, experiment.units)
+            known[switches] = _compress(rest, experiment.dtype, device, experiment.units)
         found[chain] = known[switches]
     return found
 

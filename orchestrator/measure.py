@@ -4,7 +4,8 @@ A *job* is all units of one block that read the same site, with all chains that 
 they share the statistics and their factorisation. A finished pair of unit and chain is an entry
 ``pieces`` (the compressed tensors) and an entry ``errors`` (the error of every output row); both
 are named by the digest of what went into them, so that a search never waits for a compression that
-was done before, by whatever run.
+was done before, by whatever run. Chains that reduce a bank first are jobs of their own, one per
+reduction, which is made once (see :mod:`moesaic.orchestrator.reductions`).
 """
 
 import time
@@ -18,12 +19,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moesaic.kernels import dense
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import Chain, Event, Spec, Stats, Unit, method_module
+from moesaic.methods.base import (
+    Chain,
+    Event,
+    Spec,
+    Stats,
+    Unit,
+    is_reducer,
+    method_module,
+    reducing,
+)
+from moesaic.methods.reduction import reducer_module
 from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.pieces import write_piece
+from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
+from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
 
@@ -39,6 +54,7 @@ class Job:
         units: names, in model order.
         missing: unit → [(chain as (method, options) pairs, key of its entries)].
         stats: file of the block's statistics.
+        reduction: key of the entry that all the chains begin with, if they reduce the one unit.
     """
 
     model: str
@@ -49,6 +65,7 @@ class Job:
     missing: Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
     stats: str
     store: str
+    reduction: str | None = None
 
 
 def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
@@ -56,7 +73,8 @@ def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
     wanted = {"tokens", "hessian"}
     for chain in chains:
         for spec in chain:
-            wanted |= method_module(spec.method).NEEDS
+            module = reducer_module if is_reducer(spec.method) else method_module
+            wanted |= module(spec.method).NEEDS
     return tuple(sorted(wanted))
 
 
@@ -68,7 +86,9 @@ def piece_key(fingerprint: str, unit: str, chain: Chain, stats_key: str) -> str:
             "unit": unit,
             "chain": [[spec.method, spec.options] for spec in chain],
             "stats": stats_key,
-            "code": code_digest("kernels", "methods", "orchestrator/measure.py"),
+            "code": code_digest(
+                "kernels", "methods", "orchestrator/measure.py", "orchestrator/reductions.py"
+            ),
         }
     )
 
@@ -107,18 +127,27 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     units = [unit for unit in model.units() if unit.name in plan.units]
     sites = {site for unit in units for site in unit.sites.values()}
     stats = load_stats(Path(plan.stats), lambda site: site in sites)
+    chains: dict[Chain, dict[str, str]] = {}
+    for name, wanted in plan.missing.items():
+        for links, key in wanted:
+            chains.setdefault(tuple(Spec(m, o) for m, o in links), {})[name] = key
+    weights: dict[str, Mapping[str, Tensor]] = {}
+    side: Mapping[str, Tensor] = {}
+    if plan.reduction is None:
+        weights = {unit.name: model.read_unit(unit) for unit in units}
+    else:
+        (unit,) = units
+        bank = _reduced(plan, model, unit, next(iter(chains)))
+        units, weights, side = [bank.unit], {unit.name: bank.members}, bank.side
+        stats = bank.merged_inputs(stats)
     weights = {
-        unit.name: {name: value.to(state.device) for name, value in model.read_unit(unit).items()}
-        for unit in units
+        name: {member: value.to(state.device) for member, value in members.items()}
+        for name, members in weights.items()
     }
     _move(stats, state.device)
-    chains: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
-    for unit, wanted in plan.missing.items():
-        for links, key in wanted:
-            chains.setdefault(tuple((m, o) for m, o in links), {})[unit] = key
     measured = []
-    for links, keys in chains.items():
-        chain = tuple(Spec(method, options) for method, options in links)
+    for whole, keys in chains.items():
+        chain = reducing(whole)[1]
         todo = [unit for unit in units if unit.name in keys]
         rowwise = all(method_module(spec.method).ROWWISE for spec in chain)
         for together in [todo] if rowwise else [[unit] for unit in todo]:
@@ -127,7 +156,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
             seconds = (time.monotonic() - started) / len(together)
             for unit in together:
                 members = compressed[unit.name]
-                _write(plan, unit, keys[unit.name], members, weights, stats, seconds, events)
+                _write(plan, unit, keys[unit.name], members, side, weights, stats, seconds, events)
                 measured.append((unit.name, keys[unit.name], seconds))
     return {"measured": measured, "peak_bytes": peak_memory_bytes()}
 
@@ -137,6 +166,14 @@ def _move(stats: Mapping[str, Stats], device: str) -> None:
         entry.sums = {name: value.to(device) for name, value in entry.sums.items()}
 
 
+def _reduced(plan: Job, model: StreamedModel, unit: Unit, chain: Chain) -> ReducedBank:
+    assert plan.reduction is not None, "the job is about a reduction"
+    site = expert_site(unit.name)
+    stats = load_stats(Path(plan.stats), lambda name: name == site)[site]
+    store = Store(Path(plan.store))
+    return reduced_bank(store, plan.reduction, model, unit, reducing(chain)[0], stats)
+
+
 def _apply(
     chain: Chain,
     units: Sequence[Unit],
@@ -144,6 +181,9 @@ def _apply(
     stats: Mapping[str, Stats],
 ) -> tuple[dict[str, dict[str, CompressedTensor]], list[Event]]:
     """Runs a chain on the members of units together; members are named ``unit|member``."""
+    if not chain:
+        packed = {u.name: {m: dense.pack(weights[u.name][m]) for m in u.shapes} for u in units}
+        return packed, []
     (spec,) = chain
     members = {f"{u.name}|{m}": weights[u.name][m] for u in units for m in u.shapes}
     sites = {f"{u.name}|{m}": stats[site] for u in units for m, site in u.sites.items()}
@@ -157,12 +197,17 @@ def _write(
     unit: Unit,
     key: str,
     members: Mapping[str, CompressedTensor],
+    side: Mapping[str, Tensor],
     weights: Mapping[str, Mapping[str, Tensor]],
     stats: Mapping[str, Stats],
     seconds: float,
     events: Sequence[Event],
 ) -> None:
-    """Writes both entries of a pair; the piece last, because it stands for the pair."""
+    """Writes both entries of a pair; the piece last, because it stands for the pair.
+
+    Args:
+        side: what comes with a reduced bank, as it is.
+    """
     store = Store(Path(job.store))
     rows: dict[str, Tensor] = {}
     for member, tensor in members.items():
@@ -170,17 +215,18 @@ def _write(
         error, norm = row_errors(weights[unit.name][member], tensor.dense(), site["hessian"])
         rows |= {f"error|{member}": error.cpu(), f"norm|{member}": norm.cpu()}
         rows[f"tokens|{member}"] = site["tokens"].cpu().clone()
+    whole = {**members, **{name: dense.pack(tensor) for name, tensor in side.items()}}
     own = [e for e in events if e.unit in ("", unit.name) or e.unit.startswith(f"{unit.name}|")]
     metadata = {
         "unit": unit.name,
-        "bytes": {member: tensor.nbytes for member, tensor in members.items()},
+        "bytes": {member: tensor.nbytes for member, tensor in whole.items()},
         "seconds": seconds,
         "events": [
             {"kind": e.kind, "message": e.message, "unit": unit.name, "value": e.value} for e in own
         ],
     }
     store.put("errors", key, lambda p: save_file(rows, p))
-    store.put("pieces", key, lambda p: write_piece(p, members, {"unit": unit.name}), metadata)
+    store.put("pieces", key, lambda p: write_piece(p, whole, {"unit": unit.name}), metadata)
 
 
 def predicted_losses(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from moesaic.methods import gptq
-from moesaic.methods.base import Unit, method_module
+from moesaic.methods.base import Unit, method_module, reducing
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
@@ -310,7 +310,7 @@ def _factors(experiment: Experiment, statistics_bytes: int) -> int:
     kinds = {
         (spec.method, getattr(options, "damp", None), getattr(options, "act_order", None))
         for chain in experiment.recipe.chains()
-        for spec in chain
+        for spec in reducing(chain)[1]
         for options in [spec.parsed()]
         if "hessian" in method_module(spec.method).NEEDS
     }

@@ -52,7 +52,9 @@ def write_piece(
             raise ValueError(f"member name {name!r} contains a dot")
         member = members[name]
         described[name] = describe(member.format, member.shape, member.dtype, member.params)
-        blobs += [_blob(f"{name}.{part}", member.parts[part]) for part in sorted(member.parts)]
+        blobs += [
+            tensor_blob(f"{name}.{part}", member.parts[part]) for part in sorted(member.parts)
+        ]
     texts = {_MEMBERS: described, _METADATA: dict(metadata)}
     write_file(path, blobs, {key: json.dumps(text, sort_keys=True) for key, text in texts.items()})
 
@@ -113,7 +115,9 @@ def parse(text: Mapping[str, Any]) -> dict[str, Any]:
     return {**text, "shape": tuple(text["shape"]), "dtype": dtype}
 
 
-def _blob(name: str, tensor: Tensor) -> Blob:
+def tensor_blob(name: str, tensor: Tensor) -> Blob:
+    """A tensor in memory, to be written."""
+
     def chunks() -> Iterator[memoryview]:
         flat = tensor.detach().cpu().contiguous().view(-1)
         yield flat.view(torch.uint8).numpy().data

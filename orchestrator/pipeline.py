@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from moesaic.methods.base import Event, chain_text
+from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator import results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
@@ -38,8 +38,8 @@ from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
-from moesaic.search.base import Infeasible, Plan, search_module
-from moesaic.search.uniform import uniform_plan
+from moesaic.search.alternatives import solve, uniform_plan
+from moesaic.search.base import Infeasible, Measurement, Plan
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
@@ -51,6 +51,23 @@ def write_json(path: Path, value: Any) -> None:
     """Atomically, the same bytes for the same value."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_text(path, text)
+
+
+def _row(found: Measurement, unit: Unit, weights: int) -> dict[str, Any]:
+    """A row of ``measurements.parquet``; ``weights`` is how many the bytes stand for."""
+    return {
+        "unit": found.unit,
+        "block": unit.block,
+        "part": unit.part,
+        "chain": chain_text(found.chain),
+        "specs": json.dumps([spec.to_json() for spec in found.chain]),
+        "bytes": found.bytes,
+        "bits_per_weight": found.bytes * 8 / weights,
+        "error": found.error,
+        "predicted_kl": found.score,
+        "seconds": found.seconds,
+        "events": json.dumps(dict(found.events)),
+    }
 
 
 class Pipeline:
@@ -86,24 +103,14 @@ class Pipeline:
     def _write_table(self) -> None:
         owners = {c.name: (unit, c) for unit in self.experiment.units for c in choices(unit)}
         rows = []
+        for (bank, prefix), m in self.table.reductions.items():
+            unit = self.experiment.by_name[bank]
+            rows.append(_row(m, unit, self.experiment.reduced(unit, prefix).parameters))
         for m in self.table.measurements:
             unit, choice = owners[m.unit]
-            out, inputs = unit.shapes[choice.member][-2:]
-            rows.append(
-                {
-                    "unit": m.unit,
-                    "block": unit.block,
-                    "part": unit.part,
-                    "chain": chain_text(m.chain),
-                    "specs": json.dumps([spec.to_json() for spec in m.chain]),
-                    "bytes": m.bytes,
-                    "bits_per_weight": m.bytes * 8 / (out * inputs),
-                    "error": m.error,
-                    "predicted_kl": m.score,
-                    "seconds": m.seconds,
-                    "events": json.dumps(dict(m.events)),
-                }
-            )
+            shaped = self.experiment.reduced(unit, reducing(m.chain)[0])
+            out, inputs = shaped.shapes[choice.member][-2:]
+            rows.append(_row(m, unit, out * inputs))
         frame = pd.DataFrame(rows)
         write_atomically(self.output / "measurements.parquet", lambda p: frame.to_parquet(p))
 
@@ -113,7 +120,7 @@ class Pipeline:
         experiment = self.experiment
         everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
-            name: uniform_plan(everything, chain)
+            name: uniform_plan(everything, *reducing(chain))
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()
@@ -128,9 +135,9 @@ class Pipeline:
         """
         experiment = self.experiment
         given = results.problem(experiment, self.table)
-        strategy = search_module(experiment.recipe.search)
+        strategy = experiment.recipe.search
         try:
-            plan = strategy.search(given)
+            plan = solve(given, strategy)
             if experiment.recipe.budget.bytes is None:
                 return plan
             trial, total = plan, given.budget.total_bytes
@@ -142,7 +149,7 @@ class Pipeline:
                         break
                 around = size - (trial.bytes - given.budget.fixed_bytes)
                 budget = replace(given.budget, fixed_bytes=around)
-                trial = given.plan(strategy.search(replace(given, budget=budget)).units)
+                trial = given.plan(solve(replace(given, budget=budget), strategy).units)
         except Infeasible as error:
             raise RecipeError(f"budget: {error}") from None
         return plan
@@ -193,7 +200,15 @@ class Pipeline:
 
     def _unit_bytes(self, name: str) -> int:
         units = self.plans[name].units
-        return sum(m.bytes for m in self.table.measurements if units[m.unit] == m.chain)
+        size = sum(m.bytes for m in self.table.measurements if units.get(m.unit) == m.chain)
+        return size + sum(self.table.reductions[key].bytes for key in self._reduced(name))
+
+    def _reduced(self, name: str) -> list[tuple[str, Chain]]:
+        """(bank, reducers) of the banks that a plan reduces."""
+        units = self.plans[name].units
+        banks = (unit for unit in self.experiment.units if unit.kind == "bank")
+        found = [(unit.name, reducing(chains_of(unit, units)[0])[0]) for unit in banks]
+        return [(bank, prefix) for bank, prefix in found if prefix]
 
     def bits_per_weight(self, name: str) -> float:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
@@ -293,6 +308,7 @@ class Pipeline:
             plan=plans.pop("plan"),
             baselines=plans,
             measurements=self.table.measurements,
+            reductions=self.table.reductions,
             scores=scores,
             expert_load=self.table.load,
             events=self.events(),
@@ -313,5 +329,10 @@ class Pipeline:
                 entry = experiment.store.get("pieces", key)
                 if entry is None:
                     raise RunError(f"{unit.name}: its piece is gone; run the same command again")
+                events += [Event(**event) for event in entry.metadata["events"]]
+        for bank, prefix in self._reduced("plan"):
+            key = experiment.reduction_key(bank, prefix, self.walks["plan"])
+            entry = experiment.store.get("reductions", key)
+            if entry is not None:
                 events += [Event(**event) for event in entry.metadata["events"]]
         return events

@@ -11,7 +11,7 @@ from moesaic.kernels import mosaic
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Unit
 from moesaic.orchestrator.calibrate import Walk
-from moesaic.orchestrator.choices import Chosen, chains_of, choices
+from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import read_piece, write_piece
@@ -30,7 +30,7 @@ def plan_pieces(experiment: Experiment, walk: Walk, chosen: Chosen) -> dict[str,
     return {
         unit.name: path
         for unit in experiment.units
-        if choices(unit)[0].name in chosen
+        if chains_of(unit, chosen)
         for path in _unit_piece(experiment, walk, unit, chosen)
     }
 
@@ -45,7 +45,7 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
     if len(chains) == 1:
         yield from (str(path) for path in paths.values())
         return
-    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices(unit)]
+    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices_in(unit, chosen)]
     key = digest(["mosaic", parts])
     entry = experiment.store.get("mosaics", key)
     if entry is None:
@@ -63,7 +63,7 @@ def _mosaic(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> dict[str
     members = {}
     for member in unit.shapes:
         experts: dict[Chain, list[int]] = {}
-        for choice in choices(unit):
+        for choice in choices_in(unit, chosen):
             if choice.member == member and choice.expert is not None:
                 experts.setdefault(chosen[choice.name], []).append(choice.expert)
         groups = [
@@ -71,4 +71,6 @@ def _mosaic(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> dict[str
             for chain, slices in sorted(experts.items())
         ]
         members[member] = groups[0][0] if len(groups) == 1 else mosaic.pack(groups)
-    return members
+    # What comes with a reduced bank is the same in all pieces.
+    first = next(iter(pieces.values()))
+    return members | {name: value for name, value in first.items() if name not in unit.shapes}

@@ -21,6 +21,7 @@ from moesaic.orchestrator.compressed_modules import (
     CompressedExperts,
     CompressedLinear,
 )
+from moesaic.orchestrator.reshape import resize_router
 
 
 @auto.register_quantization_config(METHOD)
@@ -85,7 +86,13 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
                 if described["kind"] == "linear":
                     compressed = CompressedLinear(members["weight"], dense)
                 else:
-                    compressed = CompressedExperts(members, dense)
+                    reduced = described.get("reduced")
+                    if reduced is not None:
+                        router = (
+                            reduced["router"] if inside else reduced["router"].removeprefix(base)
+                        )
+                        resize_router(model.get_submodule(router), reduced["rows"])
+                    compressed = CompressedExperts(members, dense, reduced)
                 model.set_submodule(path, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.methods.base import Chain, Spec
 from moesaic.orchestrator.calibrate import Walk, hidden_path
-from moesaic.orchestrator.choices import Chosen, chains_of, choices
+from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.plan_pieces import plan_pieces
@@ -21,9 +21,10 @@ from moesaic.orchestrator.statistics import ranges
 from moesaic.orchestrator.store import digest, remove_scratch
 
 
-def _names(experiment: Experiment, block: int) -> list[str]:
-    """The choices of a block."""
-    return [c.name for unit in experiment.units if unit.block == block for c in choices(unit)]
+def _names(experiment: Experiment, block: int, chosen: Chosen) -> list[str]:
+    """The choices of a block under a plan."""
+    units = [unit for unit in experiment.units if unit.block == block]
+    return [choice.name for unit in units for choice in choices_in(unit, chosen)]
 
 
 def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
@@ -33,7 +34,7 @@ def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
     for block in range(experiment.model.blocks):
         # Before the first block nothing is compressed: its statistics are those of the dense walk.
         prefixes.append(digest(before) if before else "")
-        for name in _names(experiment, block):
+        for name in _names(experiment, block, chosen):
             before.append([name, [[spec.method, spec.options] for spec in chosen[name]]])
     return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
 
@@ -45,10 +46,7 @@ def entries(experiment: Experiment, plan: Path) -> list[Path]:
     """
     if not experiment.recipe.propagate or not plan.is_file():
         return []
-    names = [name for block in range(experiment.model.blocks) for name in _names(experiment, block)]
-    plans: list[Chosen] = [
-        dict.fromkeys(names, chain) for chain in experiment.recipe.baselines.values()
-    ]
+    plans = [experiment.everywhere(chain) for chain in experiment.recipe.baselines.values()]
     specs = json.loads(plan.read_text(encoding="utf-8"))["units"]
     plans.append(
         {
@@ -86,7 +84,7 @@ class Propagation:
         self.stage = f"propagate {name}"
         self.walk = prefixed(experiment, chosen)
         self.chosen: dict[int, Chosen] = {
-            block: {name: chosen[name] for name in _names(experiment, block)}
+            block: {name: chosen[name] for name in _names(experiment, block, chosen)}
             for block in range(experiment.model.blocks)
         }
 

@@ -1,5 +1,6 @@
 """The user's YAML file: what to compress, into how many bytes, with what, judged on what."""
 
+import itertools
 import math
 import re
 import reprlib
@@ -21,7 +22,7 @@ from pydantic import (
 )
 
 from moesaic.kernels.discovery import UnknownName
-from moesaic.methods.base import Chain, Spec, expand, method_module
+from moesaic.methods.base import Chain, Spec, expand, is_reducer, options_of, reducing
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
 
@@ -189,6 +190,7 @@ class Calibration(Texts):
 
     shards: int = Field(default=8, ge=1, le=10**5)
     experts: Literal["routed", "all"] = "routed"
+    expert_tokens: int = Field(default=2048, ge=1, le=10**6)
     gradient_sequences: int = Field(default=16, ge=0, le=10**6)
 
 
@@ -213,8 +215,26 @@ class Tracking(Section):
 
 
 def _chains(value: Any) -> list[Chain]:
-    """One candidate entry: a method with its options; lists in options are alternatives."""
-    return [(spec,) for spec in _specs(value)]
+    """One candidate entry: a method with its options, or a list of such that follow each other.
+
+    Lists in options are alternatives.
+    """
+    links = value if isinstance(value, list) else [value]
+    if not links:
+        raise ValueError("a chain needs at least one method")
+    specs = [_specs(link) for link in links]
+    count = math.prod(map(len, specs))
+    if count > _MOST_CHOICES:
+        raise ValueError(f"{count:,} choices in one entry: at most {_MOST_CHOICES:,} are taken")
+    chains = list(itertools.product(*specs))
+    prefix, rest = reducing(chains[0])
+    if any(is_reducer(spec.method) for spec in rest):
+        raise ValueError("methods that reduce experts come first in a chain")
+    if len(prefix) > 1:
+        raise ValueError("a chain reduces experts once, not twice")
+    if len(rest) > 1:
+        raise ValueError("one compression per chain, after the reduction of experts")
+    return chains
 
 
 def _specs(link: Any) -> list[Spec]:
@@ -222,7 +242,7 @@ def _specs(link: Any) -> list[Spec]:
         raise ValueError("needs a mapping with the key method and its options")
     method, options = link["method"], {str(k): v for k, v in link.items() if k != "method"}
     try:
-        fields = method_module(method).Options.model_fields
+        fields = options_of(method).model_fields
     except UnknownName as error:
         raise ValueError(str(error)) from None
     values = [value if isinstance(value, list) else [value] for value in options.values()]
@@ -342,9 +362,12 @@ class Recipe(Section):
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _entry(chain: Chain) -> dict[str, Any]:
-    (spec,) = chain
-    return {"method": spec.method, **spec.parsed().model_dump(mode="json", exclude_none=True)}
+def _entry(chain: Chain) -> Any:
+    links = [
+        {"method": spec.method, **spec.parsed().model_dump(mode="json", exclude_none=True)}
+        for spec in chain
+    ]
+    return links if len(links) > 1 else links[0]
 
 
 def _describe(error: ValidationError) -> Iterator[str]:

@@ -1,23 +1,36 @@
 """What came out of measuring: the table that searches read, expert loads, events."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from moesaic.methods.base import Event, Unit
+from moesaic.methods.base import Chain, Event, Unit, reducing
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
+from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
 from moesaic.orchestrator.stages import finished_entries
-from moesaic.orchestrator.statistics import load_stats
-from moesaic.search.base import Budget, Measurement, Problem
+from moesaic.orchestrator.statistics import SiteStats, load_stats
+from moesaic.search.base import Alternative, Budget, Measurement, Problem
 
 
 @dataclass(frozen=True)
 class Table:
-    """All measurements of an experiment, and what happened while they were made."""
+    """All measurements of an experiment, and what happened while they were made.
+
+    Attributes:
+        measurements: of every choice under every chain.
+        reductions: (bank, reducers) → what the reduction by itself takes and loses: bytes of what
+            it holds besides its members, against the bank as it is.
+        load: block → tokens routed to each expert.
+        events: in order of time.
+    """
 
     measurements: list[Measurement]
+    reductions: dict[tuple[str, Chain], Measurement]
     load: dict[int, list[int]]
     events: list[Event]
 
@@ -34,18 +47,60 @@ def measurements(experiment: Experiment) -> Table:
     errors = finished_entries(experiment, "errors", keys.values())
     tokens = experiment.gradient_tokens()
     found: list[Measurement] = []
+    reductions: dict[tuple[str, Chain], Measurement] = {}
     for block in range(experiment.model.blocks):
         gradients = None
         if walk.gradients:
             path = experiment.store.path("gradients", walk.gradients_key(block))
             gradients = load_stats(path)
         for unit in (u for u in experiment.units if u.block == block):
+            shaped = _shaped(experiment, unit, walk, gradients)
             for chain in experiment.offers[unit.name]:
-                key = keys[unit.name, chain]
-                found += to_measurements(unit, chain, pieces[key], errors[key], gradients, tokens)
+                key, prefix = keys[unit.name, chain], reducing(chain)[0]
+                own, slopes = unit, gradients
+                if prefix:
+                    bank, slopes = shaped[prefix]
+                    own = bank.unit
+                found += to_measurements(own, chain, pieces[key], errors[key], slopes, tokens)
+            for prefix, (bank, _) in shaped.items():
+                loss = None if gradients is None else reduction_loss(bank, gradients, tokens)
+                reductions[unit.name, prefix] = _reduction(experiment, unit, prefix, bank, loss)
             found += _dense(experiment, unit, None if gradients is None else 0.0)
     load, events = expert_load(experiment, walk)
-    return Table(found, load, events)
+    return Table(found, reductions, load, events)
+
+
+def _shaped(
+    experiment: Experiment, unit: Unit, walk: Walk, gradients: SiteStats | None
+) -> dict[Chain, tuple[ReducedBank, SiteStats | None]]:
+    """Reducers → the bank that they leave, with its gradients."""
+    found: dict[Chain, tuple[ReducedBank, SiteStats | None]] = {}
+    for chain in experiment.offers[unit.name]:
+        prefix = reducing(chain)[0]
+        if not prefix or prefix in found:
+            continue
+        key = experiment.reduction_key(unit.name, prefix, walk)
+        bank = read_reduction(experiment.store, key, unit)
+        if bank is None:
+            raise RunError(f"{unit.name}: its reduction is gone; run the same command again")
+        found[prefix] = bank, None if gradients is None else bank.merged_gradients(gradients)
+    return found
+
+
+def _reduction(
+    experiment: Experiment, unit: Unit, prefix: Chain, bank: ReducedBank, loss: float | None
+) -> Measurement:
+    counts = Counter(event.kind for event in bank.events)
+    norm = max(float(bank.norm.sum()), 1e-30)
+    return Measurement(
+        unit=unit.name,
+        chain=prefix,
+        bytes=experiment.side_bytes(unit, prefix),
+        error=float(bank.error.sum()) / norm,
+        score=loss,
+        seconds=bank.seconds,
+        events=dict(counts),
+    )
 
 
 def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Measurement]:
@@ -111,10 +166,45 @@ def problem(
         budget: another one than the recipe's.
     """
     allowed = {*experiment.recipe.candidates, ()} if candidates_only else None
-    offers: dict[str, list[Measurement]] = {
-        choice.name: [] for unit in experiment.units for choice in choices(unit)
-    }
+    offers: dict[str, list[Measurement]] = {}
+    reduced: dict[Chain, dict[str, list[Measurement]]] = {}
     for measurement in table.measurements:
         if allowed is None or measurement.chain in allowed:
-            offers[measurement.unit].append(measurement)
-    return Problem(offers, experiment.ties(), budget or experiment.budget)
+            prefix, rest = reducing(measurement.chain)
+            own = reduced.setdefault(prefix, {}) if prefix else offers
+            found = replace(measurement, chain=rest)
+            own.setdefault(measurement.unit, []).append(found)
+    banks: dict[str, list[Alternative]] = {}
+    for unit in experiment.units if reduced else ():
+        if unit.kind == "bank":
+            banks[unit.name] = [
+                _alternative(experiment, table, unit, prefix, reduced[prefix] if prefix else offers)
+                for prefix in experiment.prefixes(unit, candidates_only)
+            ]
+            for choice in choices(unit):
+                offers.pop(choice.name, None)
+    return Problem(
+        offers,
+        experiment.ties(),
+        budget or experiment.budget,
+        banks,
+        one_form=not experiment.mixed_banks,
+    )
+
+
+def _alternative(
+    experiment: Experiment,
+    table: Table,
+    unit: Unit,
+    prefix: Chain,
+    offers: Mapping[str, list[Measurement]],
+) -> Alternative:
+    names = [choice.name for choice in choices(experiment.reduced(unit, prefix))]
+    own = table.reductions.get((unit.name, prefix))
+    return Alternative(
+        prefix=prefix,
+        form=experiment.form(unit, prefix),
+        bytes=0 if own is None else own.bytes,
+        loss=0.0 if own is None else own.loss,
+        choices={name: offers[name] for name in names},
+    )

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, Unit
+from moesaic.methods.base import Chain, reducing
 from moesaic.orchestrator.calibrate import Walk, boundary_path
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import score
@@ -190,12 +190,15 @@ def missing_pairs(
 def measuring_jobs(
     experiment: Experiment, walk: Walk, missing: Mapping[str, list[tuple[Chain, str]]]
 ) -> Iterator[Job]:
-    """Jobs for the missing pairs: units that share a site go together."""
-    sites: dict[tuple[str, ...], list[Unit]] = {}
-    for name in missing:
-        unit = experiment.by_name[name]
-        sites.setdefault(tuple(sorted(set(unit.sites.values()))), []).append(unit)
-    for units in sites.values():
+    """Jobs for the missing pairs: units that share a site go together, each reduction alone."""
+    groups: dict[tuple[Any, ...], dict[str, list[tuple[Chain, str]]]] = {}
+    for name, pairs in missing.items():
+        sites = tuple(sorted(set(experiment.by_name[name].sites.values())))
+        for chain, key in pairs:
+            group = groups.setdefault((sites, reducing(chain)[0]), {})
+            group.setdefault(name, []).append((chain, key))
+    for (_, prefix), wanted in groups.items():
+        units = [experiment.by_name[name] for name in wanted]
         block = units[0].block
         yield Job(
             model=walk.model,
@@ -206,12 +209,13 @@ def measuring_jobs(
             missing={
                 unit.name: [
                     ([(spec.method, spec.options) for spec in chain], key)
-                    for chain, key in missing[unit.name]
+                    for chain, key in wanted[unit.name]
                 ]
                 for unit in units
             },
             stats=str(experiment.store.path("stats", walk.stats_key(block))),
             store=walk.store,
+            reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
         )
 
 

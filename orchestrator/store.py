@@ -33,7 +33,17 @@ _CHUNK = 1 << 20
 _SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
 _SCRATCH = "scratch"
-KINDS = ("ids", "stats", "gradients", "pieces", "errors", "mosaics", "hidden", "scores")
+KINDS = (
+    "ids",
+    "stats",
+    "gradients",
+    "reductions",
+    "pieces",
+    "errors",
+    "mosaics",
+    "hidden",
+    "scores",
+)
 
 
 def digest(value: Any) -> str:

@@ -13,11 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
-from moesaic.orchestrator.bank import fuse, split
+from moesaic.orchestrator.bank import (
+    BIAS,
+    CONSTANTS,
+    EXPERT_MAP,
+    ROUTER,
+    fuse,
+    fuse_biases,
+    is_reduced,
+    split,
+)
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.experts import StandIns
 from moesaic.orchestrator.family import Bank, load_family
 from moesaic.orchestrator.layout import BlockLayout, model_layout
+from moesaic.orchestrator.reshape import resize_experts, resize_router
 from moesaic.orchestrator.skeleton import (
     Call,
     Skeleton,
@@ -105,6 +116,23 @@ class StreamedModel:
         weight = self.family.router.weight
         return self.family.renames.get(weight, weight).removesuffix(".weight")
 
+    def router_names(self, block: int) -> dict[str, str]:
+        """Role → parameter of the block, for the tensors of its router."""
+        family = self.family
+        names = family.router.tensors() if family.router else {}
+        known = self.layouts[block].kept
+        found = {role: family.renames.get(name, name) for role, name in names.items()}
+        return {role: name for role, name in found.items() if name in known}
+
+    def bias_names(self, block: int) -> list[str]:
+        """Parameters of the block that are its experts' biases: of gate and up, of down."""
+        kept = self.family.experts.kept if self.family.experts else []
+        return [name for name in kept if name in self.layouts[block].kept]
+
+    def prototype(self, block: int) -> nn.Module:
+        """The block's module without weights; it must not be changed."""
+        return self._skeleton.prototypes[block]
+
     def fixed_names(self) -> list[str]:
         """Names on disk of everything that no unit covers."""
         covered = {
@@ -123,17 +151,22 @@ class StreamedModel:
         tensors = self.unit_tensors(unit)
         if unit.kind == "linear":
             return {"weight": self._read(tensors["weight"][0])}
-        if self._bank.fused:
+        if self.bank.fused:
             fused = self._read(tensors["gate"][0]), self._read(tensors["down"][0])
-            members = split(*fused, self._bank)
+            members = split(*fused, self.bank)
             return {member: weight.contiguous() for member, weight in members.items()}
         return {member: self._stack(names) for member, names in tensors.items()}
+
+    def read_kept(self, block: int) -> dict[str, Tensor]:
+        """Router and biases of a block's experts by parameter, in the dtype of the file."""
+        names = [*self.router_names(block).values(), *self.bias_names(block)]
+        return {name: self._read(self.layouts[block].kept[name]) for name in names}
 
     def write_unit(self, unit: Unit, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name on disk → tensor as the file holds it; the inverse of :meth:`read_unit`."""
         tensors = self.unit_tensors(unit)
-        if unit.kind == "bank" and self._bank.fused:
-            gate_up, down = fuse(members, self._bank)
+        if unit.kind == "bank" and self.bank.fused:
+            gate_up, down = fuse(members, self.bank)
             return {tensors["gate"][0]: gate_up, tensors["down"][0]: down}
         if unit.kind == "linear":
             return {tensors["weight"][0]: members["weight"]}
@@ -149,7 +182,8 @@ class StreamedModel:
         """Block ``index`` with its weights, frozen; it is freed when the caller drops it.
 
         Args:
-            replaced: unit → member → dense weight to use instead of the file's.
+            replaced: unit → member → dense weight to use instead of the file's; a reduced bank
+                comes with its router and has all of its members.
 
         Raises:
             UserError: a weight is NaN or infinite, or a file has become shorter.
@@ -161,7 +195,11 @@ class StreamedModel:
         fill_buffers(self._skeleton.model, block, self.device)
         state = {module: self._read(name) for module, name in layout.kept.items()}
         for unit in layout.units:
-            state |= self._unit_state(unit, (replaced or {}).get(unit.name, {}))
+            given = (replaced or {}).get(unit.name, {})
+            if is_reduced(given):
+                state |= self._reduced_state(block, unit, given)
+            else:
+                state |= self._unit_state(unit, given)
         prefix = self.family.block.format(block=index)
         for name in state:  # one by one: where the dtype changes, the old tensor is freed at once
             state[name] = self._placed(f"{prefix}.{name}", state[name])
@@ -197,7 +235,8 @@ class StreamedModel:
     # Weights
 
     @property
-    def _bank(self) -> Bank:
+    def bank(self) -> Bank:
+        """What the family's expert banks look like."""
         assert self.family.experts is not None, "only families with experts have banks"
         return self.family.experts
 
@@ -228,12 +267,38 @@ class StreamedModel:
         if replaced:
             missing = unit.shapes.keys() - replaced.keys()
             members = {**(self.read_unit(unit) if missing else {}), **replaced}
-            gate_up, down = fuse(members, self._bank)
-        elif self._bank.fused:
+            gate_up, down = fuse(members, self.bank)
+        elif self.bank.fused:
             gate_up, down = self._read(tensors["gate"][0]), self._read(tensors["down"][0])
         else:
             gate_up, down = self._stack_gate_up(unit), self._stack(tensors["down"])
         return {f"{module}.gate_up_proj": gate_up, f"{module}.down_proj": down}
+
+    def _reduced_state(
+        self, block: nn.Module, unit: Unit, members: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Parameters of a reduced bank and its router, whose modules are made ready for them."""
+        path, experts = self.unit_module(unit), block.get_submodule(self.unit_module(unit))
+        resize_experts(experts, *members["gate"].shape[:2])
+        router = self.router_names(unit.block)
+        rows = members[f"{ROUTER}weight"].shape[0]
+        resize_router(block.get_submodule(self.router_module), rows)
+        gate_up, down = fuse(members, self.bank)
+        state = {f"{path}.gate_up_proj": gate_up, f"{path}.down_proj": down}
+        state |= {name: members[f"{ROUTER}{role}"] for role, name in router.items()}
+        biases = {
+            name: members[f"{BIAS}{name}"] for name in unit.shapes if f"{BIAS}{name}" in members
+        }
+        if biases:
+            fused = fuse_biases(biases, self.bank)
+            state |= dict(zip(self.bias_names(unit.block), fused, strict=True))
+        if EXPERT_MAP in members:
+            constants = members.get(CONSTANTS)
+            StandIns(
+                members[EXPERT_MAP].to(self.device),
+                None if constants is None else constants.to(self.device),
+            ).put_into(experts)
+        return state
 
     def _stack_gate_up(self, unit: Unit) -> Tensor:
         """``[E, 2I, H]`` without a second copy in between."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from moesaic.methods.base import Chain, Event, Unit, chain_text
-from moesaic.orchestrator.choices import choices
+from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
+from moesaic.orchestrator.choices import choices_in
 from moesaic.search.base import Measurement, Plan
 
 
@@ -57,6 +57,7 @@ class RunSummary:
         scores: ``dense``, ``plan`` and each baseline → ``bytes``, ``bits_per_weight``,
             ``perplexity``, ``kl`` (nats per token), and what else the evaluation gave; numbers but
             for ``sources``, text source → ``perplexity`` and ``kl``.
+        reductions: (bank, reducers) → what the reduction by itself takes and loses.
         expert_load: block → tokens routed to each expert.
         events: in order of time.
         stage_seconds: stage → seconds, in order of time.
@@ -77,6 +78,7 @@ class RunSummary:
     baselines: Mapping[str, Plan]
     measurements: Sequence[Measurement]
     scores: Mapping[str, Mapping[str, Any]]
+    reductions: Mapping[tuple[str, Chain], Measurement] = field(default_factory=dict)
     expert_load: Mapping[int, Sequence[int]] = field(default_factory=dict)
     events: Sequence[Event] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -96,18 +98,21 @@ class RunSummary:
         Raises:
             KeyError: one of its choices is not among the measurements.
         """
-        names = [choice.name for choice in choices(unit)]
+        names = [choice.name for choice in choices_in(unit, plan.units)]
         found = [self._measured[name, plan.units[name]] for name in names]
+        prefix = reducing(found[0].chain)[0]
+        own = self.reductions.get((unit.name, prefix)) if prefix else None
         counts = Counter(chain_text(measurement.chain) for measurement in found)
         mixed = ", ".join(f"{count} × {text}" for text, count in counts.most_common())
-        scores = [measurement.score for measurement in found]
+        parts = found if own is None else [own, *found]
+        scores = [measurement.score for measurement in parts]
         return Outcome(
             text=mixed if len(counts) > 1 else next(iter(counts)),
-            bytes=sum(measurement.bytes for measurement in found),
+            bytes=sum(measurement.bytes for measurement in parts),
             error=sum(measurement.error for measurement in found) / len(found),
             score=None if None in scores else sum(score for score in scores if score is not None),
-            loss=sum(measurement.loss for measurement in found),
-            seconds=sum(measurement.seconds for measurement in found),
+            loss=sum(measurement.loss for measurement in parts),
+            seconds=sum(measurement.seconds for measurement in parts),
         )
 
     def choice_bytes(self, plan: Plan) -> dict[str, tuple[int, int]]:

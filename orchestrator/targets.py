@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from moesaic.kernels.tensor import Param
 from moesaic.methods.base import Chain, Unit
+from moesaic.methods.reduction import Outline
 from moesaic.orchestrator.family import Family
 
 Serve = Literal["vllm", "transformers", "moesaic"]
@@ -58,6 +59,23 @@ def allowed(unit: Unit, chain: Chain, serve: Serve, family: Family) -> str | Non
     if missing:
         return f"serve: {serve} loads integer quantizers only, not {chain[0].method}"
     return scheme_problem(unit, options, serve, family)
+
+
+def reduction_problem(unit: Unit, left: Outline, serve: Serve, family: Family) -> str | None:
+    """Why ``serve`` cannot load a bank reduced to this; None if it can.
+
+    What all banks together must agree in is not looked at.
+    """
+    if serve == "moesaic":
+        return None
+    if not left.ordinary:
+        return (
+            f"serve: {serve} loads a router row per expert only: prune, or merge with"
+            " router: mean, or serve: moesaic"
+        )
+    if left.width != unit.shapes["gate"][1] and not (family.router and family.router.width):
+        return f"serve: {serve} cannot load narrower experts of {family.model_type}"
+    return None
 
 
 def can_be_packed(unit: Unit, serve: Serve, family: Family) -> bool:

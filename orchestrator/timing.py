@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesaic.methods.base import Chain, Unit, method_module
+from moesaic.methods.base import Chain, Unit, method_module, reducing
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
 from moesaic.orchestrator.memory import (
@@ -162,7 +162,7 @@ class Clock:
         parts, _ = slices(experts, rows, inputs, self.crew.device)
         weights = experts * rows * inputs
         products = 4.0 * weights * inputs  # Δw H and w H
-        if any("hessian" in method_module(spec.method).NEEDS for spec in chain):
+        if any("hessian" in method_module(spec.method).NEEDS for spec in reducing(chain)[1]):
             products += weights * inputs + experts * inputs**3  # feedback, factorisation
         return (
             speed.column * inputs * parts

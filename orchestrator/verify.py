@@ -16,7 +16,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.bank import BIAS, ROUTER, is_reduced, split, split_biases
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.compressed_modules import Packed
 from moesaic.orchestrator.errors import RunError, UserError
-from moesaic.orchestrator.export import PACKED, schemes
+from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.streaming import StreamedModel
@@ -288,6 +289,9 @@ def _transformers_loads(model: StreamedModel, pieces: Mapping[str, Path]) -> boo
     if pieces and any(name not in pieces for name in banks):
         return False
     headers = {name: piece_header(path) for name, path in pieces.items()}
+    dense = [u for u in model.units() if u.name in pieces and is_dense(u, headers[u.name])]
+    if dense and len(dense) < len(pieces):
+        return False
     planned = schemes(model, headers)
     return plan_problem(model.units(), planned, "transformers", model.family) is None
 
@@ -304,6 +308,7 @@ class _Decoder:
         from compressed_tensors.quantization import QuantizationConfig
 
         self.folder, self.model, self.pieces = folder, model, pieces
+        self.headers = {name: piece_header(path) for name, path in pieces.items()}
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stated = config.get("quantization_config")
         self.config: Any = QuantizationConfig.model_validate(stated) if stated else None
@@ -316,15 +321,41 @@ class _Decoder:
         """Members of a compressed unit, decoded."""
         if unit.name not in self.pieces:
             return {}
+        piece = self.headers[unit.name]
+        names = self._names(unit)
+        side = self._side(unit) if is_reduced(piece) else {}
+        if unit.kind == "bank" and is_dense(unit, piece) and self.model.bank.fused:
+            fused = self._read(names["gate"][0]), self._read(names["down"][0])
+            return {**split(*fused, self.model.bank), **side}
+        read = self._read if is_dense(unit, piece) else self._decode
         members = {}
-        for member, names in self.model.unit_tensors(unit).items():
-            matrices = [self._decode(name.removesuffix(".weight")) for name in names]
+        for member, own in names.items():
+            matrices = [read(name) for name in own]
             members[member] = matrices[0] if unit.kind == "linear" else torch.stack(matrices)
-        return members
+        return {**members, **side}
 
-    def _decode(self, layer: str) -> Tensor:
+    def _names(self, unit: Unit) -> dict[str, list[str]]:
+        """Member → names of its weights in the original; of a reduced bank, those that are left."""
+        names = self.model.unit_tensors(unit)
+        if unit.kind == "linear" or self.model.bank.fused:
+            return names
+        return {m: own[: self.headers[unit.name][m].shape[0]] for m, own in names.items()}
+
+    def _side(self, unit: Unit) -> dict[str, Tensor]:
+        """Router and biases of a reduced bank."""
+        kept, model = self.model.layouts[unit.block].kept, self.model
+        router = model.router_names(unit.block)
+        found = {f"{ROUTER}{role}": self._read(kept[name]) for role, name in router.items()}
+        biases = [self._read(kept[name]) for name in model.bias_names(unit.block)]
+        if biases:
+            own = split_biases(biases[0], biases[1], model.bank)
+            found |= {f"{BIAS}{name}": bias for name, bias in own.items()}
+        return found
+
+    def _decode(self, name: str) -> Tensor:
         from compressed_tensors.compressors import BaseCompressor
 
+        layer = name.removesuffix(".weight")
         compressor = BaseCompressor.get_value_from_registry(PACKED)
         parts = {name.removeprefix(f"{layer}."): self._read(name) for name in self._parts(layer)}
         weight: Tensor = compressor.decompress(parts, self._scheme(layer))["weight"]
@@ -352,19 +383,20 @@ class _Decoder:
 
     def _check_names(self) -> None:
         left = set(self.stored)
+        original = set(self.model.checkpoint.names())
         for unit in self.model.units():
-            for names in self.model.unit_tensors(unit).values():
+            if unit.name not in self.pieces:
+                continue
+            piece = self.headers[unit.name]
+            replaced = replaced_names(self.model, unit, piece)
+            original -= replaced
+            if is_reduced(piece):
+                left -= replaced - {n for own in self._all(unit) for n in own}
+            for names in self._names(unit).values():
                 for name in names:
                     layer = name.removesuffix(".weight")
-                    left -= set(self._parts(layer)) if unit.name in self.pieces else set()
-        dense = [
-            name
-            for unit in self.model.units()
-            if unit.name not in self.pieces
-            for names in self.model.unit_tensors(unit).values()
-            for name in names
-        ]
-        for name in {*dense, *self.model.fixed_names()}:
+                    left -= {name} if is_dense(unit, piece) else set(self._parts(layer))
+        for name in original:
             if name not in self.stored:
                 raise RunError(f"{self.folder}: no tensor {name}")
             left.discard(name)
@@ -372,6 +404,9 @@ class _Decoder:
                 raise RunError(f"{self.folder}: tensor {name} is not the original's")
         if left:
             raise RunError(f"{self.folder}: {len(left)} tensors too many, such as {min(left)}")
+
+    def _all(self, unit: Unit) -> Iterable[list[str]]:
+        return self.model.unit_tensors(unit).values()
 
     def _read(self, name: str) -> Tensor:
         from safetensors import safe_open
