@@ -10,25 +10,29 @@ steps under one budget.
 2. *Choices.* With the alternatives settled, the problem is an ordinary one, which the strategy
    solves. Prefixes and the reductions' losses are put back.
 
-Frontiers are exact as long as they have at most ``_POINTS`` points, and so is the first step. Of a
-larger one these are kept: the corners of its lower convex hull, all of them up to ``_CORNERS``,
-points spread evenly over what could be merged, and the points of one chain for all choices. Losses
-between two corners are then those of the lower one, which the second step mends within the banks.
+The alternatives are the best ones as long as no frontier has more than ``_POINTS`` points and the
+knapsack looks at no more than ``_MOST_MOVES`` moves; with an exact strategy so is the plan. Of a
+larger frontier these points are kept: the corners of its lower convex hull, the points of one chain
+for all choices and, where the corners are few, others spread evenly. The first step then rounds a
+bank's losses up to the next point kept; the second one chooses anew within the alternatives.
 
 Ties that reach over several banks (an engine that wants one format everywhere) leave the banks
-independent once the tied chain is fixed: all chains are tried. Where many ties reach over different
-banks, those that hang together are put together to one frontier first.
+independent once the tied chain is fixed: all chains are tried. Where such ties are many, banks that
+hang together are put together to one frontier first. Forms, where all banks must have one, are
+tried one by one, too.
 
 Strategies that mix nothing (those with a ``smallest_bytes`` of their own, such as ``uniform``) do
 not mix alternatives either: all banks take the same prefix, and the best one is chosen. A bank that
 lacks a prefix stays as it is.
 
 Whatever was decided, the plan is compared with the strategy's plans for one prefix in all banks,
-none included, and with the best one of one prefix and one chain everywhere; the best is returned.
+none included, and with those of one prefix and one chain everywhere; the best is returned. Of
+equally good plans the one with fewer bytes is taken, then the one whose prefixes came first.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,10 +88,10 @@ def solve(problem: Problem, strategy: str) -> Plan:
     """
     if not problem.banks:
         return search_module(strategy).search(problem)
-    same = same_prefix(problem)
-    if _mixes(strategy):
-        return _mixed(problem, strategy, same)
-    return _unmixed(problem, strategy, same)
+    plans = _mixed(problem, strategy) if _mixes(strategy) else _unmixed(problem, strategy)
+    if not plans:
+        raise Infeasible(f"{strategy} finds no plan of {problem.budget.total_bytes:,} bytes")
+    return _better(plans)
 
 
 def smallest_bytes(problem: Problem, strategy: str) -> int:
@@ -101,7 +105,7 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
     if _mixes(strategy):
         return _Relaxation(problem).smallest()
     sizes, errors = [], []
-    for picks in same_prefix(problem):
+    for picks in _unmixed_picks(problem, strategy):
         try:
             sizes.append(base.smallest_bytes(problem.settled(picks), strategy))
         except ValueError as error:
@@ -117,11 +121,13 @@ def same_prefix(problem: Problem) -> list[Picks]:
     Prefixes that leave some bank without an alternative, or without the common form, are left out.
 
     Raises:
-        ValueError: none is left, or two alternatives of a bank have one prefix.
+        ValueError: a bank has no alternative, or two of one prefix.
     """
     tables = {}
     for bank, alternatives in problem.banks.items():
         tables[bank] = {a.prefix: a for a in alternatives}
+        if not alternatives:
+            raise ValueError(f"bank {bank} has no alternative")
         if len(tables[bank]) < len(alternatives):
             raise ValueError(f"bank {bank}: two alternatives have the same prefix")
     found: list[Picks] = []
@@ -157,54 +163,54 @@ def _mixes(strategy: str) -> bool:
     return not hasattr(search_module(strategy), "smallest_bytes")
 
 
-def _unmixed(problem: Problem, strategy: str, same: Sequence[Picks]) -> Plan:
-    """The best plan with one prefix in all banks."""
+def _unmixed(problem: Problem, strategy: str) -> list[Plan]:
+    """Plans with one prefix in all banks."""
+    _check_fits(smallest_bytes(problem, strategy), problem)
+    same = _unmixed_picks(problem, strategy)
+    # An error means that the strategy has no plan with a prefix: another one has, that did fit.
+    plans = [_attempt(problem, strategy, picks, ValueError) for picks in same]
+    return [plan for plan in plans if plan is not None]
+
+
+def _unmixed_picks(problem: Problem, strategy: str) -> list[Picks]:
+    same = same_prefix(problem)
     if not same:
         kind = " and one form" if problem.one_form else ""
         raise ValueError(f"{strategy}: no alternative of one prefix{kind} is there for all banks")
-    smallest = smallest_bytes(problem, strategy)
-    _fits(smallest, problem)
-    plans = []
-    for picks in same:
-        try:
-            plans.append(_attempt(problem, strategy, picks))
-        except Infeasible:
-            continue
-        except ValueError:  # there is another prefix, or smallest_bytes had raised it
-            continue
-    return _better(plans)
+    return same
 
 
-def _mixed(problem: Problem, strategy: str, same: Sequence[Picks]) -> Plan:
-    """The best plan with any alternative in any bank."""
+def _mixed(problem: Problem, strategy: str) -> list[Plan]:
+    """The plan of the best alternatives, and those that might be better still."""
+    same = same_prefix(problem)
     relaxation = _Relaxation(problem)
-    _fits(relaxation.smallest(), problem)
+    _check_fits(relaxation.smallest(), problem)
     first = relaxation.best()
-    plans = [_attempt(problem, strategy, first)]
+    tried = [_attempt(problem, strategy, first)]
+    tried += [_attempt(problem, "uniform", picks, ValueError) for picks in same]
+    plans = [plan for plan in tried if plan is not None]
     for picks in same:
-        try:
-            plans.append(_attempt(problem, "uniform", picks))
-        except ValueError:  # too large, or no chain was measured everywhere
-            continue
-    for picks in same:
-        if picks == first or relaxation.bound(picks) > _better(plans).loss:
-            continue
-        try:
-            plans.append(_attempt(problem, strategy, picks))
-        except Infeasible:
-            continue
-    return _better(plans)
+        if picks != first and not (plans and relaxation.bound(picks) > _better(plans).loss):
+            plan = _attempt(problem, strategy, picks)
+            plans += [] if plan is None else [plan]
+    return plans
 
 
-def _attempt(problem: Problem, strategy: str, picks: Picks) -> Plan:
-    return problem.whole(picks, search_module(strategy).search(problem.settled(picks)))
+def _attempt(
+    problem: Problem, strategy: str, picks: Picks, none: type[ValueError] = Infeasible
+) -> Plan | None:
+    """A strategy's plan with these alternatives; None if it raises ``none``."""
+    try:
+        return problem.whole(picks, search_module(strategy).search(problem.settled(picks)))
+    except none:
+        return None
 
 
 def _better(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=lambda plan: (plan.loss, plan.bytes))
 
 
-def _fits(smallest: int, problem: Problem) -> None:
+def _check_fits(smallest: int, problem: Problem) -> None:
     limit = problem.budget.total_bytes
     if smallest > limit:
         raise Infeasible(f"the smallest plan has {smallest:,} bytes, the budget is {limit:,} bytes")
@@ -287,11 +293,11 @@ class _Part:
         offers = _offers(free, [tie for tie in inside if tie])
         tables = [[(c, size, round(loss * scale)) for c, size, loss in table] for table in offers]
         self.groups = [worthwhile([t[1] for t in table], [t[2] for t in table]) for table in tables]
-        common = [{c for c, _, _ in table} for table in tables]
+        everywhere = Counter(chain for table in tables for chain, _, _ in table)
         self.shared: dict[Chain, tuple[int, int]] = {}
         for table in tables:
             for chain, size, loss in table:
-                if all(chain in known for known in common):
+                if everywhere[chain] == len(tables):
                     before = self.shared.get(chain, (0, 0))
                     self.shared[chain] = before[0] + size, before[1] + loss
 
