@@ -118,9 +118,10 @@ def resized_config(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[st
     if not banks or router is None:
         return {}
     (experts, width), before = form(banks[0], pieces[banks[0].name]), banks[0].shapes["gate"]
-    names = {**(getattr(model.config, "attribute_map", None) or {}), router.count: router.count}
-    aliases = {other for pair in names.items() if router.count in pair for other in pair}
-    known = aliases & model.checkpoint.config.keys() | {router.count}
+    # Transformers knows the count by two names, and files have either.
+    pairs = (getattr(model.config, "attribute_map", None) or {}).items()
+    aliases = {other for pair in pairs if router.count in pair for other in pair}
+    known = aliases & model.checkpoint.config.keys() or {router.count}
     changed = dict.fromkeys(sorted(known), experts)
     return changed if width == before[1] else {**changed, router.width: width}
 

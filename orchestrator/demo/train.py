@@ -2,8 +2,12 @@
 
     python -m moesaic.orchestrator.demo.train --output build/demo --minutes 18 --seed 0
 
-leaves ``model/`` (an ordinary Qwen3-MoE checkpoint in bfloat16, with its own tokenizer), ``text/``
-(calibration and held-out text of each kind, with their licences) in the output folder.
+and, in under an hour, a larger one of 15.7 million parameters for comparisons of expert methods:
+
+    python -m moesaic.orchestrator.demo.train --size large --output build/large --minutes 55
+
+Each leaves ``model/`` (an ordinary Qwen3-MoE checkpoint in bfloat16, with its own tokenizer) and
+``text/`` (calibration and held-out text of each kind, with their licences) in the output folder.
 
 The run takes ``--steps`` optimizer steps and is then reproducible from its seed on one kind of
 machine. ``--minutes`` is a ceiling: where the machine is too slow for the steps, the schedule
@@ -73,19 +77,36 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_config() -> Qwen3MoeConfig:
-    """Return the shape of the model: four layers, sixteen experts each, two per token."""
+# Demo: four layers, sixteen experts each, two per token. Large: six, thirty-two, four.
+SHAPES: dict[str, dict[str, int]] = {
+    "demo": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "moe_intermediate_size": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+    },
+    "large": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "moe_intermediate_size": 96,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+}
+
+
+def build_config(size: str) -> Qwen3MoeConfig:
+    """Return the shape of the model called ``size``."""
+    shape = SHAPES[size]
     return Qwen3MoeConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        **shape,
         num_key_value_heads=2,
         head_dim=32,
-        intermediate_size=64,  # of dense layers, of which there are none
-        moe_intermediate_size=64,
-        num_experts=16,
-        num_experts_per_tok=2,
+        intermediate_size=shape["moe_intermediate_size"],  # of dense layers: there are none
         norm_topk_prob=True,
         decoder_sparse_step=1,
         mlp_only_layers=[],
@@ -191,7 +212,7 @@ def train(
             ids = windows.draw(batch)
             outputs = model(input_ids=ids[:, :-1], output_router_logits=True, use_cache=False)
             loss = F.cross_entropy(outputs.logits.flatten(0, 1), ids[:, 1:].flatten())
-            balance, z_loss = router_losses(outputs.router_logits, 2)
+            balance, z_loss = router_losses(outputs.router_logits, model.config.num_experts_per_tok)
             total = loss + BALANCE_WEIGHT * balance + ROUTER_Z_WEIGHT * z_loss
             torch.autograd.backward(total)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -248,6 +269,7 @@ def write_texts(output: Path, splits: dict[str, Split], downloads: Path) -> None
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled demo model.")
+    parser.add_argument("--size", choices=list(SHAPES), default="demo")
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--minutes", type=float, default=18.0, help="ceiling of the training time")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
@@ -272,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [text for kind, split in splits.items() for text in split.train * REPEATS[kind]]
     )
     streams = {kind: encode_documents(tokenizer, split.train) for kind, split in splits.items()}
-    model = Qwen3MoeForCausalLM(build_config())
+    model = Qwen3MoeForCausalLM(build_config(options.size))
     for kind, stream in streams.items():
         console.print(f"{kind}: {stream.numel():,} training tokens")
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

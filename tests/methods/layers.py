@@ -11,11 +11,16 @@ from moesaic.methods.base import Stats
 from moesaic.methods.reduction import ExpertLayer, LayerShape
 
 
+def _logits(x: Tensor, router: Mapping[str, Tensor]) -> Tensor:
+    bias = router.get("bias")
+    return F.linear(x.float(), router["weight"].float(), None if bias is None else bias.float())
+
+
 def softmax_gating(top_k: int) -> Any:
     """Softmax over all, the k largest, normalised; with a bias where the router has one."""
 
     def gating(x: Tensor, router: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = F.linear(x.float(), router["weight"].float(), router.get("bias"))
+        logits = _logits(x, router)
         gates, index = logits.softmax(-1).topk(top_k, dim=-1)
         return index, gates / gates.sum(-1, keepdim=True)
 
@@ -44,7 +49,7 @@ def statistics(layer: ExpertLayer, x: Tensor, sources: int = 2) -> Stats:
     Tokens belong to the text sources in turn.
     """
     index, gates = layer.gating(x, layer.router)
-    logits = F.linear(x.float(), layer.router["weight"].float(), layer.router.get("bias"))
+    logits = _logits(x, layer.router)
     experts = layer.shape.experts
     outputs = torch.stack(list(layer.outputs(x)))  # [E, T, H]
     routed = torch.zeros(len(x), experts, dtype=torch.bool).scatter_(1, index, True)
