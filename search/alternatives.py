@@ -30,12 +30,12 @@ none included, and with those of one prefix and one chain everywhere; the best i
 equally good plans the one with fewer bytes is taken, then the one whose prefixes came first.
 """
 
+import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -67,6 +67,9 @@ _MOST_COMBINATIONS = 4096
 # promising partial plans, so many per group.
 _MOST_MOVES = 20_000_000
 _WIDEST = 2048
+# What a bound is lowered by, in the units that losses are counted in (the largest total has 61
+# bits): more than sums of floats in another order differ by.
+_SLACK = 2.0**24
 
 
 def solve(problem: Problem, strategy: str) -> Plan:
@@ -103,7 +106,7 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
     if not problem.banks:
         return base.smallest_bytes(problem, strategy)
     if _mixes(strategy):
-        return _Relaxation(problem).smallest()
+        return _FirstStep(problem).smallest()
     sizes, errors = [], []
     for picks in _unmixed_picks(problem, strategy):
         try:
@@ -183,14 +186,14 @@ def _unmixed_picks(problem: Problem, strategy: str) -> list[Picks]:
 def _mixed(problem: Problem, strategy: str) -> list[Plan]:
     """The plan of the best alternatives, and those that might be better still."""
     same = same_prefix(problem)
-    relaxation = _Relaxation(problem)
-    _check_fits(relaxation.smallest(), problem)
-    first = relaxation.best()
+    step = _FirstStep(problem)
+    _check_fits(step.smallest(), problem)
+    first = step.best()
     tried = [_attempt(problem, strategy, first)]
     tried += [_attempt(problem, "uniform", picks, ValueError) for picks in same]
     plans = [plan for plan in tried if plan is not None]
     for picks in same:
-        if picks != first and not (plans and relaxation.bound(picks) > _better(plans).loss):
+        if picks != first and not (plans and step.bound(picks) > _better(plans).loss):
             plan = _attempt(problem, strategy, picks)
             plans += [] if plan is None else [plan]
     return plans
@@ -301,18 +304,18 @@ class _Part:
                     before = self.shared.get(chain, (0, 0))
                     self.shared[chain] = before[0] + size, before[1] + loss
 
-    @cached_property
+    @functools.cached_property
     def least(self) -> int:
         """The fewest bytes of its free choices, and its own."""
         return self.own[0] + sum(int(group.bytes[0]) for group in self.groups)
 
-    @cached_property
+    @functools.cached_property
     def corners(self) -> Points:
         """The hull of the free choices, its own included."""
         sizes, losses = _corners(self.groups)
         return sizes + self.own[0], losses + self.own[1]
 
-    @cached_property
+    @functools.cached_property
     def frontier(self) -> Points:
         """What the free choices can make, its own included (see the module's docstring)."""
         zero = np.zeros(1, dtype=np.int64)
@@ -345,6 +348,10 @@ class _Part:
         return size, loss
 
 
+# The alternatives of each bank that are looked at, with their numbers.
+Parts = Mapping[str, Sequence[tuple[int, _Part]]]
+
+
 def _offers(
     choices: Mapping[str, Sequence[Measurement]], ties: Sequence[Sequence[str]]
 ) -> list[list[tuple[Chain, int, float]]]:
@@ -366,8 +373,12 @@ class _Entry:
     picks: Ints  # [offers, banks]
 
 
-class _Relaxation:
-    """The first step."""
+class _FirstStep:
+    """Which alternatives are best.
+
+    Forms and chains of ties that reach over parts split the problem into *cases*: in each of them
+    every bank, or cluster of banks that other ties join, is one group of a knapsack.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -430,9 +441,7 @@ class _Relaxation:
             raise ValueError(self._nothing())
         return self.problem.budget.fixed_bytes + self.outside.least + min(sizes)
 
-    def _least(
-        self, ties: list[int], banks: list[str], parts: Mapping[str, list[tuple[int, _Part]]]
-    ) -> int | None:
+    def _least(self, ties: list[int], banks: list[str], parts: Parts) -> int | None:
         """Bytes of the smallest plan of a cluster; None if there is none."""
         sizes = []
         for chains in self._combinations(ties, parts):
@@ -478,9 +487,7 @@ class _Relaxation:
         bounds = [self._bound(*case) for case in self._cases(picks)]
         return min(bounds, default=math.inf) / self.scale
 
-    def _bound(
-        self, parts: Mapping[str, list[tuple[int, _Part]]], chains: Mapping[int, Chain]
-    ) -> float:
+    def _bound(self, parts: Parts, chains: Mapping[int, Chain]) -> float:
         """No plan of the case has less loss, in whole numbers, but for rounding."""
         entries = self._entries(parts, chains, corners=True)
         if entries is None:
@@ -493,7 +500,7 @@ class _Relaxation:
         base, price = knapsack.relaxed(groups, free)
         for group, pick in zip(groups, base, strict=True):
             free, loss = free - int(group.bytes[pick]), loss + int(group.loss[pick])
-        return loss - price * free - knapsack.ROUNDING
+        return loss - price * free - _SLACK
 
     def _picks(self, entries: Sequence[_Entry], picked: Sequence[int]) -> dict[str, Alternative]:
         found = {}
@@ -509,7 +516,7 @@ class _Relaxation:
         banks = self.problem.banks.values()
         return list(dict.fromkeys(a.form for alternatives in banks for a in alternatives))
 
-    def _allowed(self, form: str | None, picks: Picks | None) -> dict[str, list[tuple[int, _Part]]]:
+    def _allowed(self, form: str | None, picks: Picks | None) -> Parts:
         """The alternatives of a form, or those picked of it, with their numbers."""
         return {
             bank: [
@@ -520,9 +527,7 @@ class _Relaxation:
             for bank, alternatives in self.problem.banks.items()
         }
 
-    def _cases(
-        self, picks: Picks | None
-    ) -> Iterator[tuple[dict[str, list[tuple[int, _Part]]], dict[int, Chain]]]:
+    def _cases(self, picks: Picks | None) -> Iterator[tuple[Parts, dict[int, Chain]]]:
         """Forms and combinations of tied chains to be tried one by one."""
         for form in self._forms():
             parts = self._allowed(form, picks)
@@ -538,7 +543,7 @@ class _Relaxation:
         count = math.prod(len(self._chains(tie, self._allowed(None, None))) for tie in outer)
         return outer if len(tied) == 1 or count <= _COMBINATIONS else []
 
-    def _chains(self, tie: int, parts: Mapping[str, list[tuple[int, _Part]]]) -> list[Chain]:
+    def _chains(self, tie: int, parts: Parts) -> list[Chain]:
         """What a tie may take; not every alternative has all of it."""
         if tie in self.outside.tied:
             return list(self.outside.tied[tie])
@@ -546,9 +551,7 @@ class _Relaxation:
         # Where no alternative has a choice of the tie, it binds nothing: one turn with any chain.
         return list(dict.fromkeys(chain for table in tables for chain in table)) or [()]
 
-    def _combinations(
-        self, ties: Sequence[int], parts: Mapping[str, list[tuple[int, _Part]]]
-    ) -> Iterator[dict[int, Chain]]:
+    def _combinations(self, ties: Sequence[int], parts: Parts) -> Iterator[dict[int, Chain]]:
         """Every combination of chains of the ties."""
         chains = [self._chains(tie, parts) for tie in ties]
         count = math.prod(map(len, chains))
@@ -570,10 +573,7 @@ class _Relaxation:
         return sum(size for size, _ in found), sum(loss for _, loss in found)
 
     def _entries(
-        self,
-        parts: Mapping[str, list[tuple[int, _Part]]],
-        chains: Mapping[int, Chain],
-        corners: bool,
+        self, parts: Parts, chains: Mapping[int, Chain], corners: bool
     ) -> list[_Entry] | None:
         """The banks as groups, in one combination of chains; None if a bank has no alternative.
 
@@ -582,11 +582,12 @@ class _Relaxation:
         """
         entries = []
         for ties, banks in self.clusters:
+            found: list[_Entry | None]
             if all(tie in chains for tie in ties):
-                found = [self._entry(parts, chains, [bank], corners) for bank in banks]
+                found = [_entry(bank, parts[bank], chains, corners) for bank in banks]
             else:
                 offers = [
-                    self._entry(parts, inner, banks, corners)
+                    self._joined(parts, inner, banks, corners)
                     for inner in self._combinations(ties, parts)
                 ]
                 found = [_either([offer for offer in offers if offer is not None])]
@@ -596,38 +597,45 @@ class _Relaxation:
                 entries.append(entry)
         return entries
 
-    def _entry(
-        self,
-        parts: Mapping[str, list[tuple[int, _Part]]],
-        chains: Mapping[int, Chain],
-        banks: Sequence[str],
-        corners: bool,
+    def _joined(
+        self, parts: Parts, chains: Mapping[int, Chain], banks: Sequence[str], corners: bool
     ) -> _Entry | None:
-        """Banks under given chains as one group, what is tied to them outside included."""
-        whole: _Entry | None = None
+        """A cluster's banks under given chains as one, what is tied to them outside included."""
+        entries = []
         for bank in banks:
-            offers = []
-            for number, part in parts[bank]:
-                shift = part.shift(chains)
-                if shift is not None:
-                    sizes, losses = part.corners if corners else part.frontier
-                    group = worthwhile(sizes + shift[0], losses + shift[1])
-                    picks = np.full((len(sizes), 1), number, dtype=np.int64)
-                    offers.append(_Entry((bank,), group, picks))
-            entry = _either(offers)
+            entry = _entry(bank, parts[bank], chains, corners)
             if entry is None:
                 return None
-            whole = entry if whole is None else _both(whole, entry)
-        if whole is not None and len(banks) > 1:
-            size, loss = self._beside(chains)
-            group = worthwhile(whole.group.bytes + size, whole.group.loss + loss)
-            whole = _Entry(whole.banks, group, whole.picks[whole.group.index])
-        return whole
+            entries.append(entry)
+        if corners:  # of which no alternatives are asked
+            sizes, losses = _corners([entry.group for entry in entries])
+            picks = np.zeros((len(sizes), len(banks)), dtype=np.int64)
+        else:
+            whole = functools.reduce(_both, entries)
+            sizes, losses = whole.group.bytes, whole.group.loss
+            picks = whole.picks[whole.group.index]
+        size, loss = self._beside(chains)
+        return _Entry(tuple(banks), worthwhile(sizes + size, losses + loss), picks)
 
     def _nothing(self) -> str:
         if self.problem.one_form:
             return "no form of experts is there for all banks"
         return "the choices tied across banks have no candidate in common"
+
+
+def _entry(
+    bank: str, parts: Sequence[tuple[int, _Part]], chains: Mapping[int, Chain], corners: bool
+) -> _Entry | None:
+    """A bank under given chains; None if no alternative can be had."""
+    offers = []
+    for number, part in parts:
+        shift = part.shift(chains)
+        if shift is not None:
+            sizes, losses = part.corners if corners else part.frontier
+            group = worthwhile(sizes + shift[0], losses + shift[1])
+            picks = np.full((len(sizes), 1), number, dtype=np.int64)
+            offers.append(_Entry((bank,), group, picks))
+    return _either(offers)
 
 
 def _either(entries: Sequence[_Entry]) -> _Entry | None:

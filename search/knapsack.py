@@ -50,7 +50,7 @@ Floats = NDArray[np.float64]
 # in.
 _LOSS_BITS = 61
 # A bound's rounding error in those units: a few products of 61 bits in floats of 53.
-ROUNDING = float(2**12)
+_ROUNDING = float(2**12)
 # A rate that no group offers.
 _NEVER = 1e200
 # States remembered in all, 6 bytes each.
@@ -287,8 +287,8 @@ class _Programme:
         """
         level = self.best_change + self.price * self.free
         best_reduced = level + self.price * self.best_excess
-        fewer = reduced < best_reduced - ROUNDING
-        hopeful: NDArray[np.bool_] = bound < np.where(fewer, level + ROUNDING, level - ROUNDING)
+        fewer = reduced < best_reduced - _ROUNDING
+        hopeful: NDArray[np.bool_] = bound < np.where(fewer, level + _ROUNDING, level - _ROUNDING)
         return hopeful
 
     def _advance(self, stage: int, move: _Moves, excess: Ints, change: Ints) -> tuple[Ints, Ints]:

@@ -72,7 +72,7 @@ def drawn(seed: int, ties: str, one_form: bool) -> Problem:
         ]
 
     banks = {}
-    for bank in range(int(rng.integers(2, 4))):
+    for bank in range(3 if ties == "apart" else int(rng.integers(2, 4))):
         found = []
         for number in sorted(rng.choice(4, size=int(rng.integers(1, 4)), replace=False)):
             names = [f"b{bank}.{expert}.up" for expert in range(2 if number < 2 else 1)]
@@ -83,18 +83,19 @@ def drawn(seed: int, ties: str, one_form: bool) -> Problem:
         banks[f"b{bank}"] = found
     outside = {f"u{unit}": measured(f"u{unit}", table()) for unit in range(3)}
     inner = {bank: [f"{bank}.{expert}.up" for expert in range(2)] for bank in banks}
-    tied = {
+    groups = {
         "none": [],
-        "inside": [inner["b0"], ["u0", "u2"]],
+        "inside": [[*inner["b0"]], ["u0", "u2"]],
         "across": [[name for names in inner.values() for name in names]],
         "outside too": [["u1", *inner["b0"]], ["b1.0.up", "b1.1.up"]],
         "many": [["b0.0.up", "b1.0.up"], ["u0", "b0.1.up"], ["u2", "b1.1.up"]],
+        "apart": [["u1", *inner["b0"]], ["b1.0.up", "b2.0.up"], ["b1.1.up", "b2.1.up", "u0"]],
     }[ties]
     budget = Budget(FIXED + int(rng.integers(20, 200)), FIXED)
-    return Problem(outside, tied, budget, banks, one_form)
+    return Problem(outside, groups, budget, banks, one_form)
 
 
-TIES = ["none", "inside", "across", "outside too", "many"]
+TIES = ["none", "inside", "across", "outside too", "many", "apart"]
 
 
 @pytest.mark.parametrize("one_form", [False, True])
@@ -104,7 +105,7 @@ def test_solve_equals_brute_force(
     ties: str, one_form: bool, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alternatives, "_COMBINATIONS", tried)
-    for seed in range(8 if ties == "none" else 40):
+    for seed in range({"none": 8, "apart": 20}.get(ties, 40)):
         given = drawn(seed + 1000 * tried, ties, one_form)
         if not all_picks(given):
             with pytest.raises(ValueError, match="no form"):
@@ -187,25 +188,26 @@ def layers(
 
 def lower_bound(given: Problem) -> float:
     """max over prices λ of Σ min (loss + λ·bytes) − λ·budget: no plan has less loss."""
-    tables = [
-        (
-            [(a.bytes, a.loss) for a in bank],
-            [
-                tuple(np.array([[x[i] for x in m] for m in sized]) for i in (0, 1))
-                for sized in (
-                    [[(m.bytes, m.loss) for m in f] for f in a.choices.values()] for a in bank
-                )
-            ],
-        )
-        for bank in [[Alternative((), "", 0, 0.0, given.choices)], *given.banks.values()]
+    outside = [Alternative((), "", 0, 0.0, given.choices)]
+    banks = [
+        [
+            (
+                a.loss,
+                a.bytes,
+                np.array([[m.loss for m in found] for found in a.choices.values()]),
+                np.array([[m.bytes for m in found] for found in a.choices.values()]),
+            )
+            for a in bank
+        ]
+        for bank in [outside, *given.banks.values()]
     ]
 
     def value(price: float) -> float:
         total = -price * given.budget.unit_bytes
-        for owns, sized in tables:
+        for bank in banks:
             total += min(
                 loss + price * size + float((losses + price * sizes).min(axis=1).sum())
-                for (size, loss), (sizes, losses) in zip(owns, sized, strict=True)
+                for loss, size, losses, sizes in bank
             )
         return total
 
