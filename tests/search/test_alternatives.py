@@ -65,9 +65,9 @@ def drawn(seed: int, ties: str, one_form: bool) -> Problem:
     rng = np.random.default_rng(seed)
     grain = int(rng.choice([1, 64]))
 
-    def table() -> list[tuple[int, float]]:
+    def table(times: int = 1) -> list[tuple[int, float]]:
         return [
-            (int(rng.integers(1, 40)), int(rng.integers(-2 * grain, 10 * grain)) / grain)
+            (times * int(rng.integers(1, 40)), times * int(rng.integers(-grain, 9 * grain)) / grain)
             for _ in range(3)
         ]
 
@@ -81,7 +81,7 @@ def drawn(seed: int, ties: str, one_form: bool) -> Problem:
             choices = {name: measured(name, table()) for name in names}
             found.append(Alternative(PREFIXES[number], form, *own, choices))
         banks[f"b{bank}"] = found
-    outside = {f"u{unit}": measured(f"u{unit}", table()) for unit in range(3)}
+    outside = {f"u{unit}": measured(f"u{unit}", table(3)) for unit in range(3)}
     inner = {bank: [f"{bank}.{expert}.up" for expert in range(2)] for bank in banks}
     groups = {
         "none": [],
@@ -91,7 +91,7 @@ def drawn(seed: int, ties: str, one_form: bool) -> Problem:
         "many": [["b0.0.up", "b1.0.up"], ["u0", "b0.1.up"], ["u2", "b1.1.up"]],
         "apart": [["u1", *inner["b0"]], ["b1.0.up", "b2.0.up"], ["b1.1.up", "b2.1.up", "u0"]],
     }[ties]
-    budget = Budget(FIXED + int(rng.integers(20, 200)), FIXED)
+    budget = Budget(FIXED + int(rng.integers(50, 350)), FIXED)
     return Problem(outside, groups, budget, banks, one_form)
 
 
