@@ -91,7 +91,7 @@ def evaluate_rows(
         dense = final
         store.put("hidden", plan.hidden_key(rows), lambda p: save_file({"value": final.cpu()}, p))
     else:
-        dense = _dense_hidden(store, plan, rows).to(model.device)
+        dense = dense_hidden(plan, rows).to(model.device)
     sums = [_sequence(model, *row, same=not pieces) for row in zip(final, dense, ids, strict=True)]
     return {
         "nll": [row[0] for row in sums],
@@ -103,7 +103,9 @@ def evaluate_rows(
     }
 
 
-def _dense_hidden(store: Store, judge: Judge, rows: Sequence[int]) -> Tensor:
+def dense_hidden(judge: Judge, rows: Sequence[int]) -> Tensor:
+    """Last hidden states of the dense model ``[rows, length, H]``, as it was evaluated before."""
+    store = Store(Path(judge.store))
     with safe_open(store.path("hidden", judge.hidden_key(rows)), framework="pt") as file:
         value: Tensor = file.get_tensor("value")
         return value

@@ -6,7 +6,7 @@ recipe is found out before any work starts.
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,11 @@ class Experiment:
         """Raises a RecipeError for reductions that nothing can use."""
         reductions = {c[0]: c for c in self.recipe.chains() if reducing(c)[0]}
         names = ", ".join(map(str, reductions))
+        if not reductions and self.recipe.router_calibration is not None:
+            raise RecipeError(
+                "router_calibration: nothing in this recipe reduces experts: add such a candidate"
+                " (moesaic list methods), or take it out"
+            )
         if not reductions:
             return
         banks = [unit for unit in self.model.units() if unit.kind == "bank"]
@@ -507,6 +512,16 @@ class Experiment:
             ids_digest=self.evaluation.digest,
             batch=self.recipe.evaluation.batch,
             store=str(self.store.root),
+        )
+
+    @cached_property
+    def calibration_judge(self) -> Judge:
+        """The calibration text in the judge's place: what routers are trained on."""
+        return replace(
+            self.judge,
+            ids=self.walk.ids,
+            ids_digest=self.walk.ids_digest,
+            batch=self.recipe.calibration.batch,
         )
 
     def gradient_tokens(self) -> int:

@@ -35,6 +35,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
+from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
@@ -45,6 +46,8 @@ from moesaic.search.base import Infeasible, Measurement, Plan
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
 # A budget in bytes may stay unused by this share, and is searched again so often at most.
 _SPARE, _REFINEMENTS = 0.001, 6
+# Added to the name of a plan for its scores before the routers learnt.
+_BEFORE = " before router calibration"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,6 +82,7 @@ class Pipeline:
         self.view = view
         self.output = experiment.output
         self.walks: dict[str, Walk] = {}
+        self.trained: dict[str, Trained | None] = {}
         recipe = experiment.recipe.to_yaml()
         write_text(self.output / "recipe.yaml", recipe)
         for reason, count in experiment.unloadable.items():
@@ -185,9 +189,34 @@ class Pipeline:
 
     def pieces(self, name: str) -> dict[str, str]:
         """Unit → file of its piece in a plan; units that stay dense are left out."""
+        if name not in self.trained:
+            self.trained[name] = self._trained(name)
+        trained = self.trained[name]
+        return self._untrained(name) if trained is None else trained.pieces
+
+    def _untrained(self, name: str) -> dict[str, str]:
         if name not in self.walks:
             self.propagate()
         return plan_pieces(self.experiment, self.walks[name], self.plans[name].units)
+
+    def _trained(self, name: str) -> Trained | None:
+        """What router calibration made of a plan; None where it was not asked for."""
+        options = self.experiment.recipe.router_calibration
+        if options is None or not self._reduced(name):
+            return None
+        pieces = self._untrained(name)
+        training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
+        return training.run()
+
+    def _judged(self) -> dict[str, dict[str, str]]:
+        """All plans as they are evaluated, and those whose routers learnt as they were before."""
+        judged = {name: self.pieces(name) for name in self.plans}
+        before = {
+            f"{name}{_BEFORE}": self._untrained(name)
+            for name, trained in self.trained.items()
+            if trained is not None
+        }
+        return {**judged, **before}
 
     @property
     def budget_bytes(self) -> int:
@@ -223,22 +252,28 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
-        pieces = {name: self.pieces(name) for name in self.plans}
-        found = stages.evaluated(self.experiment, self.pool, self.view, pieces)
+        found = stages.evaluated(self.experiment, self.pool, self.view, self._judged())
         scores = self._sized(found)
         write_json(self.output / "scores.json", scores)
         return scores
 
     def _sized(self, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Scores with the sizes they were reached at."""
-        return {
+        """Scores with the sizes they were reached at, and what they were before the routers
+        learnt."""
+        sized = {
             name: {
                 "bytes": self.bytes_of(name),
                 "bits_per_weight": self.bits_per_weight(name),
                 **score,
             }
             for name, score in scores.items()
+            if not name.endswith(_BEFORE)
         }
+        for name, score in scores.items():
+            if name.endswith(_BEFORE):
+                figures = {key: score[key] for key in ("perplexity", "kl", "accuracy")}
+                sized[name.removesuffix(_BEFORE)]["before_router_calibration"] = figures
+        return sized
 
     def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """The checkpoint, reloaded and compared before it takes the place of an earlier one.
@@ -253,8 +288,7 @@ class Pipeline:
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         if scores is None:
-            plans = {name: self.pieces(name) for name in self.plans}
-            scores = self._sized(stages.known_scores(experiment, plans) or {})
+            scores = self._sized(stages.known_scores(experiment, self._judged()) or {})
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
         with VerifierProcess() as verifier:
@@ -335,4 +369,5 @@ class Pipeline:
             entry = experiment.store.get("reductions", key)
             if entry is not None:
                 events += [Event(**event) for event in entry.metadata["events"]]
-        return events
+        trained = self.trained.get("plan")
+        return events + (trained.events if trained is not None else [])

@@ -23,6 +23,7 @@ from pydantic import (
 
 from moesaic.kernels.discovery import UnknownName
 from moesaic.methods.base import Chain, Spec, expand, is_reducer, options_of, reducing
+from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
 
@@ -336,6 +337,7 @@ class Recipe(Section):
     keep: Annotated[list[str], AfterValidator(_check_patterns)] = []
     search: Annotated[str, AfterValidator(_known_search)] = "knapsack"
     propagate: bool = False
+    router_calibration: RouterOptions | None = None
     evaluation: Texts
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
@@ -396,6 +398,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": Texts,
     "compute": Compute,
     "tracking": Tracking,
+    "router_calibration": RouterOptions,
 }
 
 

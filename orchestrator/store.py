@@ -41,6 +41,7 @@ KINDS = (
     "pieces",
     "errors",
     "mosaics",
+    "routers",
     "hidden",
     "scores",
 )
