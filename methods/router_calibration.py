@@ -26,9 +26,9 @@ class Options(MethodOptions):
     """Options of router calibration."""
 
     learning_rate: float = option(
-        5e-4,
+        2e-3,
         "of Adam, relative to the root mean square of each router's weight",
-        [1e-4, 5e-4, 2e-3],
+        [5e-4, 2e-3, 1e-2],
         gt=0,
     )
     epochs: int = option(1, "passes over the calibration text", [1, 2, 4], ge=1)
