@@ -8,14 +8,14 @@ imported whole.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moesaic.methods.base import option
-from moesaic.methods.reduction import ExpertLayer, LayerShape
+from moesaic.methods.reduction import ExpertLayer, LayerShape, open_outline
 
 Groups = list[list[int]]
 Grouping = Literal["linkage", "kmeans"]
@@ -177,3 +177,78 @@ def centroid_groups(scores: Tensor, similarity: Tensor, count: int, most: int = 
     for member in free:
         groups[max(groups, key=lambda c: (float(similarity[c, member]), -c))].append(member)
     return sorted(sorted(group) for group in groups.values())
+
+
+def merge_costs(similarity: Tensor, load: Tensor) -> list[float]:
+    """What the first, second, … merge of a layer's experts adds to the loss within groups.
+
+    Ward's criterion for experts at points whose inner products are ``similarity``: two groups of
+    weights a and b at distance d cost a·b/(a + b)·d². Weights are shares of all routed tokens, so
+    that layers can be compared; an expert that nobody meets costs nothing.
+
+    Args:
+        similarity: mean cosines of the experts' outputs, ``[E, E]``.
+        load: tokens routed to each expert, ``[sources, E]``.
+
+    Returns:
+        E − 1 costs, none below the one before it.
+    """
+    inner = similarity.double().cpu()
+    square = inner.diagonal()
+    apart = (square[:, None] + square[None, :] - 2 * inner).clamp_min(0)
+    tokens = load.double().cpu().sum(0)
+    weight = tokens / tokens.sum().clamp_min(1)
+    costs: list[float] = []
+    left = list(range(len(inner)))
+    while len(left) > 1:
+        own = weight[left]
+        both = own[:, None] + own[None, :]
+        cost = own[:, None] * own[None, :] / both.clamp_min(1e-300) * apart[left][:, left]
+        cost.fill_diagonal_(torch.inf)
+        first, second = divmod(int(cost.argmin()), len(left))
+        costs.append(max(float(cost[first, second]), costs[-1] if costs else 0.0))
+        a, b = left[first], left[second]
+        total = float(weight[a] + weight[b])
+        shares = (float(weight[a]) / total, float(weight[b]) / total) if total else (0.5, 0.5)
+        # Squared distances from the joint mean (Lance & Williams 1967).
+        apart[a] = shares[0] * apart[a] + shares[1] * apart[b] - shares[0] * shares[1] * apart[a, b]
+        apart[:, a] = apart[a]
+        apart[a, a] = 0.0
+        weight[a] = total
+        left.remove(b)
+    return costs
+
+
+def cheapest_merges(
+    costs: Mapping[str, Sequence[float]], shapes: Mapping[str, LayerShape], keep: float
+) -> dict[str, int]:
+    """Groups per layer when the cheapest merges of all layers are made until ``keep`` is left.
+
+    Of equal costs those of earlier layers come first. Layers with routing groups lose as many
+    experts at a time as there are groups.
+
+    Raises:
+        ValueError: the share is none, or less than all layers need, in one line.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: {keep:g} is no share of the experts: above 0, at most 1.0")
+    left = {name: shape.experts for name, shape in shapes.items()}
+    floors = {name: open_outline(shape, 1.0) for name, shape in shapes.items()}
+    target = round(keep * sum(left.values()))
+    if target < sum(floors.values()):
+        raise ValueError(
+            f"keep: {keep:g} of {sum(left.values())} experts is {target}, but the layers need"
+            f" {sum(floors.values())}"
+        )
+    steps = []
+    for number, (name, shape) in enumerate(shapes.items()):
+        each = shape.routing_groups
+        for step in range((shape.experts - floors[name]) // each):
+            charged = list(costs[name][step * each : (step + 1) * each])
+            steps.append((sum(charged) / each, number, name))
+    for _, _, name in sorted(steps):
+        step = shapes[name].routing_groups
+        if sum(left.values()) - step < target:
+            continue
+        left[name] -= step
+    return left

@@ -6,6 +6,8 @@ Such a method, a *reducer*, is a module of this folder that defines
 ``Options``  a :class:`~moesaic.methods.base.MethodOptions`
 ``outline``  ``(shape, options) -> Outline``: what will be left, from the shape alone
 ``reduce``   ``(layer, options) -> Reduction``
+``allot``    ``(layers, options) -> dict[str, int]``, only where several layers share out how many
+             experts each keeps; its ``Options`` then have ``window`` (see :func:`window_option`)
 
 A reduction comes first in a chain: what it leaves is a bank like any other, whose statistics are
 sums over those of the experts that went into each new one, and goes on to be quantized.
@@ -150,6 +152,19 @@ class ExpertLayer:
 
 
 @dataclass(frozen=True)
+class LayerView:
+    """What is known of a layer where several share out their experts.
+
+    Attributes:
+        shape, router, stats: as in :class:`ExpertLayer`.
+    """
+
+    shape: LayerShape
+    router: Mapping[str, Tensor]
+    stats: Stats
+
+
+@dataclass(frozen=True)
 class Reduction:
     """What a reducer makes of an expert layer with E experts.
 
@@ -208,6 +223,17 @@ class Reducer(Protocol):
 
     def reduce(self, layer: ExpertLayer, options: Any) -> Reduction:
         """Reduces one layer."""
+
+
+class Allotting(Reducer, Protocol):
+    """A reducer whose layers can share out how many experts each keeps."""
+
+    def allot(self, layers: Mapping[str, LayerView], options: Any) -> dict[str, int]:
+        """How many experts each layer of a window keeps.
+
+        Raises:
+            ValueError: the layers cannot be left with so few, in one line.
+        """
 
 
 def mixture(layer: ExpertLayer, reduction: Reduction | None, x: Tensor) -> Tensor:
@@ -271,6 +297,41 @@ def keep_option(default: Keep = 0.75) -> Any:
         [0.875, 0.75, 0.625, 0.5],
         gt=0,
     )
+
+
+def window_option() -> Any:
+    """The option of reducers whose layers can share out how many experts each keeps."""
+    return option(
+        1,
+        "neighbouring layers that share out the experts that stay: 1, each keeps its share; 0, all"
+        " layers together",
+        [1, 0],
+        ge=0,
+    )
+
+
+def windows(names: Sequence[str], window: int) -> list[list[str]]:
+    """The layers that share out their experts, in order."""
+    size = window or max(1, len(names))
+    return [list(names[start : start + size]) for start in range(0, len(names), size)]
+
+
+def is_open(options: MethodOptions) -> bool:
+    """Whether layers are still to share out how many experts each keeps."""
+    return getattr(options, "window", 1) != 1
+
+
+def open_outline(shape: LayerShape, keep: Keep) -> int:
+    """The fewest experts that a layer can be left with while that is open.
+
+    Raises:
+        ValueError: ``keep`` is no share, in one line.
+    """
+    if not isinstance(keep, float):
+        raise ValueError(f"keep: {keep} is a number of experts: with a window, give their share")
+    kept_experts(shape, keep)
+    groups = shape.routing_groups
+    return -(-max(shape.least, shape.top_k) // groups) * groups
 
 
 def kept_experts(shape: LayerShape, keep: Keep, mapped: bool = False) -> int:

@@ -25,12 +25,16 @@ from moesaic.methods.reduction import (
     ExpertLayer,
     Keep,
     LayerShape,
+    LayerView,
     Outline,
     Reduction,
+    is_open,
     keep_option,
     kept_experts,
+    open_outline,
     prune,
     unreached,
+    window_option,
 )
 
 NEEDS = frozenset({"load", "coactivation"})
@@ -48,6 +52,7 @@ class Options(MethodOptions):
         [0.0, 1.0],
         ge=0,
     )
+    window: int = window_option()
     representative: Literal["load", "weights"] = option(
         "load",
         "which expert of a cluster stays: the one with most tokens, or the one nearest to the mean"
@@ -57,9 +62,21 @@ class Options(MethodOptions):
 
 
 def outline(shape: LayerShape, options: Options) -> Outline:
-    """As many experts as asked for, with a router row each."""
+    """As many experts as asked for, with a router row each; at least so many with a window."""
     count = kept_experts(shape, options.keep)
+    if is_open(options):
+        count = open_outline(shape, options.keep)
     return Outline(experts=count, width=shape.width, rows=count)
+
+
+def allot(layers: Mapping[str, LayerView], options: Options) -> dict[str, int]:
+    """How many experts each layer keeps under one threshold for all; see :func:`global_keeps`."""
+    inputs = {
+        name: (layer.router["weight"], layer.stats["coactivation"], layer.stats["load"])
+        for name, layer in layers.items()
+    }
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    return global_keeps(inputs, shapes, float(options.keep), options.coactivation)
 
 
 def reduce(layer: ExpertLayer, options: Options) -> Reduction:

@@ -19,17 +19,33 @@ over all sampled tokens, plus a small multiple of the identity, which orders the
 the sample leaves open.
 
 Only groups of more than one expert are truncated. The result is stored as full matrices: a rank
-below 1 leaves out what members do not share, it saves nothing by itself. The paper shares out the
-number of groups over two layers at a time; here each layer's number is given.
+below 1 leaves out what members do not share, it saves nothing by itself.
+
+The paper shares out the number of groups over two layers at a time, by a rule that it does not
+give. With a ``window`` of layers, each merge is charged what it adds to the sum of squares within
+groups (Ward's criterion on the same distances, weighted with the tokens that meet the expert), and
+the cheapest merges of the window are made.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from moesaic.methods.base import Event, option
-from moesaic.methods.clustering import Groups, output_groups
+from moesaic.methods.clustering import Groups, cheapest_merges, merge_costs, output_groups
 from moesaic.methods.merging import MergeOptions, mean_weights, merged, merged_outline
-from moesaic.methods.reduction import ExpertLayer, LayerShape, Outline, Reduction, group_shares
+from moesaic.methods.reduction import (
+    ExpertLayer,
+    LayerShape,
+    LayerView,
+    Outline,
+    Reduction,
+    group_shares,
+    is_open,
+    open_outline,
+    window_option,
+)
 
 NEEDS = frozenset({"load", "all_tokens", "cosine"})
 
@@ -48,6 +64,7 @@ class Options(MergeOptions):
         gt=0,
         le=1,
     )
+    window: int = window_option()
     whiten: bool = option(
         False,
         "whether the decomposition heeds what experts' inputs are like; of no effect at rank 1.0",
@@ -56,8 +73,19 @@ class Options(MergeOptions):
 
 
 def outline(shape: LayerShape, options: Options) -> Outline:
-    """As many experts as asked for, of full width."""
-    return merged_outline(shape, options.keep, options.router)
+    """As many experts as asked for, of full width; at least so many with a window."""
+    keep = open_outline(shape, options.keep) if is_open(options) else options.keep
+    return merged_outline(shape, keep, options.router)
+
+
+def allot(layers: Mapping[str, LayerView], options: Options) -> dict[str, int]:
+    """How many groups each layer gets, their sum being ``keep`` of all experts."""
+    costs = {
+        name: merge_costs(layer.stats["cosine"] / layer.stats["all_tokens"], layer.stats["load"])
+        for name, layer in layers.items()
+    }
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    return cheapest_merges(costs, shapes, float(options.keep))
 
 
 def reduce(layer: ExpertLayer, options: Options) -> Reduction:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moesaic.methods.base import Chain, Unit, chain_text, is_reducer, method_module, reducing
-from moesaic.methods.reduction import LayerShape, Outline
+from moesaic.methods.base import Chain, Spec, Unit, chain_text, is_reducer, method_module, reducing
+from moesaic.methods.reduction import LayerShape, Outline, is_open
+from moesaic.orchestrator.allotment import Allotted, allotted
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
@@ -96,6 +97,7 @@ class Experiment:
     def __init__(self, recipe: Recipe, output: Path) -> None:
         self.recipe = recipe
         self.output = output
+        self._allotted: Allotted = {}
         mistakes = Mistakes()
         root = Path(recipe.store) if recipe.store else output.parent / "store"
         store = mistakes.attempt(lambda: Store(root))
@@ -233,11 +235,33 @@ class Experiment:
         rest = [reducing(chain)[1] for chain in self.recipe.baselines.values()]
         return list(dict.fromkeys([*candidates, *filter(None, rest)]))
 
+    def open_specs(self) -> list[Spec]:
+        """Reducers whose layers are still to share out how many experts each keeps."""
+        found = [spec for chain in self.recipe.chains() for spec in reducing(chain)[0]]
+        return [spec for spec in dict.fromkeys(found) if is_open(spec.parsed())]
+
+    def close(self) -> None:
+        """Lets the layers share out their experts; all statistics are there."""
+        banks = [unit for unit in self.units if unit.kind == "bank"]
+        self._allotted = allotted(self.model, banks, self.walk, self.open_specs())
+        for bank in banks:
+            chains = [self.closed(bank.name, chain) for chain in self.offers[bank.name]]
+            self.offers[bank.name] = list(dict.fromkeys(chains))
+
+    def closed(self, unit: str, chain: Chain) -> Chain:
+        """A chain of the recipe as it is for one unit."""
+        return tuple(self._allotted.get((unit, spec), spec) for spec in chain)
+
+    def candidates(self, unit: Unit) -> set[Chain]:
+        """What a search may choose for a unit, besides leaving it as it is."""
+        return {self.closed(unit.name, chain) for chain in self.recipe.candidates}
+
     def everywhere(self, chain: Chain) -> Chosen:
         """Names of choices → what they take when every unit takes ``chain``, as far as it can."""
         chosen: dict[str, Chain] = {}
         for unit in self.units:
-            own = chain if chain in self.offers[unit.name] else reducing(chain)[1]
+            own = self.closed(unit.name, chain)
+            own = own if own in self.offers[unit.name] else reducing(own)[1]
             prefix = reducing(own)[0]
             shaped = self.reduced(unit, prefix) if prefix else unit
             chosen |= dict.fromkeys((choice.name for choice in choices(shaped)), own)
@@ -288,6 +312,8 @@ class Experiment:
         """Why the target cannot load a unit compressed so."""
         serve, family = self.recipe.serve, self.model.family
         prefix, rest = reducing(chain)
+        if serve != "moesaic" and any(is_open(spec.parsed()) for spec in prefix):
+            return f"serve: {serve} needs equally many experts in all blocks: window: 1"
         if prefix:
             reason = reduction_problem(unit, self.outline(unit, prefix), serve, family)
             if reason is not None:
@@ -347,8 +373,9 @@ class Experiment:
 
     def prefixes(self, unit: Unit, candidates_only: bool = True) -> list[Chain]:
         """Ways to reduce a bank that a search may choose, the bank as it is first."""
-        known = set(self.recipe.candidates) if candidates_only else set(self.offers[unit.name])
-        found = [reducing(chain)[0] for chain in self.offers[unit.name] if chain in known]
+        offered = self.offers[unit.name]
+        known = self.candidates(unit) if candidates_only else set(offered)
+        found = [reducing(chain)[0] for chain in offered if chain in known]
         return list(dict.fromkeys([*([()] if not all(found) else []), *found]))
 
     def form(self, unit: Unit, prefix: Chain) -> str:
@@ -371,7 +398,7 @@ class Experiment:
         found = []
         for chain in self.offers[unit.name]:
             first, rest = reducing(chain)
-            if chain not in self.recipe.candidates or first != prefix:
+            if chain not in self.candidates(unit) or first != prefix:
                 continue
             size = dense
             for spec in rest:
@@ -536,6 +563,9 @@ class Experiment:
         """Files of every entry that the recipe uses or will use, and folders of unfinished work."""
         walk, store = self.walk, self.store
         blocks = range(self.model.blocks)
+        stats = [store.path("stats", walk.stats_key(block)) for block in blocks]
+        if self.open_specs() and all(path.exists() for path in stats):
+            self.close()
         keys = [self.key(u, chain, walk) for u, chains in self.offers.items() for chain in chains]
         reductions = [
             self.reduction_key(unit, prefix, walk)
@@ -546,7 +576,7 @@ class Experiment:
             walk.scratch,
             Path(walk.ids),
             Path(self.judge.ids),
-            *(store.path("stats", walk.stats_key(block)) for block in blocks),
+            *stats,
             *(store.path("gradients", walk.gradients_key(block)) for block in blocks),
             *(store.path(kind, key) for kind in ("pieces", "errors") for key in keys),
             *(store.path("reductions", key) for key in reductions),

@@ -29,6 +29,7 @@ from moesaic.orchestrator.choices import chains_of, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.expert_layers import expert_layers
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
@@ -40,7 +41,7 @@ from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
 from moesaic.search.alternatives import solve, uniform_plan
-from moesaic.search.base import Infeasible, Measurement, Plan
+from moesaic.search.base import Infeasible, Measurement, Plan, Problem
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
@@ -96,6 +97,9 @@ class Pipeline:
 
     def measure(self) -> None:
         """Every unit under every candidate, while calibration goes on; writes the table."""
+        if self.experiment.open_specs():
+            stages.Calibration(self.experiment, self.pool, self.view, {}).run()
+            self.experiment.close()
         stages.Calibration(self.experiment, self.pool, self.view, self.experiment.offers).run()
         self.view.events(self.table.events)
         self._write_table()
@@ -124,11 +128,17 @@ class Pipeline:
         experiment = self.experiment
         everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
-            name: uniform_plan(everything, *reducing(chain))
+            name: self._everywhere(everything, chain)
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()
         return {name: replace(p, bytes=self._file_bytes(p)) for name, p in found.items()}
+
+    def _everywhere(self, problem: Problem, chain: Chain) -> Plan:
+        """A baseline: one chain for every unit, as far as it is meant for it."""
+        prefix, rest = reducing(chain)
+        prefixes = {bank: self.experiment.closed(bank, prefix) for bank in problem.banks}
+        return uniform_plan(problem, prefixes, rest)
 
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.
@@ -345,6 +355,9 @@ class Pipeline:
             reductions=self.table.reductions,
             scores=scores,
             expert_load=self.table.load,
+            experts=expert_layers(
+                experiment, self.walks["plan"], self.plans["plan"].units, self.pieces("plan")
+            ),
             events=self.events(),
             stage_seconds=self.view.seconds,
         )

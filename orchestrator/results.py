@@ -165,7 +165,8 @@ def problem(
         candidates_only: leave out chains that only baselines use.
         budget: another one than the recipe's.
     """
-    allowed = {*experiment.recipe.candidates, ()} if candidates_only else None
+    candidates = {chain for unit in experiment.units for chain in experiment.candidates(unit)}
+    allowed = {*candidates, ()} if candidates_only else None
     offers: dict[str, list[Measurement]] = {}
     reduced: dict[Chain, dict[str, list[Measurement]]] = {}
     for measurement in table.measurements:

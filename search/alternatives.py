@@ -143,8 +143,9 @@ def same_prefix(problem: Problem) -> list[Picks]:
     return found
 
 
-def uniform_plan(problem: Problem, prefix: Chain, chain: Chain) -> Plan:
-    """The plan with one prefix in all banks and one chain after it everywhere, whatever the budget.
+def uniform_plan(problem: Problem, prefixes: Mapping[str, Chain], chain: Chain) -> Plan:
+    """The plan with a given prefix in each bank and one chain after it everywhere, whatever the
+    budget.
 
     A bank that lacks the prefix stays as it is.
 
@@ -154,9 +155,9 @@ def uniform_plan(problem: Problem, prefix: Chain, chain: Chain) -> Plan:
     picks = {}
     for bank, alternatives in problem.banks.items():
         table = {a.prefix: a for a in alternatives}
-        found = table.get(prefix, table.get(()))
+        found = table.get(prefixes[bank], table.get(()))
         if found is None:
-            raise ValueError(f"bank {bank} has no alternative {chain_text(prefix)}")
+            raise ValueError(f"bank {bank} has no alternative {chain_text(prefixes[bank])}")
         picks[bank] = found
     return problem.whole(picks, uniform.uniform_plan(problem.settled(picks), chain))
 

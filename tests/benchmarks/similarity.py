@@ -34,8 +34,8 @@ def main() -> None:
     torch.set_num_threads(1)
     experts, hidden, width = arguments.experts, arguments.hidden, arguments.width
     generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(experts, 2 * width, hidden, generator=generator) / hidden**0.5
-    down = torch.randn(experts, hidden, width, generator=generator) / width**0.5
+    gate_up = torch.randn(experts, 2 * width, hidden, generator=generator).div_(hidden**0.5)
+    down = torch.randn(experts, hidden, width, generator=generator).div_(width**0.5)
     batches = torch.randn(arguments.tokens, hidden, generator=generator).split(arguments.batch)
     before = peak_memory_bytes()
 

@@ -362,10 +362,10 @@ def test_uniform_takes_one_prefix_and_leaves_a_bank_that_lacks_it() -> None:
     plan = solve(given, "uniform")
     assert plan.units["b0.2.up"] == PREFIXES[1] + chain(1)
     assert plan.units["b1.3.up"] == plan.units["u0"] == chain(1)
-    assert plan == uniform_plan(given, PREFIXES[1], chain(1))
+    assert plan == uniform_plan(given, dict.fromkeys(given.banks, PREFIXES[1]), chain(1))
     # One form for all: the second bank cannot follow.
     plan = solve(dataclasses.replace(given, one_form=True), "uniform")
-    assert plan == uniform_plan(given, (), chain(0))
+    assert plan == uniform_plan(given, dict.fromkeys(given.banks, ()), chain(0))
 
 
 def test_uniform_says_so_when_no_prefix_is_there_for_all() -> None:
@@ -392,7 +392,9 @@ def test_solve_returns_one_chain_everywhere_when_a_strategy_is_worse(
         alternatives, "search_module", lambda name: Wasteful if name == "wasteful" else known(name)
     )
     given = small([alternative(0, 0, 0.0), alternative(0, 1, 0.5)])
-    assert solve(given, "wasteful") == uniform_plan(given, PREFIXES[1], chain(1))
+    assert solve(given, "wasteful") == uniform_plan(
+        given, dict.fromkeys(given.banks, PREFIXES[1]), chain(1)
+    )
 
 
 def test_problem_without_banks_goes_to_the_strategy() -> None:
