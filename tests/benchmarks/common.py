@@ -6,6 +6,7 @@ between two looks counts as well. It includes pages of mapped files, as ``top`` 
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import signal
@@ -239,7 +240,7 @@ def scratch(name: str) -> tempfile.TemporaryDirectory[str]:
 def write_recipe(
     file: Path,
     arguments: argparse.Namespace,
-    candidates: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Any],
     calibration: Mapping[str, Any],
     **more: Any,
 ) -> Path:
@@ -255,7 +256,7 @@ def write_recipe(
             "gradient_sequences": 0,
             **calibration,
         },
-        "candidates": [dict(candidate) for candidate in candidates],
+        "candidates": json.loads(json.dumps(candidates)),  # copies: no anchors in the YAML
         "evaluation": {
             "texts": [{"file": str(path.resolve())} for path in arguments.heldout],
             "sequences": 8,

@@ -72,13 +72,14 @@ def main() -> None:
     ratio = median(seconds["similarity"]) / median(seconds["one pass"])
     added = (peak_memory_bytes() - before) / 1e6
     rows = [[way, spread(values, 2)] for way, values in seconds.items()]
+    figures = table(["", "s"], [*rows, ["ratio", f"{ratio:.2f}"]])
+    sample = arguments.tokens * hidden * 4 / 1e6
     text = (
-        f"{experts} experts, hidden {hidden}, width {width}, {arguments.tokens} tokens; float32, one"
-        f" thread; {arguments.runs} run(s) each, in turns; medians (least–largest). Target: at most"
-        f" 1.3 ×.\n\n{table(['', 's'], [*rows, ['ratio', f'{ratio:.2f}']])}\n\nMemory above weights"
-        f" and inputs: {added:.0f} MB at the peak, of which a slice of outputs may take"
-        f" {SLICE_BYTES / 1e6:.0f} MB and the sample of inputs"
-        f" {arguments.tokens * hidden * 4 / 1e6:.0f} MB."
+        f"{experts} experts, hidden {hidden}, width {width}, {arguments.tokens} tokens; float32,"
+        f" one thread; {arguments.runs} run(s) each, in turns; medians (least–largest). Target: at"
+        f" most 1.3 ×.\n\n{figures}\n\nMemory above weights and inputs: {added:.0f} MB at the peak,"
+        f" of which a slice of outputs may take {SLICE_BYTES / 1e6:.0f} MB and the sample of inputs"
+        f" {sample:.0f} MB."
     )
     report("Similarity of experts", text, arguments.write)
 
