@@ -69,12 +69,17 @@ class Job:
 
 
 def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
-    """Statistics that the chains want, and those that every measurement wants."""
+    """Statistics that the chains want, and those that every measurement wants.
+
+    Where experts are reduced, how like they are is part of the report.
+    """
     wanted = {"tokens", "hessian"}
     for chain in chains:
         for spec in chain:
-            module = reducer_module if is_reducer(spec.method) else method_module
-            wanted |= module(spec.method).NEEDS
+            if is_reducer(spec.method):
+                wanted |= reducer_module(spec.method).NEEDS | {"cosine", "all_tokens"}
+            else:
+                wanted |= method_module(spec.method).NEEDS
     return tuple(sorted(wanted))
 
 

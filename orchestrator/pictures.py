@@ -4,7 +4,7 @@ Colours are safe for the colour-blind: cividis for amounts, purple–orange abou
 palette of Okabe and Ito for kinds. Nothing here uses pyplot, so nothing is shared between threads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNL
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary, module_names
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 11,
@@ -41,14 +41,14 @@ _STYLE: Any = {
 # Of the files; shown at _SCREEN_DPI, so that they are sharp on fine screens.
 _DPI = 160
 _SCREEN_DPI = 100
-_GREY = "#c4c7cc"
-_KINDS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
+GREY = "#c4c7cc"
+KINDS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 _PLAN = "#D55E00"
 _BASELINES = ["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5f6368"]
 _MARKERS = "osD^vP"
 # Behind text that may lie on a line.
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
-_OUTLINE = [withStroke(linewidth=3, foreground="#202124")]
+OUTLINE = [withStroke(linewidth=3, foreground="#202124")]
 _BIT_TICKS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32]
 
 
@@ -85,7 +85,7 @@ def plan_map(summary: RunSummary) -> Figure:
                 points = 7.5 if width > 0.36 else 6
                 text = f"{value:.3g}"
                 axes.text(column, row, text, ha="center", va="center", size=points, color=colour)
-    _cells(axes, modules, blocks, width)
+    cells(axes, modules, blocks, width)
     axes.set_xlabel("transformer block")
     axes.set_title("The plan: stored bits per weight")
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
@@ -99,7 +99,7 @@ def plan_map(summary: RunSummary) -> Figure:
     return figure
 
 
-def _cells(axes: Axes, rows: Sequence[object], columns: Sequence[object], width: float) -> None:
+def cells(axes: Axes, rows: Sequence[object], columns: Sequence[object], width: float) -> None:
     """Labels and white lines of a table of cells ``width`` inches wide."""
     axes.set_yticks(range(len(rows)), [str(row) for row in rows])
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500) if width * s >= 0.24)
@@ -124,7 +124,7 @@ def part_bytes(summary: RunSummary) -> Figure:
     left = np.zeros(len(bars))
     for number, part in enumerate(bars["dense"]):
         values = np.array([parts[part] for parts in bars.values()]) / scale
-        colour = _GREY if part == "not compressed" else _KINDS[number % len(_KINDS)]
+        colour = GREY if part == "not compressed" else KINDS[number % len(KINDS)]
         label = part.replace("_", " ")
         axes.barh(range(len(bars)), values, left=left, height=0.66, color=colour, label=label)
         left += values
@@ -256,13 +256,13 @@ def expert_load(summary: RunSummary) -> Figure:
     axes.set_facecolor("#eceef1")
     colours = Normalize(-3, 3)
     image = axes.imshow(shares, cmap="PuOr_r", norm=colours, aspect="auto", interpolation="nearest")
-    _cells(axes, blocks, range(most), width)
+    cells(axes, blocks, range(most), width)
     if height < 0.18:
         axes.set_yticks(range(0, len(blocks), 5), [str(block) for block in blocks[::5]])
     if marks:
         across, down = zip(*marks, strict=True)
         area = (min(width, height) * 72 * 0.45) ** 2
-        axes.scatter(across, down, marker="x", s=area, color="white", path_effects=_OUTLINE)
+        axes.scatter(across, down, marker="x", s=area, color="white", path_effects=OUTLINE)
     axes.set_xlabel(f"expert (× marks the {len(marks)} with fewer tokens than inputs)")
     axes.set_ylabel("transformer block")
     axes.set_title("Expert load: tokens against an even share")
@@ -295,12 +295,16 @@ def draw(summary: RunSummary, folder: Path) -> dict[str, Path]:
         del wanted["expert_load"]
     if not any(name in summary.scores for name in summary.plans):
         del wanted["loss_and_bytes"]
+    return save({name: partial(picture, summary) for name, picture in wanted.items()}, folder)
+
+
+def save(pictures: Mapping[str, Callable[[], Figure]], folder: Path) -> dict[str, Path]:
+    """Draws pictures one after another into a folder; returns name → PNG."""
     files = {}
-    with rc_context(_STYLE):
-        for name, picture in wanted.items():
-            figure = picture(summary)
+    with rc_context(STYLE):
+        for name, picture in pictures.items():
             files[name] = folder / f"{name}.png"
-            write_atomically(files[name], partial(_save, figure))
+            write_atomically(files[name], partial(_save, picture()))
     return files
 
 

@@ -7,7 +7,7 @@ begins so reads it and goes on from there.
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from moesaic.orchestrator.reshape import resize_router
 from moesaic.orchestrator.statistics import SEPARATOR
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
+
+Gating = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 # Members of an entry besides those of the piece.
 _GROUP, _CHANNELS, _ERROR, _NORM = "group", "channels", "output_error", "output_norm"
@@ -118,14 +120,10 @@ def reduction_key(fingerprint: str, unit: str, prefix: Chain, stats_key: str) ->
 # Computing
 
 
-def open_layer(model: StreamedModel, unit: Unit, stats: Stats) -> ExpertLayer:
-    """A bank with its router, on the CPU, computing in float32 as the model does."""
-    prototype = model.prototype(unit.block)
-    experts: Any = prototype.get_submodule(model.unit_module(unit))
-    router = prototype.get_submodule(model.router_module)
-    attributes = model.router_names(unit.block)
-    kept = model.read_kept(unit.block)
-    biases = [kept[name] for name in model.bias_names(unit.block)]
+def open_gating(model: StreamedModel, block: int) -> Gating:
+    """How a block's router chooses, on the CPU in float32: see :class:`ExpertLayer`."""
+    router = model.prototype(block).get_submodule(model.router_module)
+    attributes = model.router_names(block)
 
     def gating(x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         module = copy.deepcopy(router)
@@ -136,6 +134,16 @@ def open_layer(model: StreamedModel, unit: Unit, stats: Stats) -> ExpertLayer:
         with torch.no_grad():
             _, gates, index = module(x.float())
         return index, gates
+
+    return gating
+
+
+def open_layer(model: StreamedModel, unit: Unit, stats: Stats) -> ExpertLayer:
+    """A bank with its router, on the CPU, computing in float32 as the model does."""
+    experts: Any = model.prototype(unit.block).get_submodule(model.unit_module(unit))
+    attributes = model.router_names(unit.block)
+    kept = model.read_kept(unit.block)
+    biases = [kept[name] for name in model.bias_names(unit.block)]
 
     def activation(gate: Tensor, up: Tensor) -> Tensor:
         joined = torch.cat([gate, up], -1)
@@ -150,7 +158,7 @@ def open_layer(model: StreamedModel, unit: Unit, stats: Stats) -> ExpertLayer:
         biases=split_biases(biases[0], biases[1], model.bank) if biases else {},
         router={role: kept[name] for role, name in attributes.items()},
         stats=stats,
-        gating=gating,
+        gating=open_gating(model, unit.block),
         activation=activation,
     )
 

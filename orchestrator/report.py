@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from moesaic.methods.base import Event
+from moesaic.orchestrator.expert_pictures import draw_experts
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
 from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.summary import RunSummary
@@ -55,14 +56,24 @@ def seconds_text(seconds: float) -> str:
 def write_report(summary: RunSummary, folder: Path) -> Path:
     """Writes ``report.html`` and ``pictures/*.png`` into a folder; returns the former."""
     pictures = draw(summary, folder / "pictures")
-    text = render(summary, pictures)
+    experts = draw_experts(summary, folder / "pictures")
+    text = render(summary, pictures, experts)
     path = folder / "report.html"
     write_text(path, text)
     return path
 
 
-def render(summary: RunSummary, pictures: Mapping[str, Path]) -> str:
-    """The HTML with the pictures inside."""
+def render(
+    summary: RunSummary,
+    pictures: Mapping[str, Path],
+    experts: Mapping[str, tuple[Path, str]],
+) -> str:
+    """The HTML with the pictures inside.
+
+    Args:
+        pictures: name → PNG.
+        experts: those of experts, name → PNG and caption, the one of all layers first.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "bytes_text": bytes_text,
@@ -83,6 +94,11 @@ def render(summary: RunSummary, pictures: Mapping[str, Path]) -> str:
             (name, _inline(path), shown_width(path), _CAPTIONS[name])
             for name, path in pictures.items()
         ],
+        expert_pictures=[
+            (name, _inline(path), shown_width(path), caption)
+            for name, (path, caption) in experts.items()
+        ],
+        compared=any(layer.similarity is not None for layer in summary.experts),
     )
 
 

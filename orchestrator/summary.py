@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
@@ -36,6 +38,45 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class LayerExperts:
+    """The experts of a block, and what the plan makes of them.
+
+    Attributes:
+        block: index of the transformer block.
+        reduction: what the plan does to the layer, as text; empty where it leaves all experts.
+        clusters: new expert → the old ones that went into it.
+        constants: constant stand-in → the old experts that it stands for.
+        load: tokens of the calibration text routed to each old expert, ``[sources, E]``.
+        sources: names of the text sources.
+        before: share of the router's choices that goes to each old expert, ``[E]``.
+        after: the same for each new expert and then each constant, on the same tokens.
+        similarity: mean cosine between two old experts' outputs, ``[E, E]``; None where it was not
+            collected.
+    """
+
+    block: int
+    reduction: str
+    clusters: Sequence[Sequence[int]]
+    constants: Sequence[Sequence[int]]
+    load: NDArray[np.int64]
+    sources: Sequence[str]
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    similarity: NDArray[np.float64] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of old experts."""
+        return len(self.before)
+
+    @property
+    def dropped(self) -> list[int]:
+        """Old experts that nothing stands for."""
+        known = {expert for group in [*self.clusters, *self.constants] for expert in group}
+        return [expert for expert in range(self.count) if expert not in known]
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """One run.
 
@@ -59,6 +100,7 @@ class RunSummary:
             for ``sources``, text source → ``perplexity`` and ``kl``.
         reductions: (bank, reducers) → what the reduction by itself takes and loses.
         expert_load: block → tokens routed to each expert.
+        experts: every layer of experts, in model order, where the recipe reduces some.
         events: in order of time.
         stage_seconds: stage → seconds, in order of time.
     """
@@ -80,6 +122,7 @@ class RunSummary:
     scores: Mapping[str, Mapping[str, Any]]
     reductions: Mapping[tuple[str, Chain], Measurement] = field(default_factory=dict)
     expert_load: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    experts: Sequence[LayerExperts] = ()
     events: Sequence[Event] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
