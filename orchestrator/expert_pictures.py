@@ -36,6 +36,8 @@ _BEFORE, _AFTER = "#3c4043", "#E69F00"
 _TREE = "#9aa0a6"
 # Rows at least so high, in inches, are labelled.
 _LABELLED = 0.12
+# With more rows than this, bars stand without edges.
+_MANY = 40
 # More than any distance 1 - cosine.
 _APART = 4.0
 
@@ -238,7 +240,7 @@ def layer_picture(layer: LayerExperts) -> Figure:
     load = _load(panels["load"], layer, rows)
     use = _use(panels["use"], layer, rows)
     lists = {"experts": _fate_handles([layer]), "load": load, "text sources": use}
-    _legends(figure, (at + 0.12) / figure.get_figwidth(), (height + 0.7), lists)
+    _legends(figure, (at + 0.32) / figure.get_figwidth(), (height + 0.7), lists)
     title = f"Block {layer.block}: {_left(layer)}"
     figure.text(0.3 / 11, 1 - 0.1 / figure.get_figheight(), title, weight="bold", size=11, va="top")
     return figure
@@ -316,7 +318,7 @@ def _strip(axes: Axes, layer: LayerExperts, rows: Sequence[int], cell: float) ->
 
 def _edges(rows: Sequence[int]) -> dict[str, Any]:
     """White lines between bars, where there is room for them."""
-    return {"edgecolor": "white", "linewidth": 0.8 if len(rows) <= 40 else 0}
+    return {"edgecolor": "white", "linewidth": 0.8 if len(rows) <= _MANY else 0}
 
 
 def _matrix(
@@ -353,7 +355,7 @@ def _matrix(
 
 
 def _load(axes: Axes, layer: LayerExperts, rows: Sequence[int]) -> list[Patch]:
-    """Thin bars before, and behind them one bar per stand-in after, as wide as its cluster.
+    """Thin bars (or a line) before, and behind them one bar per stand-in after, as wide as its cluster.
 
     Returns:
         what its colours mean.
@@ -377,7 +379,11 @@ def _load(axes: Axes, layer: LayerExperts, rows: Sequence[int]) -> list[Patch]:
         if layer.constants:
             handles.append(Patch(color=_FATE_COLOURS[CONSTANT], label="after, of a constant"))
     before = layer.before[list(rows)]
-    axes.barh(range(len(rows)), before, height=0.4, color=_BEFORE, linewidth=0)
+    if len(rows) <= _MANY:
+        axes.barh(range(len(rows)), before, height=0.4, color=_BEFORE, linewidth=0)
+    else:  # bars would be too thin: their ends
+        edges = np.arange(len(rows) + 1) - 0.5
+        axes.stairs(before, edges, orientation="horizontal", color=_BEFORE, linewidth=0.9)
     axes.axvline(1 / layer.count, color="#202124", linestyle=(0, (4, 3)), linewidth=0.8)
     axes.set_xlim(0, 1.06 * max(float(before.max()), float(layer.after.max()), 1e-9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))

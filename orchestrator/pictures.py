@@ -102,7 +102,8 @@ def plan_map(summary: RunSummary) -> Figure:
 def cells(axes: Axes, rows: Sequence[object], columns: Sequence[object], width: float) -> None:
     """Labels and white lines of a table of cells ``width`` inches wide."""
     axes.set_yticks(range(len(rows)), [str(row) for row in rows])
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500) if width * s >= 0.24)
+    room = 0.24 if len(columns) <= 100 else 0.32
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500) if width * s >= room)
     shown = range(0, len(columns), step)
     axes.set_xticks(list(shown), [str(columns[i]) for i in shown])
     axes.set_xticks(np.arange(-0.5, len(columns)), minor=True)
