@@ -355,7 +355,7 @@ def _matrix(
 
 
 def _load(axes: Axes, layer: LayerExperts, rows: Sequence[int]) -> list[Patch]:
-    """Thin bars (or a line) before, and behind them one bar per stand-in after, as wide as its cluster.
+    """Thin bars or a line before, behind them a bar per stand-in after, as wide as its cluster.
 
     Returns:
         what its colours mean.
