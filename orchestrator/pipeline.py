@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
-from moesaic.orchestrator import results, stages
+from moesaic.orchestrator import finalists, results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
@@ -84,6 +84,7 @@ class Pipeline:
         self.output = experiment.output
         self.walks: dict[str, Walk] = {}
         self.trained: dict[str, Trained | None] = {}
+        self.finalists: dict[str, float] = {}
         recipe = experiment.recipe.to_yaml()
         write_text(self.output / "recipe.yaml", recipe)
         for reason, count in experiment.unloadable.items():
@@ -143,12 +144,46 @@ class Pipeline:
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.
 
+        Where banks may be reduced it is the best of some finalists (see
+        :mod:`moesaic.orchestrator.finalists`), else that of the least predicted loss.
+        """
+        experiment = self.experiment
+        given = results.problem(experiment, self.table)
+        if not any(a.prefix for alternatives in given.banks.values() for a in alternatives):
+            return self._fitted(given)
+        plans: dict[str, Plan] = {}
+        for charge in finalists.CHARGES:
+            try:
+                found = self._fitted(finalists.charged(given, charge))
+            except RecipeError:
+                if charge == finalists.CHARGES[0]:
+                    raise
+                continue  # too little room for the bank as it is
+            plan = given.plan(found.units)
+            if plan.units not in [other.units for other in plans.values()]:
+                plans["without" if charge is None else f"× {charge:g}"] = plan
+        pieces = {
+            name: plan_pieces(experiment, experiment.walk, plan.units)
+            for name, plan in plans.items()
+        }
+        kl = {next(iter(plans)): 0.0}
+        if len(plans) > 1:
+            kl = finalists.divergences(experiment, self.pool, self.view, pieces)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in kl.items())
+            self.view.line(
+                f"finalists, by the charge of reductions, KL on calibration text: {shown}"
+            )
+            self.finalists = kl
+        return plans[min(kl, key=lambda name: (kl[name], plans[name].bytes))]
+
+    def _fitted(self, given: Problem) -> Plan:
+        """The plan of least predicted loss whose files fit the budget.
+
         Headers of the files are first reckoned at their bound. Where that matters (small models), a
         budget in bytes is then spent to the end: the next search gets what the last plan's headers
         did not need, as long as the files still fit.
         """
         experiment = self.experiment
-        given = results.problem(experiment, self.table)
         strategy = experiment.recipe.search
         try:
             plan = solve(given, strategy)
@@ -185,6 +220,8 @@ class Pipeline:
             "search": self.experiment.recipe.search,
             "serve": self.experiment.recipe.serve,
         }
+        if self.finalists:
+            document["finalists"] = self.finalists
         write_json(self.output / "plan.json", document)
         return document
 

@@ -93,7 +93,15 @@ def project(folder: Path, model: Path) -> Path:
         {"method": "rtn", "bits": [3, 8], "group_size": 16},
         {"method": "gptq", "bits": [2, 3, 4, 5, 6], "group_size": 16},
     ]
-    return make_recipe(folder / "recipe", model, compute={"workers": 2}, candidates=candidates)
+    four = {"method": "rtn", "bits": 4, "group_size": 16}
+    return make_recipe(
+        folder / "recipe",
+        model,
+        compute={"workers": 2},
+        candidates=candidates,
+        baselines={"rtn 4": four, "merged": [{"method": "hc_smoe", "keep": 0.5}, four]},
+        router_calibration={"batch": 2},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,8 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = finish(start(project(folder, model), folder / "run"))
     scores = result["scores"]
     assert isinstance(scores, dict)
-    assert {"dense", "plan", "rtn 4"} == set(scores)
+    assert {"dense", "plan", "rtn 4", "merged"} == set(scores)
+    assert "before_router_calibration" in scores["merged"]
     return folder / "run"
 
 
@@ -155,7 +164,8 @@ def test_run_killed_in_every_phase_ends_byte_identical(
 
     def kill_driver_at(file: Path) -> None:
         process = start(recipe, output)
-        wait_until(file.exists, process)
+        pattern = str(file.relative_to(tmp_path))
+        wait_until(lambda: list(tmp_path.glob(pattern)), process)
         process.kill()
         ended(process)
 
@@ -189,12 +199,13 @@ def test_run_killed_in_every_phase_ends_byte_identical(
     assert gone(workers)  # until then they may still end what they were at
     finished = {
         seal: seal.stat().st_mtime_ns
-        for kind in ("stats", "gradients", "pieces", "errors")
+        for kind in ("stats", "gradients", "reductions", "pieces", "errors")
         for seal in entries(store / kind)
     }
     assert len(finished) > 8
 
     kill_driver_at(output / "plan.json")
+    kill_driver_at(store / "scratch" / "*" / "routers-0002.safetensors")
     kill_driver_at(output / "scores.json")
     kill_driver_at(output / ".model.partial")
     assert not (output / "model").exists()
