@@ -283,14 +283,16 @@ class Experiment:
         """Bytes of what a reduced bank holds besides its members, against the bank as it is."""
         model, shape = self.model, self._layers[unit.name]
         disk = model.layouts[unit.block].kept
-        router, *_ = model.router_names(unit.block).values()
-        biases = model.bias_names(unit.block)
-        item = {name: model.checkpoint.dtype(disk[name]).itemsize for name in [router, *biases]}
-        own = [*model.router_names(unit.block).values(), *biases]
-        now = sum(model.checkpoint.nbytes(disk[name]) for name in own)
-        bias = item[biases[0]] if biases else 0
+        router, biases = model.router_names(unit.block), model.bias_names(unit.block)
+        now = sum(model.checkpoint.nbytes(disk[name]) for name in [*router.values(), *biases])
+
+        def item(name: str) -> int:
+            return model.checkpoint.dtype(disk[name]).itemsize
+
+        each = {role: item(name) for role, name in router.items()}
+        bias = item(biases[0]) if biases else 0
         weight = self._stored_dtype(unit).itemsize
-        return side_bytes(shape, self.outline(unit, prefix), item[router], bias, weight) - now
+        return side_bytes(shape, self.outline(unit, prefix), each, bias, weight) - now
 
     def _misfit(self, unit: Unit, chain: Chain) -> str | None:
         """Why a unit of this kind and shape cannot be compressed so."""
@@ -395,10 +397,10 @@ class Experiment:
         """What a search may choose for a member of a unit, after a reduction; bytes only."""
         shape, dtype = self.reduced(unit, prefix).shapes[member], self._stored_dtype(unit)
         dense = math.prod(shape) * dtype.itemsize
-        found = []
+        found, known = [], self.candidates(unit)
         for chain in self.offers[unit.name]:
             first, rest = reducing(chain)
-            if chain not in self.candidates(unit) or first != prefix:
+            if first != prefix or chain not in known:
                 continue
             size = dense
             for spec in rest:

@@ -84,14 +84,18 @@ def reduced_unit(unit: Unit, left: Outline) -> Unit:
     return replace(unit, shapes={"gate": gate, "up": gate, "down": (gate[0], gate[2], gate[1])})
 
 
-def side_bytes(shape: LayerShape, left: Outline, router: int, bias: int, weight: int) -> int:
+def side_bytes(
+    shape: LayerShape, left: Outline, router: Mapping[str, int], bias: int, weight: int
+) -> int:
     """Bytes of what comes with a reduced bank.
 
     Args:
-        router, bias, weight: bytes of an element of the router's and the biases' tensors, and of
-            the experts' weights, which constants are stored like.
+        router: role → bytes of an element.
+        bias, weight: bytes of an element of the experts' biases and weights; constants are stored
+            like the latter.
     """
-    size = left.rows * (shape.hidden + len(shape.router) - 1) * router
+    row = sum(item * (shape.hidden if role == "weight" else 1) for role, item in router.items())
+    size = left.rows * row
     if shape.biased:
         size += left.experts * (2 * left.width + shape.hidden) * bias
     if left.mapped:
