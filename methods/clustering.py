@@ -65,7 +65,10 @@ def output_groups(layer: ExpertLayer, count: int, router: str, grouping: Groupin
             layer.shape, count, router, lambda part, m: linkage_groups(distance[part, part], m)
         )
     features = embedding(output_similarity(layer))
-    return in_parts(layer.shape, count, router, lambda part, m: kmeans_groups(features[part], m))
+    weights = layer.frequency.cpu().clamp_min(1)
+    return in_parts(
+        layer.shape, count, router, lambda part, m: kmeans_groups(features[part], m, weights[part])
+    )
 
 
 # What experts are compared by; all in float64 on the CPU
@@ -127,7 +130,9 @@ def linkage_groups(distance: Tensor, count: int) -> Groups:
     return sorted(sorted(group) for group in found.values())
 
 
-def kmeans_groups(features: Tensor, count: int, seed: int = 0) -> Groups:
+def kmeans_groups(
+    features: Tensor, count: int, weights: Tensor | None = None, seed: int = 0
+) -> Groups:
     """k-means, started with k-means++ several times.
 
     Where there are fewer different points than groups, the group that is spread most gives away
@@ -135,6 +140,7 @@ def kmeans_groups(features: Tensor, count: int, seed: int = 0) -> Groups:
 
     Args:
         features: ``[n, d]``.
+        weights: how much each point counts, ``[n]``, positive; alike if left out.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -142,7 +148,10 @@ def kmeans_groups(features: Tensor, count: int, seed: int = 0) -> Groups:
     points = features.numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer points than groups: see above
-        labels = KMeans(count, n_init=_STARTS, random_state=seed).fit(points).labels_.tolist()
+        found = KMeans(count, n_init=_STARTS, random_state=seed).fit(
+            points, sample_weight=None if weights is None else weights.numpy()
+        )
+    labels = found.labels_.tolist()
     groups = [[m for m, label in enumerate(labels) if label == own] for own in sorted(set(labels))]
     while len(groups) < count:
         offs = [(features[group] - features[group].mean(0)).square().sum(1) for group in groups]

@@ -2,6 +2,8 @@
 
 Groups are found by k-means++ on the experts' outputs at all sampled tokens, each scaled to length
 1: the mean token-wise cosines are their inner products, whose embedding has the same distances.
+Experts count by the tokens routed to them (the paper does not say): where no two are alike, all
+groupings are equally good without, and the busiest experts may be merged with each other.
 
 The weights W_i [out, in] of a group, side by side along the input axis, have one singular value
 decomposition [W_1 … W_n] = U Σ [V_1 … V_n]ᵀ. U is shared, the V_i are averaged with the shares f_i

@@ -63,6 +63,12 @@ def reductions(
 def scores(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """The scores of one seed."""
     baselines = reductions(arguments.model, arguments.methods, arguments.keep)
+    for text in arguments.also:
+        entry = json.loads(text)
+        name = " ".join(
+            f"{value:g}" if isinstance(value, float) else str(value) for value in entry.values()
+        )
+        baselines[name] = entry
     calibration = {"sequences": arguments.sequences, "length": arguments.length, "seed": seed}
     evaluation = {
         "texts": [{"file": str(path.resolve())} for path in arguments.heldout],
@@ -123,7 +129,8 @@ def main() -> None:
     parser = arguments_parser(__doc__)
     add_text_options(parser)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=reducers(), metavar="NAME")
+    parser.add_argument("--methods", nargs="*", default=reducers(), metavar="NAME")
+    parser.add_argument("--also", nargs="*", default=[], metavar="JSON", help="entries of a recipe")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
