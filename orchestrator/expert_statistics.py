@@ -62,6 +62,25 @@ def sampled_tokens(low: int, high: int, tokens: int, wanted: int) -> tuple[list[
     return [place for place, _ in found], [number for _, number in found]
 
 
+def sum_shapes(
+    needs: Collection[str], experts: int, hidden: int, sources: int, sampled: int
+) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Dtype and shape of every sum that is kept where ``needs`` are wanted."""
+    shapes: dict[str, tuple[torch.dtype, list[int]]] = {
+        "load": (torch.int64, [sources, experts]),
+        "coactivation": (torch.int64, [experts, experts]),
+        "logits_gram": (torch.float32, [experts, experts]),
+        "cosine": (torch.float32, [experts, experts]),
+        "sum": (torch.float32, [experts, hidden]),
+        "gated_sum": (torch.float32, [experts, hidden]),
+        "all_sum": (torch.float32, [experts, hidden]),
+        "all_tokens": (torch.int64, []),
+        "sample": (torch.float32, [sampled, hidden]),
+    }
+    wanted = {*needs, "load", "sample"} & EXPERT_STATISTICS.keys()
+    return {name: shapes.get(name, (torch.float32, [experts])) for name in sorted(wanted)}
+
+
 class ExpertStatistics:
     """Sums of one expert layer over a shard; it is told of every batch in order.
 
@@ -78,23 +97,10 @@ class ExpertStatistics:
         self.unit = unit
         self.tokens = tokens
         self.experts, _, hidden = unit.shapes["gate"]
-        shapes: dict[str, tuple[torch.dtype, list[int]]] = {
-            "load": (torch.int64, [tokens.kinds, self.experts]),
-            "coactivation": (torch.int64, [self.experts, self.experts]),
-            "logits_gram": (torch.float32, [self.experts, self.experts]),
-            "cosine": (torch.float32, [self.experts, self.experts]),
-            "sum": (torch.float32, [self.experts, hidden]),
-            "gated_sum": (torch.float32, [self.experts, hidden]),
-            "all_sum": (torch.float32, [self.experts, hidden]),
-            "all_tokens": (torch.int64, []),
-            "sample": (torch.float32, [tokens.total, hidden]),
-        }
-        each = (torch.float32, [self.experts])
-        wanted = {*needs, "load", "sample"} & EXPERT_STATISTICS.keys()
+        sizes = sum_shapes(needs, self.experts, hidden, tokens.kinds, tokens.total)
         self.sums = {
             name: torch.zeros(size, dtype=dtype, device=device)
-            for name in sorted(wanted)
-            for dtype, size in [shapes.get(name, each)]
+            for name, (dtype, size) in sizes.items()
         }
         self._seen = 0  # tokens whose routing has been told
         self._given = 0  # tokens whose inputs have been told

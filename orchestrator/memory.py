@@ -14,6 +14,7 @@ import torch
 from moesaic.methods import gptq
 from moesaic.methods.base import Unit, method_module, reducing
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum_shapes
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.measure import ERROR_BYTES
@@ -104,7 +105,29 @@ class Sizes:
     def statistics(self, units: list[Unit]) -> dict[str, int]:
         """Site → bytes of its statistics."""
         stats = StatisticsObserver(units, self.walk.needs, _META).stats
-        return {site: entry.nbytes for site, entry in stats.items()}
+        found = {site: entry.nbytes for site, entry in stats.items()}
+        for unit in units if self.walk.sources else ():
+            if unit.kind == "bank":
+                experts, _, hidden = unit.shapes["gate"]
+                sources = 1 + max(self.walk.sources)
+                sums = sum_shapes(self.walk.needs, experts, hidden, sources, self.sampled())
+                size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in sums.values())
+                found[expert_site(unit.name)] = size
+        return found
+
+    def sampled(self) -> int:
+        """Tokens that every expert is run on; 0 where no recipe reduces experts."""
+        return min(self.walk.sampled, self.walk.sequences * self.length)
+
+    def outputs(self, block: int) -> int:
+        """Outputs of all experts that are compared at a time."""
+        if not self.walk.sources:
+            return 0
+        banks = [unit for unit in self.block_units(block) if unit.kind == "bank"]
+        return sum(
+            min(SLICE_BYTES, 4 * u.shapes["gate"][0] * u.shapes["gate"][2] * self.sampled())
+            for u in banks
+        )
 
     def gradients(self, block: int) -> int:
         stats = GradientObserver(self.block_units(block), _META).stats
@@ -241,7 +264,7 @@ def _calibrate(sizes: Sizes, block: int) -> Parts:
         "weights": sizes.weights(block) + outer,
         "statistics": one * held_walking(shards, workers),
         "hidden states": sizes.hidden(),
-        "activations": sizes.activations(block, sizes.batch_tokens()),
+        "activations": sizes.activations(block, sizes.batch_tokens()) + sizes.outputs(block),
     }
     adding = {
         "weights": outer,
@@ -272,13 +295,14 @@ def _measure(sizes: Sizes, units: list[Unit]) -> Parts:
         max(experiment.predicted_bytes(unit, chain) for chain in experiment.offers[unit.name])
         for unit in units
     )
-    solving = [_solving(sizes, units, site) for site in stats]
+    own = {site for unit in units for site in unit.sites.values()}
+    solving = [_solving(sizes, units, site) for site in stats if site in own]
     judging = [_judging(shape, sizes.item) for unit in units for shape in unit.shapes.values()]
     return {
         "weights": sum(experiment.dense_bytes(unit) for unit in units) * (2 if fused else 1)
         + sizes.outer(),
         "statistics": sum(stats.values()),
-        "factors": sum(_factors(experiment, size) for size in stats.values()),
+        "factors": sum(_factors(experiment, size) for site, size in stats.items() if site in own),
         "hidden states": sizes.hidden(),
         "working copies": compressed + max(*solving, *judging),
     }

@@ -103,6 +103,11 @@ class Clock:
                 seconds += 2 * 2 * tokens * gate / self.speeds.matmul
         return seconds if "hessian" in self.experiment.walk.needs else 0.0
 
+    def every_expert(self, block: int) -> float:
+        """All experts on the sampled tokens, where they are compared or reduced."""
+        banks = [unit for unit in self.sizes.block_units(block) if unit.kind == "bank"]
+        return sum(2 * self.sizes.sampled() * u.parameters / self.speeds.matmul for u in banks)
+
     def calibrate(self, blocks: list[int]) -> float:
         """Forward through the blocks from the first that lacks, with statistics and their sums."""
         walk, sizes = self.experiment.walk, self.sizes
@@ -115,6 +120,7 @@ class Clock:
         for block in range(min(blocks), self.model.blocks) if blocks else ():
             size = sum(sizes.statistics(sizes.block_units(block)).values())
             seconds += self.linears(block, tokens) + self.statistics(block, tokens)
+            seconds += self.every_expert(block)
             # Every shard's sums are zeroed and added; the last are written, read and written.
             seconds += self.calls(block, batches) + (walk.shards + 2) * size / self.speeds.add
             seconds += self.load(block) * self.walkers + walk.shards * 2 * self.speeds.write
@@ -147,6 +153,10 @@ class Clock:
             size = sum(self.experiment.dense_bytes(unit) for unit in group)
             seconds += (stats + size) / self.speeds.read
             chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
+            # A reduction is read and written, and run beside the layer as it is.
+            prefixes = set(filter(None, (reducing(chain)[0] for chain in chains)))
+            once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
+            seconds += len(prefixes) * (once + 2 * size / self.speeds.read)
             for chain in chains:
                 todo = [unit for unit in group if chain in pairs[unit.name]]
                 seconds += sum(self.compress(todo, site, chain) for site in names)
