@@ -122,11 +122,16 @@ def figure_text(value: float | None, decimals: int) -> str:
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Dense, baselines and plan: bytes, bits per weight, perplexity, KL."""
+    """Dense, baselines and plan: bytes, bits per weight, perplexity, KL; and the KL before routers
+    learnt, where some did."""
     table = Table(title=None)
     for name in ("", "bytes", "bits/weight", "perplexity", "KL (nats/token)", "accuracy"):
         table.add_column(name, justify="left" if not name else "right")
+    trained = any("before_router_calibration" in score for score in scores.values())
+    if trained:
+        table.add_column("KL before routers learnt", justify="right")
     for name, score in scores.items():
+        before = score.get("before_router_calibration")
         table.add_row(
             name,
             f"{score['bytes']:,}",
@@ -134,6 +139,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
             figure_text(score["perplexity"], 3),
             figure_text(score["kl"], 4),
             f"{score['accuracy']:.1%}",
+            *([figure_text(before["kl"], 4) if before else ""] if trained else []),
             style="bold" if name == "plan" else None,
         )
     return table

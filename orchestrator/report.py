@@ -109,6 +109,7 @@ def _inline(path: Path) -> str:
 def _extra_columns(summary: RunSummary) -> list[tuple[str, str]]:
     """(key, heading) of the scores that not every evaluation gives."""
     headings = {
+        "before_router_calibration": "KL before routers learnt",
         "accuracy": "next token right",
         "tokens_per_second": "tokens/s",
         "peak_memory_bytes": "peak memory",
