@@ -95,13 +95,18 @@ def assemble(
 
 
 def header_bytes_bound(
-    model: StreamedModel, units: Sequence[Unit], serve: Serve, schemes: int = 1
+    model: StreamedModel,
+    units: Sequence[Unit],
+    serve: Serve,
+    schemes: int = 1,
+    stand_ins: bool = False,
 ) -> int:
     """What the headers of the model's files take at most, in bytes.
 
     Args:
         units: those that may be compressed; the others are left as they are.
         schemes: how many different choices a bank may mix, where ``serve`` loads that.
+        stand_ins: whether banks may come with a map and constants.
     """
     checkpoint = model.checkpoint
     compressible = {unit.name for unit in units}
@@ -121,7 +126,7 @@ def header_bytes_bound(
             if serve == "moesaic" and unit.kind == "bank" and schemes > 1:
                 groups = min(schemes, unit.shapes["gate"][0])
                 packed = groups * (packed + _GROUP_NAME_BYTES * len(unit.shapes) * _MOST_PARTS)
-        if unit.kind == "bank" and serve == "moesaic":
+        if stand_ins and unit.kind == "bank":
             packed += _STAND_IN_BYTES + 2 * len(unit.name)
         total += max(dense, packed)
     # Two neighbouring shards hold more than the limit together.

@@ -329,9 +329,9 @@ class Experiment:
         for unit in self.model.units():
             if unit.name not in self.by_name:
                 fixed += self.dense_bytes(unit)
-        fixed += header_bytes_bound(
-            self.model, self.units, self.recipe.serve, len(self.recipe.candidates)
-        )
+        serve, candidates = self.recipe.serve, self.recipe.candidates
+        reduced = serve == "moesaic" and any(reducing(chain)[0] for chain in candidates)
+        fixed += header_bytes_bound(self.model, self.units, serve, len(candidates), reduced)
         return Size(
             fixed_bytes=fixed,
             weights=sum(unit.parameters for unit in self.units),

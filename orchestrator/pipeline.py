@@ -249,7 +249,7 @@ class Pipeline:
     def _trained(self, name: str) -> Trained | None:
         """What router calibration made of a plan; None where it was not asked for."""
         options = self.experiment.recipe.router_calibration
-        if options is None or not self._reduced(name):
+        if options is None or not self.reduced(name):
             return None
         pieces = self._untrained(name)
         training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
@@ -277,9 +277,9 @@ class Pipeline:
     def _unit_bytes(self, name: str) -> int:
         units = self.plans[name].units
         size = sum(m.bytes for m in self.table.measurements if units.get(m.unit) == m.chain)
-        return size + sum(self.table.reductions[key].bytes for key in self._reduced(name))
+        return size + sum(self.table.reductions[key].bytes for key in self.reduced(name))
 
-    def _reduced(self, name: str) -> list[tuple[str, Chain]]:
+    def reduced(self, name: str) -> list[tuple[str, Chain]]:
         """(bank, reducers) of the banks that a plan reduces."""
         units = self.plans[name].units
         banks = (unit for unit in self.experiment.units if unit.kind == "bank")
@@ -414,7 +414,7 @@ class Pipeline:
                 if entry is None:
                     raise RunError(f"{unit.name}: its piece is gone; run the same command again")
                 events += [Event(**event) for event in entry.metadata["events"]]
-        for bank, prefix in self._reduced("plan"):
+        for bank, prefix in self.reduced("plan"):
             key = experiment.reduction_key(bank, prefix, self.walks["plan"])
             entry = experiment.store.get("reductions", key)
             if entry is not None:

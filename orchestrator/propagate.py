@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, Spec
+from moesaic.methods.base import Chain, Spec, reducing
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.console import View
@@ -68,6 +68,13 @@ def entries(experiment: Experiment, plan: Path) -> list[Path]:
             for chain in chains_of(unit, chosen)
             if chain
             for kind in ("pieces", "errors")
+        ]
+        found += [
+            experiment.store.path("reductions", experiment.reduction_key(unit.name, prefix, walk))
+            for unit in experiment.units
+            for chain in chains_of(unit, chosen)
+            for prefix in [reducing(chain)[0]]
+            if prefix
         ]
     return found
 

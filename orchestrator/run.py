@@ -147,9 +147,11 @@ def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> N
 
 
 def _layers(pipeline: Pipeline) -> pd.DataFrame:
-    """The rows of ``measurements.parquet`` that the plan chose, one per unit in model order."""
+    """The rows of ``measurements.parquet`` that the plan chose: reductions, then every choice in
+    model order."""
     table = pd.read_parquet(pipeline.output / "measurements.parquet")
     chosen = {unit: chain_text(chain) for unit, chain in pipeline.plans["plan"].units.items()}
+    chosen |= {bank: chain_text(prefix) for bank, prefix in pipeline.reduced("plan")}
     rows = table[table["chain"] == table["unit"].map(chosen)]
     return rows.drop(columns=["specs"])
 

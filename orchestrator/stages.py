@@ -172,17 +172,29 @@ class Calibration:
 def missing_pairs(
     experiment: Experiment, walk: Walk, wanted: Mapping[str, Iterable[Chain]]
 ) -> dict[str, list[tuple[Chain, str]]]:
-    """Unit → (chain, key) of the pairs whose entries are not finished or were damaged."""
+    """Unit → (chain, key) of the pairs whose entries are not finished or were damaged.
+
+    A reduction that lacks is made again with the first chain that begins with it.
+    """
     keys = {
         (unit, chain): experiment.key(unit, chain, walk)
         for unit, chains in wanted.items()
         for chain in chains
     }
+    reductions = {
+        (unit, prefix): experiment.reduction_key(unit, prefix, walk)
+        for unit, chain in keys
+        for prefix in [reducing(chain)[0]]
+        if prefix
+    }
     pieces = finished_entries(experiment, "pieces", keys.values())
     errors = finished_entries(experiment, "errors", keys.values())
+    reduced = finished_entries(experiment, "reductions", reductions.values())
     missing: dict[str, list[tuple[Chain, str]]] = {}
     for (unit, chain), key in keys.items():
-        if key not in pieces or key not in errors:
+        reduction = reductions.pop((unit, reducing(chain)[0]), None)
+        lost = reduction is not None and reduction not in reduced
+        if lost or key not in pieces or key not in errors:
             missing.setdefault(unit, []).append((chain, key))
     return missing
 
