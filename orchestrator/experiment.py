@@ -6,6 +6,7 @@ recipe is found out before any work starts.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -159,8 +160,8 @@ class Experiment:
         ``unloadable``. Anything else that does not fit is the user's mistake.
 
         Raises:
-            UserError: a chain does not fit a unit's shape (each chain once), a baseline cannot be
-                loaded, or a unit has no candidate left.
+            UserError: a chain does not fit a unit's shape (each chain once), a baseline or what a
+                candidate makes of any bank cannot be loaded, or a unit has no candidate left.
         """
         self._check_reductions()
         faults: dict[tuple[str, str], list[Chain]] = {}
@@ -195,14 +196,34 @@ class Experiment:
             f"candidates: none of them can be used on {name}: {reason}; {advice}"
             for reason, name in nothing.items()
         ]
+        problems = problems or self._useless_reductions(offers)
         if problems:
             raise RecipeError(*problems)
         return offers
+
+    def _useless_reductions(self, offers: Mapping[str, list[Chain]]) -> list[str]:
+        """A line for every reason why candidates that reduce experts can be loaded nowhere."""
+        banks = [unit for unit in self.units if unit.kind == "bank"]
+        offered = {chain for bank in banks for chain in offers[bank.name]}
+        reasons: dict[str, list[Chain]] = {}
+        for chain in self.recipe.candidates:
+            prefix = reducing(chain)[0]
+            if not prefix or chain in offered or any(self._misfit(b, chain) for b in banks):
+                continue
+            found = [self._unservable(bank, prefix) for bank in banks]
+            if all(found):
+                reasons.setdefault(found[0] or "", []).append(chain)
+        return [
+            f"candidates: {_listed(chains)}: {reason}; or take that out"
+            for reason, chains in reasons.items()
+        ]
 
     def _check_reductions(self) -> None:
         """Raises a RecipeError for reductions that nothing can use."""
         reductions = {c[0]: c for c in self.recipe.chains() if reducing(c)[0]}
         names = ", ".join(map(str, reductions))
+        tried = any(reducing(chain)[0] for chain in self.recipe.candidates)
+        key = "candidates" if tried else "baselines"
         if not reductions and self.recipe.router_calibration is not None:
             raise RecipeError(
                 "router_calibration: nothing in this recipe reduces experts: add such a candidate"
@@ -213,13 +234,13 @@ class Experiment:
         banks = [unit for unit in self.model.units() if unit.kind == "bank"]
         if not banks:
             raise RecipeError(
-                f"candidates: {names}: for experts only, and {self.model.family.model_type} has"
+                f"{key}: {names}: for experts only, and {self.model.family.model_type} has"
                 " none: take it out"
             )
         kept = [unit.name for unit in banks if self.recipe.kept(unit.name)]
         if kept and self.recipe.serve != "moesaic":
             raise RecipeError(
-                f"candidates: {names}: serve: {self.recipe.serve} needs equally many experts in"
+                f"{key}: {names}: serve: {self.recipe.serve} needs equally many experts in"
                 f" all blocks, but keep leaves {kept[0]} as it is: serve: moesaic, or keep none"
             )
 
@@ -312,15 +333,19 @@ class Experiment:
 
     def _unloadable(self, unit: Unit, chain: Chain) -> str | None:
         """Why the target cannot load a unit compressed so."""
-        serve, family = self.recipe.serve, self.model.family
         prefix, rest = reducing(chain)
+        reason = self._unservable(unit, prefix) if prefix else None
+        if reason is not None:
+            return reason
+        shaped = self.reduced(unit, prefix)
+        return allowed(shaped, rest, self.recipe.serve, self.model.family)
+
+    def _unservable(self, bank: Unit, prefix: Chain) -> str | None:
+        """Why the target cannot load a bank reduced so."""
+        serve = self.recipe.serve
         if serve != "moesaic" and any(is_open(spec.parsed()) for spec in prefix):
-            return f"serve: {serve} needs equally many experts in all blocks: window: 1"
-        if prefix:
-            reason = reduction_problem(unit, self.outline(unit, prefix), serve, family)
-            if reason is not None:
-                return reason
-        return allowed(self.reduced(unit, prefix), rest, serve, family)
+            return f"serve: {serve} needs equally many experts in all blocks: give window: 1"
+        return reduction_problem(bank, self.outline(bank, prefix), serve, self.model.family)
 
     @cached_property
     def size(self) -> Size:

@@ -292,7 +292,7 @@ def _measure(sizes: Sizes, units: list[Unit]) -> Parts:
     fused = units[0].kind == "bank" and experts is not None and experts.fused
     stats = sizes.statistics(units)
     compressed = sum(
-        max(experiment.predicted_bytes(unit, chain) for chain in experiment.offers[unit.name])
+        max((experiment.predicted_bytes(unit, c) for c in experiment.offers[unit.name]), default=0)
         for unit in units
     )
     own = {site for unit in units for site in unit.sites.values()}

@@ -65,7 +65,10 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
             {"candidates": [{"method": "rtn", "bits": 4, "group_size": 40}]},
             "group_size 40 does not divide the 48 inputs",
         ),
-        ({"candidates": [{"method": "nothing"}]}, "candidates: .*'nothing'.* known are .*gptq, .*rtn"),
+        (
+            {"candidates": [{"method": "nothing"}]},
+            "candidates: .*'nothing'.* known are .*gptq, .*rtn",
+        ),
         (
             {"candidates": [{"method": "rtn", "bits": 4, "group_size": 0}]},
             "option group_size: group_size is 0: it must be positive, or -1",
@@ -105,6 +108,111 @@ def test_mistakes_are_told_with_file_and_key(
     assert text.startswith(f"{recipe}: ")
     assert len(text.splitlines()) <= 2
     assert re.search(words, text), text
+
+
+RTN = {"method": "rtn", "bits": 4, "group_size": -1}
+
+
+def reduced(**link: Any) -> dict[str, Any]:
+    """A recipe that reduces experts by ``link``, or not at all."""
+    return {"candidates": [RTN, [link, RTN]], "baselines": None}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
+    made = {
+        name: make_model_folder(tmp_path_factory.mktemp(name), name)
+        for name in ("llama", "deepseek_v3", "deepseek_v2")
+    }
+    return {"": model, **made}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("", reduced(method="reap", keep=0), "entry 2: method reap: option keep: .* than 0, got 0"),
+        ("", reduced(method="mone", keep=9), "keep: 9 experts are more than the 8 there are"),
+        ("", reduced(method="mone", keep=1.5), "keep: 1.5 is no share of the experts: at most 1.0"),
+        ("", reduced(method="reap", keep=1), "keep: 1 of 8 .* chooses 2 per token and needs at"),
+        ("", reduced(method="hc_smoe", keep=[0.1, 1]), "keep: 1 of 8 experts are too few"),
+        ("", reduced(method="slim", width=33), "width: 33 channels are more than the 32"),
+        (
+            "",
+            reduced(method="stun", keep=6, window=0),
+            "keep: 6 .* with a window, give their share",
+        ),
+        ("deepseek_v3", reduced(method="reap", keep=7), "keep: 7 .* divide into .* 2 groups"),
+        ("deepseek_v3", reduced(method="reap", keep=4), "keep: 4 of 8 experts are too few: .* 6"),
+        (
+            "llama",
+            reduced(method="reap"),
+            "candidates: reap.*: for experts only, and llama has none",
+        ),
+        (
+            "llama",
+            {"candidates": [RTN], "baselines": {"half": [{"method": "reap"}, RTN]}},
+            "baselines: reap.*: for experts only, and llama has none",
+        ),
+        ("", {"candidates": [RTN, [RTN, {"method": "reap"}]]}, "entry 2: .* come first in a chain"),
+        (
+            "",
+            {"candidates": [RTN, [{"method": "reap"}, {"method": "slim"}, RTN]]},
+            "entry 2: a chain reduces experts once, not twice",
+        ),
+        ("", {"candidates": [RTN, [{"method": "reap"}, RTN, RTN]]}, "entry 2: one compression per"),
+        ("", {"candidates": [RTN, []]}, "entry 2: a chain needs at least one method"),
+        ("", {"calibration": {"expert_tokens": 0}}, "calibration.expert_tokens: .* equal to 1"),
+        ("", {"router_calibration": {"epochs": 1}}, "router_calibration: nothing .* reduces"),
+        (
+            "",
+            {**reduced(method="hc_smoe"), "serve": "transformers"},
+            "hc_smoe.*: serve: transformers loads a router row per expert only: .* router: mean",
+        ),
+        (
+            "",
+            {**reduced(method="mone"), "serve": "vllm"},
+            "mone.*: serve: vllm loads a router row per expert only",
+        ),
+        (
+            "",
+            {**reduced(method="stun", window=0), "serve": "transformers"},
+            "stun.*: serve: transformers needs equally many experts in all blocks: give window: 1",
+        ),
+        (
+            "deepseek_v2",
+            {**reduced(method="slim"), "serve": "transformers"},
+            "slim.*: serve: transformers cannot load narrower experts of deepseek_v2",
+        ),
+        (
+            "",
+            {**reduced(method="reap"), "serve": "transformers", "keep": [r"layers\.1\.mlp"]},
+            r"needs equally many experts .* keep leaves model\.layers\.1\.mlp\.experts as it is",
+        ),
+        (
+            "",
+            {"serve": "vllm", "candidates": [RTN], "baselines": {"m": [{"method": "mone"}, RTN]}},
+            "baselines: mone.* serve: vllm loads a router row per expert only",
+        ),
+    ],
+)
+def test_reductions_that_cannot_be_are_told(
+    others: dict[str, Path], tmp_path: Path, model_type: str, changes: dict[str, Any], words: str
+) -> None:
+    recipe = make_recipe(tmp_path, others[model_type], **changes)
+    lines = refusal("check", recipe).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{recipe}: ")
+    assert re.search(words, lines[0]), lines[0]
+
+
+def test_a_recipe_with_reductions_is_forecast(model: Path, tmp_path: Path) -> None:
+    """Also where the linears have nothing to choose from."""
+    for number, candidates in enumerate(
+        ([RTN, [{"method": "reap", "keep": [0.75, 0.5]}, RTN]], [[{"method": "mone", "keep": 0.5}]])
+    ):
+        changes = {"candidates": candidates, "baselines": None, "budget": {"bits_per_weight": 12}}
+        result = ask("check", make_recipe(tmp_path / str(number), model, **changes), "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["bytes"]
 
 
 def test_all_mistakes_are_told_at_once(model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that choose between fewer experts and fewer bits: plans, resuming, what is kept."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from moesaic.methods.base import Spec, chain_text, reducers
 from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
@@ -21,6 +24,7 @@ from tests.orchestrator.projects import make_model_folder
 GPTQ = {"method": "gptq", "bits": [2, 4], "group_size": 16}
 FOUR = {**GPTQ, "bits": 4}
 REAP = {"method": "reap", "keep": [0.75, 0.5]}
+HC_SMOE = {"method": "hc_smoe", "keep": 0.5}
 JOINT: dict[str, Any] = {
     "candidates": [GPTQ, [REAP, GPTQ]],
     "baselines": {"half": [{"method": "reap", "keep": 0.5}, FOUR]},
@@ -136,6 +140,85 @@ def test_a_run_says_what_became_of_the_experts(project: Project, tmp_path: Path)
     layers = client.download_artifacts(tracked.info.run_id, "layers.parquet", str(tmp_path))
     assert pd.read_parquet(layers)["bytes"].sum() == stored
     assert result["report"] == str(project.output / "report.html")
+
+
+@pytest.mark.parametrize("serve", ["transformers", "vllm"])
+def test_engines_get_layers_that_are_all_alike(project: Project, serve: str) -> None:
+    bits = {"method": "rtn", "bits": [4, 8], "group_size": -1}
+    mean = {"method": "hc_smoe", "keep": [0.75, 0.5], "router": "mean"}
+    recipe = {
+        "candidates": [bits, [REAP, bits], [mean, bits], [{"method": "slim", "width": 0.5}, bits]],
+        "baselines": {"half": [{"method": "reap", "keep": 0.5}, {**bits, "bits": 4}]},
+        "serve": serve,
+    }
+    forms = set()
+    for budget in (2.8, 4.2):
+        project.write(**recipe, budget={"bits_per_weight": budget})
+        project.run(stages=("assemble",))
+        plan = project.json("plan.json")
+        file = project.output / "model" / "model.safetensors"
+        assert plan["bytes"] == file.stat().st_size <= plan["budget_bytes"]
+        names = [name for name in plan["units"] if ".experts." in name]
+        blocks = [sum(f"layers.{block}." in name for name in names) for block in (0, 1)]
+        assert blocks[0] == blocks[1]
+        config = json.loads((project.output / "model" / "config.json").read_text())
+        assert config["num_local_experts"] == blocks[0] // 3
+        forms.add((config["num_local_experts"], config["moe_intermediate_size"]))
+    assert (8, 32) not in forms  # nothing of four bits fits the first budget unreduced
+
+
+def test_a_recipe_may_have_nothing_but_reductions(project: Project) -> None:
+    project.write(
+        candidates=[[{"method": "mone", "keep": [0.5, 0.75]}]],
+        baselines=None,
+        budget={"bits_per_weight": 11.5},
+    )
+    project.run(stages=("evaluate", "assemble"))
+    plan = project.json("plan.json")
+    assert {tuple(link["method"] for link in links) for links in plan["units"].values()} == {
+        (),
+        ("mone",),
+    }
+    assert project.json("scores.json")["plan"]["bits_per_weight"] <= 11.5
+
+
+def test_what_is_odd_about_experts_is_an_event_and_never_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens go to two experts of biased ones, whose weights are those of two others."""
+    folder = make_model_folder(tmp_path / "model", "gpt_oss")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("router.bias"):
+            tensor[:] = torch.tensor([0.0, 1e3, 0.0, 0.0, 1e3, 0.0])
+        if ".experts." in name:
+            tensor[[0, 5]] = tensor[[1, 4]].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    project = Project(tmp_path / "project", folder, monkeypatch)
+    halves = [{"method": name, "keep": 0.5} for name in reducers() if name != "slim"]
+    links = [*halves, {"method": "slim", "width": 0.5}]
+    own = ("reap", "stun", "slim")  # what is left loads everywhere
+    few = [{**HC_SMOE, "router": "mean"}, *(link for link in links if link["method"] in own)]
+    served = {
+        "moesaic": {"candidates": [FOUR, *([link, FOUR] for link in links)]},
+        "transformers": {"candidates": [FOUR, *([link] for link in few)], "keep": ["self_attn"]},
+    }
+    for serve, recipe in served.items():
+        bits = 3 if serve == "moesaic" else 11  # experts in one tensor stay as they are for engines
+        project.write(
+            serve=serve,
+            baselines=None,
+            budget={"bits_per_weight": bits},
+            **{"keep": None, **recipe},
+        )
+        project.run(stages=("evaluate", "assemble"))
+        score = project.json("scores.json")["plan"]
+        assert math.isfinite(score["kl"]) and math.isfinite(score["perplexity"])
+        table = pd.read_parquet(project.output / "measurements.parquet")
+        assert bool(table["predicted_kl"].map(math.isfinite).all())
+        reduced = table[table["unit"].str.endswith("experts")]
+        assert len(reduced) == 2 * (len(recipe["candidates"]) - 1)
+        assert all("unreached_experts" in events for events in reduced["events"])
 
 
 def test_other_bits_after_a_reduction_do_not_reduce_again(
