@@ -16,7 +16,8 @@ import transformers
 
 from moesaic.kernels.discovery import plugins
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
-from moesaic.methods.base import Spec, method_module, methods
+from moesaic.methods.base import Spec, method_module, methods, reducers
+from moesaic.methods.reduction import mixture, reducer_module
 from moesaic.orchestrator import family
 from moesaic.search.base import (
     Budget,
@@ -26,6 +27,7 @@ from moesaic.search.base import (
     search_module,
     searches,
 )
+from tests.methods.layers import make_layer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -58,7 +60,8 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_page_has_one_example_of_each_kind() -> None:
     folders = sorted(str(Path(path).parent) for path in EXAMPLES)
-    assert folders == ["kernels", "methods", "orchestrator/families", "search"]
+    # A method and a reducer live in one folder.
+    assert folders == ["kernels", "methods", "methods", "orchestrator/families", "search"]
     assert len(re.findall("```(?:python|yaml)", PAGE)) == len(EXAMPLES)
 
 
@@ -66,7 +69,7 @@ def test_links_and_test_folders_of_the_page_exist() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links and all((ROOT / "docs" / link).is_file() for link in links)
     suites = re.findall(r"`pytest (\S+)`", PAGE)
-    assert len(suites) == 4
+    assert len(suites) == 5
     for suite in suites:
         assert list((ROOT / suite).glob("test_*.py")), f"no tests in {suite}"
 
@@ -97,6 +100,29 @@ def test_method_example_says_what_it_cannot_do(example: Any) -> None:
     assert "8 does not divide 12" in (method.problem({"weight": (2, 12)}, options) or "")
     with pytest.raises(ValueError, match="NaN"):
         method.compress({"weight": torch.full((2, 8), torch.nan)}, {}, options)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "biased", "grouped"])
+def test_reducer_example_keeps_the_experts_of_the_longest_rows(example: Any, kind: str) -> None:
+    example("methods/row_norm.py")
+    assert "row_norm" in reducers() and "row_norm" not in methods()
+    module, layer = reducer_module("row_norm"), make_layer(kind=kind)
+    for keep, count in ((4, 4), (0.75, 6), (1.0, 8)):
+        options = Spec.of("row_norm", {"keep": keep}).parsed()
+        reduction = module.reduce(layer, options)
+        assert module.outline(layer.shape, options) == reduction.outline
+        assert reduction.outline.experts == count
+        kept = [expert for (expert,) in reduction.groups]
+        length = layer.router["weight"].norm(dim=1)
+        half = 8 // layer.shape.routing_groups
+        for low in range(0, 8, half):
+            own = [expert for expert in kept if low <= expert < low + half]
+            order = length[low : low + half].argsort(descending=True)[: len(own)] + low
+            assert sorted(order.tolist()) == own and len(own) == count * half // 8
+        assert torch.equal(reduction.weights["up"], layer.weights["up"][kept])
+        assert mixture(layer, reduction, layer.stats["sample"]).isfinite().all()
+    with pytest.raises(ValueError, match="keep: 9"):
+        module.outline(layer.shape, Spec.of("row_norm", {"keep": 9}).parsed())
 
 
 @pytest.mark.parametrize("shape", [(5, 13), (3, 7, 9)])
