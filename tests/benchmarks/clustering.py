@@ -3,8 +3,8 @@
     python tests/benchmarks/clustering.py [--runs 3]
 
 A random model (12 layers of 64 experts, hidden 256, width 192) is calibrated once. Each run then
-clusters and merges every layer by every method given, from that calibration, with warm workers and
-no finished reductions. Both must leave the same bytes.
+clusters and merges every layer by every method given and rounds it to 4 bits, from that
+calibration, with warm workers and no finished reductions. Both must leave the same bytes.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.stages import Calibration
 
 KINDS = ("reductions", "pieces", "errors")
+FOUR = {"method": "rtn", "bits": 4, "group_size": -1}
 LAYERS, EXPERTS, HIDDEN, WIDTH = 12, 64, 256, 192
 
 
@@ -42,17 +43,18 @@ def merged(folder: Path, arguments: argparse.Namespace, workers: int) -> tuple[f
     recipe = write_recipe(
         folder / "recipe.yaml",
         arguments,
-        [{"method": name, "keep": 0.5} for name in arguments.methods],
-        {"sequences": 8, "length": 128, "expert_tokens": 512},
+        [FOUR, *([{"method": name, "keep": 0.5}, FOUR] for name in arguments.methods)],
+        {"sequences": 16, "length": 128, "expert_tokens": 2048},
         compute={"workers": workers, "cpus_per_worker": 1},
-        budget={"bits_per_weight": 12.0},
+        budget={"bits_per_weight": 8.0},
     )
     for kind in KINDS:
         shutil.rmtree(folder / "store" / kind, ignore_errors=True)
     experiment = Experiment(load_recipe(recipe), folder / "run")
     with View() as view, Pool(experiment.recipe.compute) as pool:
         Calibration(experiment, pool, view, {}).run()
-        warm = {unit.name: experiment.offers[unit.name] for unit in experiment.units[:workers]}
+        linears = [unit for unit in experiment.units if unit.kind == "linear"]
+        warm = {unit.name: experiment.offers[unit.name] for unit in linears}
         Calibration(experiment, pool, view, warm).run()
         banks = {u.name: experiment.offers[u.name] for u in experiment.units if u.kind == "bank"}
         started = time.perf_counter()
