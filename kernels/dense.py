@@ -34,5 +34,7 @@ def matmul_reference(x: Tensor, tensor: CompressedTensor) -> Tensor:
 
 
 def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
-    """The same: PyTorch's own product is the kernel for dense weights."""
+    """The same on a GPU, where PyTorch's own product is the kernel for dense weights."""
+    if not x.is_cuda:
+        raise RuntimeError(f"dense.matmul needs a GPU, x is on {x.device}: matmul_reference")
     return matmul_reference(x, tensor)

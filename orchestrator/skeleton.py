@@ -47,17 +47,20 @@ class Recorder(nn.Module):
         return recorded
 
 
+class _Output(SimpleNamespace):
+    """What the head reads of the body; whatever else it asks for (caches, logits of routers, and
+    what later versions of transformers add) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Passthrough(nn.Module):
     """Stands for everything but the head: returns the embeddings as last hidden state."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(
-            last_hidden_state=inputs_embeds,
-            past_key_values=None,
-            hidden_states=None,
-            attentions=None,
-            router_logits=None,
-        )
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

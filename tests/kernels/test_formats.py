@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import int_group, mosaic
+from moesaic.kernels import dense, int_group, mosaic
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -44,8 +44,18 @@ def mosaic_example(
     return mosaic.pack(parts)
 
 
+def dense_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    return dense.pack(torch.randn(shape, generator=generator).to(dtype))
+
+
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
-EXAMPLES: dict[str, Example] = {"int_group": int_group_example, "mosaic": mosaic_example}
+EXAMPLES: dict[str, Example] = {
+    "dense": dense_example,
+    "int_group": int_group_example,
+    "mosaic": mosaic_example,
+}
 
 
 def example(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CompressedTensor:
