@@ -232,6 +232,9 @@ class RouterTraining:
             tensors = load_file(source)
             entry = store.put("routers", self.key, lambda p: save_file(tensors, p), figures)
             remove_scratch(self.scratch)
+        else:
+            steps = len(self._steps())
+            self.view.stage(self.stage, steps, steps)
         before, after = float(entry.metadata["before"]), float(entry.metadata["after"])
         events = []
         if not after < before:
