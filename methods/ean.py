@@ -5,38 +5,19 @@ expert's score is the sum of ‖f‖ over the tokens routed to it: large where i
 says much. Gates do not enter.
 """
 
-from moesaic.methods.base import MethodOptions
-from moesaic.methods.reduction import (
-    ExpertLayer,
-    Keep,
-    LayerShape,
-    Outline,
-    Reduction,
-    keep_option,
-    kept_experts,
-    prune,
-    top_experts,
-    unreached,
-)
+from moesaic.methods.pruning import PruneOptions, keep_best, pruned_outline
+from moesaic.methods.reduction import ExpertLayer, Reduction
 
 NEEDS = frozenset({"load", "norm"})
 
 
-class Options(MethodOptions):
+class Options(PruneOptions):
     """Options of EAN."""
 
-    SHOWN = ("keep",)
 
-    keep: Keep = keep_option()
-
-
-def outline(shape: LayerShape, options: Options) -> Outline:
-    """As many experts as asked for, with a router row each."""
-    count = kept_experts(shape, options.keep)
-    return Outline(experts=count, width=shape.width, rows=count)
+outline = pruned_outline
 
 
 def reduce(layer: ExpertLayer, options: Options) -> Reduction:
     """Keeps the experts of the largest summed norm ``[E]``; no token, no norm."""
-    count = kept_experts(layer.shape, options.keep)
-    return prune(layer, top_experts(layer.shape, layer.stats["norm"], count), unreached(layer))
+    return keep_best(layer, layer.stats["norm"], options)

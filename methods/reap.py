@@ -4,39 +4,20 @@ An expert's saliency is the mean of g·‖f‖ over the tokens routed to it, wit
 g. Its router row goes with it, and the gates of the others are renormalised as the model does.
 """
 
-from moesaic.methods.base import MethodOptions
-from moesaic.methods.reduction import (
-    ExpertLayer,
-    Keep,
-    LayerShape,
-    Outline,
-    Reduction,
-    keep_option,
-    kept_experts,
-    prune,
-    top_experts,
-    unreached,
-)
+from moesaic.methods.pruning import PruneOptions, keep_best, pruned_outline
+from moesaic.methods.reduction import ExpertLayer, Reduction
 
 NEEDS = frozenset({"load", "gated_norm"})
 
 
-class Options(MethodOptions):
+class Options(PruneOptions):
     """Options of REAP."""
 
-    SHOWN = ("keep",)
 
-    keep: Keep = keep_option()
-
-
-def outline(shape: LayerShape, options: Options) -> Outline:
-    """As many experts as asked for, with a router row each."""
-    count = kept_experts(shape, options.keep)
-    return Outline(experts=count, width=shape.width, rows=count)
+outline = pruned_outline
 
 
 def reduce(layer: ExpertLayer, options: Options) -> Reduction:
     """Keeps the most salient experts; one that no token reached has saliency 0."""
-    count = kept_experts(layer.shape, options.keep)
     saliency = layer.stats["gated_norm"].double() / layer.frequency.clamp_min(1)
-    return prune(layer, top_experts(layer.shape, saliency, count), unreached(layer))
+    return keep_best(layer, saliency, options)

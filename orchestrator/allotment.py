@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 from moesaic.methods.base import Spec, Stats, Unit
-from moesaic.methods.reduction import Allotting, LayerView, is_open, reducer_module, windows
+from moesaic.methods.reduction import Allotting, LayerView, reducer_module, windows
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.expert_statistics import expert_site
@@ -21,7 +21,7 @@ Allotted = Mapping[tuple[str, Spec], Spec]
 def allotted(
     model: StreamedModel, banks: list[Unit], walk: Walk, specs: list[Spec]
 ) -> dict[tuple[str, Spec], Spec]:
-    """What the layers agree on, for those of ``specs`` that leave it open.
+    """What the layers agree on, for reducers that leave it open.
 
     Args:
         banks: that are to be reduced, in model order; all are calibrated.
@@ -32,8 +32,6 @@ def allotted(
     store, found = Store(Path(walk.store)), {}
     for spec in specs:
         options = spec.parsed()
-        if not is_open(options):
-            continue
         reducer = cast(Allotting, reducer_module(spec.method))
         for window in windows([bank.name for bank in banks], getattr(options, "window", 1)):
             views = {

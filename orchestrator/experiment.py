@@ -284,8 +284,8 @@ class Experiment:
             own = self.closed(unit.name, chain)
             own = own if own in self.offers[unit.name] else reducing(own)[1]
             prefix = reducing(own)[0]
-            shaped = self.reduced(unit, prefix) if prefix else unit
-            chosen |= dict.fromkeys((choice.name for choice in choices(shaped)), own)
+            names = (choice.name for choice in choices(self.reduced(unit, prefix)))
+            chosen |= dict.fromkeys(names, own)
         return chosen
 
     @cached_property

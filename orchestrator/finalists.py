@@ -15,6 +15,7 @@ from typing import Any
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
 from moesaic.search.base import Problem
 
@@ -76,13 +77,6 @@ def divergences(
         return Task("evaluate:evaluate_rows", arguments, f"{name} {part[0]}", done=done)
 
     if missing:
-        dense = [
-            Task(
-                "evaluate:evaluate_rows", {"judge": plain(judge), "rows": r, "pieces": {}}, "dense"
-            )
-            for r in rows
-            if store.get("hidden", judge.hidden_key(r)) is None
-        ]
-        pool.run(dense, view.tick)
+        remember_dense(pool, view, judge, rows)
         pool.run([task(name, part) for name in missing for part in rows], view.tick)
     return {name: float(value) for name, value in known.items() if value is not None}

@@ -31,6 +31,7 @@ from moesaic.orchestrator.evaluate import Judge, dense_hidden
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import (
     code_digest,
     digest,
@@ -57,13 +58,10 @@ class Trained:
 
     Attributes:
         pieces: unit → its piece; those of reduced banks have the new routers.
-        before, after: divergence on the held-back sequences, nats per token.
         events: what a person should know.
     """
 
     pieces: dict[str, str]
-    before: float
-    after: float
     events: list[Event]
 
 
@@ -240,8 +238,8 @@ class RouterTraining:
         if not after < before:
             text = f"{self.stage}: KL on held-back text {before:.4g}, after training {after:.4g}"
             events.append(Event("routers_not_better", f"{text}: they stay as they were"))
-            return Trained(self.pieces, before, before, events)
-        return Trained(self._written(load_file(entry.path)), before, after, events)
+            return Trained(self.pieces, events)
+        return Trained(self._written(load_file(entry.path)), events)
 
     def _steps(self) -> list[list[int]]:
         """The chunks of every step."""
@@ -270,7 +268,7 @@ class RouterTraining:
         self._plain(0)
         done = max(n for n in range(len(steps) + 1) if self._state(n).exists())
         self.view.stage(self.stage, len(steps), done)
-        self._dense_states()
+        remember_dense(self.pool, self.view, self.judge, self.chunks)
         for number in range(done, len(steps)):
             self._step(number, steps[number])
             self.view.advance(self.stage)
@@ -298,20 +296,6 @@ class RouterTraining:
                 if name.startswith(ROUTER) and role in TRAINED:
                     found[f"{unit}|{role}"] = member.dense().float()
         return found
-
-    def _dense_states(self) -> None:
-        """The dense model's last hidden states of every chunk."""
-        store, judge = self.experiment.store, self.judge
-        tasks = [
-            Task(
-                "evaluate:evaluate_rows",
-                {"judge": asdict(judge), "rows": rows, "pieces": {}},
-                "dense",
-            )
-            for rows in self.chunks
-            if store.get("hidden", judge.hidden_key(rows)) is None
-        ]
-        self.pool.run(tasks, self.view.tick)
 
     def _run(self, chunks: Sequence[int], routers: Path, gradients: bool) -> dict[int, float]:
         """Chunk → its divergence; gradients are written beside."""

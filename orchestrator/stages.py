@@ -8,13 +8,13 @@ from typing import Any
 from moesaic.methods.base import Chain, reducing
 from moesaic.orchestrator.calibrate import Walk, boundary_path
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.evaluate import score
+from moesaic.orchestrator.evaluate import Judge, score
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.statistics import Node, ranges
-from moesaic.orchestrator.store import Entry, digest, remove_scratch
+from moesaic.orchestrator.store import Entry, Store, digest, remove_scratch
 
 # A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
 _LEAD = 2
@@ -256,6 +256,17 @@ def known_scores(
             return None
         scores[name] = known
     return scores
+
+
+def remember_dense(pool: Pool, view: View, judge: Judge, rows: Iterable[tuple[int, int]]) -> None:
+    """Makes the dense model's last hidden states of ``rows`` where they are missing."""
+    store = Store(Path(judge.store))
+    tasks = [
+        Task("evaluate:evaluate_rows", {"judge": plain(judge), "rows": part, "pieces": {}}, "dense")
+        for part in rows
+        if store.get("hidden", judge.hidden_key(part)) is None
+    ]
+    pool.run(tasks, view.tick)
 
 
 def evaluated(
