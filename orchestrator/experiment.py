@@ -25,6 +25,7 @@ from moesaic.orchestrator.choices import Chosen, choices, tied_choices
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
+from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import Recipe, Texts
 from moesaic.orchestrator.reductions import (
     layer_shape,
@@ -122,12 +123,24 @@ class Experiment:
         self.store, self.budget = store, budget
 
     def _open(self) -> StreamedModel:
-        dtype = self.recipe.compute.dtype
+        dtype = self.compute_dtype
         return StreamedModel(
             Checkpoint(self.folder),
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=self.recipe.trust_remote_code,
         )
+
+    @cached_property
+    def compute_dtype(self) -> str:
+        """What the recipe says, or what ``auto`` means where only this processor works.
+
+        One that multiplies numbers of 16 bits in software is several times slower in the
+        checkpoint's own dtype than in float32. What a cluster's machines can do is not known here.
+        """
+        compute = self.recipe.compute
+        if compute.dtype == "auto" and processor_only(compute) and not has_16_bit_products():
+            return "float32"
+        return compute.dtype
 
     def _check_keep(self) -> None:
         """Raises a RecipeError for patterns that match no unit, or all of them."""
@@ -537,7 +550,7 @@ class Experiment:
         per_shard = -(-min(section.gradient_sequences, section.sequences) // shards)
         return Walk(
             model=str(self.folder),
-            dtype=self.recipe.compute.dtype,
+            dtype=self.compute_dtype,
             trust_remote_code=self.recipe.trust_remote_code,
             fingerprint=self.model.checkpoint.fingerprint,
             ids=self._ids_file(self.calibration),
@@ -559,7 +572,7 @@ class Experiment:
         """The held-out text."""
         return Judge(
             model=str(self.folder),
-            dtype=self.recipe.compute.dtype,
+            dtype=self.compute_dtype,
             trust_remote_code=self.recipe.trust_remote_code,
             fingerprint=self.model.checkpoint.fingerprint,
             ids=self._ids_file(self.evaluation),

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 import os
+import platform
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
@@ -105,6 +107,20 @@ def cluster_address(compute: Compute) -> tuple[str, str | None]:
     if not address:
         key, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
     return key, None if address in ("", "local") else address
+
+
+def processor_only(compute: Compute) -> bool:
+    """Whether all the work is done by the processor of this machine."""
+    gpus = compute.gpus_per_worker != 0 and torch.cuda.device_count() > 0
+    return not gpus and cluster_address(compute)[1] is None
+
+
+def has_16_bit_products() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 in hardware."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def start_local(**options: Any) -> None:

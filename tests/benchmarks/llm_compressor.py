@@ -7,9 +7,9 @@ Both get the same calibration tokens, write compressed-tensors files with the sa
 as whole processes: start, loading, calibration, solving, writing; moesaic also reloads and checks
 what it wrote. Then one neutral program reads both results and computes their perplexity on held-out
 text. llm-compressor feeds every block with what its compressed predecessors put out; moesaic does
-so with --propagate, and otherwise uses the dense model's activations, its default. Processors
-without bfloat16 products in hardware multiply it slowly; --dtype and --peer-dtype compare the two
-in float32.
+so with --propagate, and otherwise uses the dense model's activations, its default. Each computes in
+the dtype that it chooses for itself: llm-compressor in the checkpoint's, moesaic in float32 where
+the processor multiplies bfloat16 in software. --dtype and --peer-dtype compare the two in the same.
 
 Without --peer-python an environment is made under build/llmcompressor, once (about 3 GB).
 """
@@ -125,6 +125,13 @@ def tensor_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def _own_dtype(named: str) -> str:
+    from moesaic.orchestrator.pool import has_16_bit_products
+
+    found = "bfloat16" if has_16_bit_products() else "float32"
+    return f"{found} ({named})" if named == "auto" else named
+
+
 def body(
     arguments: argparse.Namespace, usages: Mapping[str, list[Usage]], scores: dict[str, float]
 ) -> str:
@@ -147,7 +154,7 @@ def body(
         f"{arguments.model.name}, GPTQ {arguments.bits} bits, group {arguments.group_size},"
         f" {arguments.sequences} × {arguments.length} calibration tokens; {len(times[OURS])} run(s)"
         f" each, in turns; medians (least–largest). moesaic's inputs come from {fed}."
-        f" moesaic computes in {arguments.dtype}, {PEER} in {arguments.peer_dtype},"
+        f" moesaic computes in {_own_dtype(arguments.dtype)}, {PEER} in {arguments.peer_dtype},"
         f" {arguments.peer_batch_size} sequence(s) at a time."
         " Target: time at most 0.5, memory at most 1.\n\n" + table(headers, rows)
     )
@@ -168,7 +175,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--propagate", action="store_true", help="moesaic: propagate: true")
-    parser.add_argument("--dtype", default="bfloat16", help="moesaic: of the activations")
+    parser.add_argument("--dtype", default="auto", help="moesaic: of the activations")
     arguments = parser.parse_args()
     check_inputs(arguments)
     python = peer_python(arguments.peer_python)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from moesaic.methods.base import Spec, chain_text
+from moesaic.orchestrator import experiment as experiment_module
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -112,6 +113,33 @@ def test_a_run_leaves_what_it_promises(
 
     again = load_recipe(project.output / "recipe.yaml")
     assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("asked", "cluster", "in_hardware", "dtype"),
+    [
+        ("auto", None, False, torch.float32),
+        ("auto", None, True, torch.bfloat16),
+        ("auto", "127.0.0.1:6379", False, torch.bfloat16),
+        ("bfloat16", None, False, torch.bfloat16),
+    ],
+)
+def test_a_processor_without_16_bit_products_computes_in_float32_unless_told(
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    cluster: str | None,
+    in_hardware: bool,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(experiment_module, "has_16_bit_products", lambda: in_hardware)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    compute = {"dtype": asked} | ({"address": cluster} if cluster else {})
+    experiment = Experiment(load_recipe(project.write(compute=compute)), project.output)
+    assert experiment.model.dtype == dtype
+    named = asked if dtype == torch.bfloat16 else "float32"
+    assert experiment.walk.dtype == experiment.judge.dtype == named
+    assert experiment.dtype == torch.bfloat16  # scales are written in the checkpoint's
 
 
 def test_a_budget_in_bytes_holds_for_the_files_and_is_spent(project: Project) -> None:
