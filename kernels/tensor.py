@@ -44,6 +44,25 @@ class CompressedTensor:
         """The weight that the parts stand for, ``shape`` and ``dtype``."""
         return format_module(self.format).unpack(self)
 
+    def effective(self) -> Tensor:
+        """The weight that products with the tensor amount to.
+
+        Formats that multiply by factors never round their product: ``effective(tensor)`` of such a
+        module gives it in float32 at least. For all others it is :meth:`dense`.
+        """
+        module = format_module(self.format)
+        function = getattr(module, "effective", module.unpack)
+        weight: Tensor = function(self)
+        return weight
+
+    def cut(self, rank: int) -> "CompressedTensor":
+        """The same at a smaller rank, where the format defines ``cut(tensor, rank)``."""
+        cut = getattr(format_module(self.format), "cut", None)
+        if cut is None:
+            raise ValueError(f"a tensor in the format {self.format} has no rank to cut")
+        smaller: CompressedTensor = cut(self, rank)
+        return smaller
+
     def __getitem__(self, index: int) -> "CompressedTensor":
         """Member ``index`` of a bank."""
         if len(self.shape) < 3:

@@ -3,6 +3,9 @@
 Tensors are named ``{member}.{part}``; those of a bank have the experts as first dimension. What a
 :class:`CompressedTensor` knows besides its parts is JSON in the file's metadata, so that a piece
 explains itself. Equal pieces are equal files.
+
+A *cut* is a piece without tensors of its own: it names a piece of the same store, made at a larger
+rank, and the rank of every member. It is read like any other.
 """
 
 import json
@@ -20,6 +23,7 @@ from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, read_file
 
 _MEMBERS = "members"
 _METADATA = "metadata"
+_CUT = "cut"
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,40 @@ def write_piece(
     write_file(path, blobs, {key: json.dumps(text, sort_keys=True) for key, text in texts.items()})
 
 
+def write_cut(path: Path, of: str, ranks: Mapping[str, int], metadata: Mapping[str, str]) -> None:
+    """Writes a cut of the piece with the key ``of``; other members than those of ``ranks`` are its.
+
+    Args:
+        ranks: member → rank.
+    """
+    texts = {_CUT: {"of": of, "ranks": dict(ranks)}, _METADATA: dict(metadata)}
+    write_file(path, [], {key: json.dumps(text, sort_keys=True) for key, text in texts.items()})
+
+
+def is_cut(path: Path) -> bool:
+    """Whether the piece is a cut of another one."""
+    return _CUT in read_file(path)[1]
+
+
+def _uncut(path: Path, of: str) -> Path:
+    """Where the piece with the key ``of`` lies in the store of the piece at ``path``."""
+    return path.parents[1] / of[:2] / f"{of}{path.suffix}"
+
+
 def read_piece(path: Path) -> dict[str, CompressedTensor]:
     """The members of a piece; tensors are views of a memory map of the file.
 
     Raises:
         RunError: the file is cut off.
     """
+    text = read_file(path)[1].get(_CUT)
+    if text is not None:
+        cut = json.loads(text)
+        whole = read_piece(_uncut(path, cut["of"]))
+        return {
+            name: member.cut(cut["ranks"][name]) if name in cut["ranks"] else member
+            for name, member in whole.items()
+        }
     pieces = {}
     members = piece_header(path)
     with safe_open(path, framework="pt") as file:
@@ -77,7 +109,7 @@ def read_piece(path: Path) -> dict[str, CompressedTensor]:
 
 
 def piece_header(path: Path) -> dict[str, Member]:
-    """The members of a piece without their tensors.
+    """The members of a piece that is no cut, without their tensors.
 
     Raises:
         RunError: the file is cut off.

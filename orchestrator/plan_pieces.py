@@ -1,4 +1,4 @@
-"""The pieces of a plan: those of its units, and mosaics of them.
+"""The pieces of a plan: those of its units, cuts of them written out, and mosaics of them.
 
 A bank whose choices differ is put together from slices of its finished pieces, as a piece in the
 format ``mosaic``. That is copying, no compression.
@@ -14,7 +14,7 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pieces import read_piece, write_piece
+from moesaic.orchestrator.pieces import is_cut, read_piece, write_piece
 from moesaic.orchestrator.store import digest
 
 
@@ -43,7 +43,7 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
         if chain
     }
     if len(chains) == 1:
-        yield from (str(path) for path in paths.values())
+        yield from (str(_written_out(experiment, path)) for path in paths.values())
         return
     parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices_in(unit, chosen)]
     key = digest(["mosaic", parts])
@@ -52,6 +52,21 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
         members = _mosaic(unit, paths, chosen)
         entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
     yield str(entry.path)
+
+
+def _written_out(experiment: Experiment, path: Path) -> Path:
+    """A piece that has its tensors in its own file: itself, or what a cut stands for."""
+    try:
+        if not is_cut(path):
+            return path
+        key = path.stem
+        entry = experiment.store.get("cuts", key)
+        if entry is None:
+            members = read_piece(path)
+            entry = experiment.store.put("cuts", key, lambda p: write_piece(p, members, {}))
+        return entry.path
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename}: the piece is gone; run the same command again") from None
 
 
 def _mosaic(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> dict[str, CompressedTensor]:

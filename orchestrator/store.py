@@ -41,6 +41,7 @@ KINDS = (
     "pieces",
     "errors",
     "mosaics",
+    "cuts",
     "routers",
     "hidden",
     "scores",

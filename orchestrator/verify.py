@@ -68,7 +68,7 @@ def verify(
     def planned(unit: Unit) -> Weights:
         if unit.name not in pieces:
             return {}
-        return {name: member.dense() for name, member in read_piece(pieces[unit.name]).items()}
+        return {name: member.effective() for name, member in read_piece(pieces[unit.name]).items()}
 
     reference = _streamed_logits(exact, planned, ids)
     difference = 0.0
