@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.kernels import nesting
 from moesaic.kernels.tensor import CompressedTensor, Param, format_module
 
 _GROUPS = "groups"
@@ -45,10 +46,8 @@ def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> Compressed
                 f"group {number} is {tensor.shape} {tensor.dtype}, expected"
                 f" {(len(slices), *first.shape[1:])} {first.dtype}"
             )
-        described.append(
-            {"format": tensor.format, "params": dict(tensor.params), "slices": list(slices)}
-        )
-        parts |= {f"group{number}_{name}": part for name, part in tensor.parts.items()}
+        described.append({**nesting.describe(tensor), "slices": list(slices)})
+        parts |= nesting.prefixed(f"group{number}_", tensor)
     return CompressedTensor(
         format="mosaic",
         parts=parts,
@@ -71,18 +70,9 @@ def groups(tensor: CompressedTensor) -> list[tuple[CompressedTensor, list[int]]]
     """The groups that :func:`pack` joined; parts are shared, not copied."""
     found = []
     for number, described in enumerate(_described(tensor.params)):
-        prefix = f"group{number}_"
-        parts = {
-            name.removeprefix(prefix): part
-            for name, part in tensor.parts.items()
-            if name.startswith(prefix)
-        }
         slices = described["slices"]
         shape = (len(slices), *tensor.shape[1:])
-        member = CompressedTensor(
-            described["format"], parts, shape, tensor.dtype, described["params"]
-        )
-        found.append((member, slices))
+        found.append((nesting.unprefixed(tensor, f"group{number}_", described, shape), slices))
     return found
 
 
@@ -118,10 +108,8 @@ def part_shapes(
     """Shape and dtype of every part, from the dense shape alone."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for number, described in enumerate(_described(params)):
-        inner = format_module(described["format"]).part_shapes(
-            (len(described["slices"]), *shape[1:]), dtype, described["params"]
-        )
-        found |= {f"group{number}_{name}": part for name, part in inner.items()}
+        inner = (len(described["slices"]), *shape[1:])
+        found |= nesting.prefixed_shapes(f"group{number}_", described, inner, dtype)
     return found
 
 

@@ -15,6 +15,11 @@ A *method* is a module of this folder that defines
 ``Options``  a :class:`MethodOptions`: each field with its default, description and candidates
 ``compress`` ``(weights, stats, options) -> Result``
 ``predict_bytes``, ``problem``  what can be told before any work (see :class:`Method`)
+``RANKED``   only where it is true: the options have a ``rank``, and the result of a smaller one is
+             that of a larger one, cut (see :func:`moesaic.methods.low_rank.cut`)
+
+A method that corrects what an earlier link of a chain left, a *repair*, defines ``repair`` instead
+of ``compress`` (see :class:`Repair`).
 
 Methods that change how many experts a layer has, or how wide they are, define ``reduce`` instead of
 ``compress`` (see :mod:`moesaic.methods.reduction`).
@@ -230,8 +235,34 @@ class Method(Protocol):
         """Why members of these shapes cannot be compressed so, in one line; None if they can."""
 
 
+class Repair(Protocol):
+    """What the module of a repair defines; all but these two are as in :class:`Method`."""
+
+    SCOPE: frozenset[str]
+    ROWWISE: bool
+    NEEDS: frozenset[str]
+    Options: type[MethodOptions]
+
+    def repair(
+        self,
+        weights: Mapping[str, Tensor],
+        compressed: Mapping[str, CompressedTensor],
+        stats: Mapping[str, Stats],
+        options: Any,
+    ) -> Result:
+        """Corrects ``compressed``, in whatever format, towards the dense ``weights``."""
+
+    def predict_bytes(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Any
+    ) -> int:
+        """What the repair adds to the bytes, from the members' shapes alone, exactly."""
+
+    def problem(self, shapes: Mapping[str, tuple[int, ...]], options: Any) -> str | None:
+        """Why members of these shapes cannot be repaired so, in one line; None if they can."""
+
+
 # Functions that make a module of this folder a method.
-_COMPRESS, _REDUCE = "compress", "reduce"
+_COMPRESS, _REDUCE, _REPAIR = "compress", "reduce", "repair"
 
 
 def method_module(name: str) -> Method:
@@ -239,15 +270,32 @@ def method_module(name: str) -> Method:
     return cast(Method, plugin("moesaic.methods", (_COMPRESS,), name))
 
 
+def repair_module(name: str) -> Repair:
+    """The repair called ``name``; raises ``UnknownName`` with the list of known repairs."""
+    return cast(Repair, plugin("moesaic.methods", (_REPAIR,), name))
+
+
 def options_of(name: str) -> type[MethodOptions]:
-    """The options of a method or reducer; raises ``UnknownName`` with the list of known ones."""
-    options: type[MethodOptions] = plugin("moesaic.methods", (_COMPRESS, _REDUCE), name).Options
+    """The options of a method, reducer or repair; raises ``UnknownName`` with those known."""
+    kinds = (_COMPRESS, _REDUCE, _REPAIR)
+    options: type[MethodOptions] = plugin("moesaic.methods", kinds, name).Options
     return options
 
 
 def is_reducer(name: str) -> bool:
     """Whether the method called ``name`` is a reducer."""
     return name in plugins("moesaic.methods", (_REDUCE,))
+
+
+def is_repair(name: str) -> bool:
+    """Whether the method called ``name`` is a repair."""
+    return name in plugins("moesaic.methods", (_REPAIR,))
+
+
+def is_ranked(name: str) -> bool:
+    """Whether the results of a method or repair can be cut to smaller ranks."""
+    module = plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
+    return bool(getattr(module, "RANKED", False))
 
 
 def reducing(chain: Chain) -> tuple[Chain, Chain]:
@@ -266,6 +314,11 @@ def methods() -> list[str]:
 def reducers() -> list[str]:
     """Names of all reducers."""
     return list(plugins("moesaic.methods", (_REDUCE,)))
+
+
+def repairs() -> list[str]:
+    """Names of all repairs."""
+    return list(plugins("moesaic.methods", (_REPAIR,)))
 
 
 def expand(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

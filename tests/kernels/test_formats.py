@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import dense, int_group, mosaic
+from moesaic.kernels import dense, int_group, lowrank, mosaic, residual
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -50,11 +50,33 @@ def dense_example(
     return dense.pack(torch.randn(shape, generator=generator).to(dtype))
 
 
+def lowrank_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """Rank 3, of small whole numbers: every dtype holds their products exactly."""
+    *batch, out, inputs = shape
+    left = torch.randint(-2, 3, (*batch, out, 3), generator=generator).to(dtype)
+    right = torch.randint(-2, 3, (*batch, 3, inputs), generator=generator).to(dtype)
+    return lowrank.pack(dense.pack(left), dense.pack(right))
+
+
+def residual_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """Codes with the scale 1, and low rank, all whole numbers for the same reason."""
+    codes = torch.randint(-4, 4, shape, generator=generator)
+    scale = torch.ones((*shape[:-1], 1), dtype=dtype)
+    base = int_group.pack(codes, scale, None, bits=3, group_size=-1, dtype=dtype)
+    return residual.pack(base, lowrank_example(shape, dtype, generator))
+
+
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
 EXAMPLES: dict[str, Example] = {
     "dense": dense_example,
     "int_group": int_group_example,
+    "lowrank": lowrank_example,
     "mosaic": mosaic_example,
+    "residual": residual_example,
 }
 
 

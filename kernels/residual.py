@@ -1,0 +1,84 @@
+"""Residual: a compressed weight and a correction of low rank, ``W = base + L·R``.
+
+The base is a compressed tensor of any format, its parts are named ``base_{part}``. The correction
+is a tensor of the format ``lowrank``, its parts are named ``residual_{part}``.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels import lowrank, nesting
+from moesaic.kernels.tensor import CompressedTensor, Param, format_module
+
+
+def pack(base: CompressedTensor, correction: CompressedTensor) -> CompressedTensor:
+    """Joins a base and its correction, both ``[*batch, out, in]``; memory is shared.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or the correction is not of low rank.
+    """
+    if correction.format != "lowrank":
+        raise ValueError(f"the correction is in the format {correction.format}, not lowrank")
+    if base.shape != correction.shape or base.dtype != correction.dtype:
+        raise ValueError(
+            f"base {base.shape} {base.dtype} and correction {correction.shape} {correction.dtype}"
+            " do not add"
+        )
+    members = {"base": base, "residual": correction}
+    return nesting.nested("residual", members, base.shape, base.dtype, {})
+
+
+def members(tensor: CompressedTensor) -> tuple[CompressedTensor, CompressedTensor]:
+    """The base and the correction; parts are shared."""
+    return (
+        nesting.member(tensor, "base", tensor.shape),
+        nesting.member(tensor, "residual", tensor.shape),
+    )
+
+
+def cut(tensor: CompressedTensor, rank: int) -> CompressedTensor:
+    """The same base with a correction of a smaller rank; see :func:`lowrank.cut`."""
+    base, correction = members(tensor)
+    return pack(base, lowrank.cut(correction, rank))
+
+
+def select(tensor: CompressedTensor, index: int) -> CompressedTensor:
+    """Member ``index`` of a bank."""
+    base, correction = members(tensor)
+    return pack(base[index], correction[index])
+
+
+def unpack(tensor: CompressedTensor) -> Tensor:
+    """Dense weight, ``tensor.shape`` and ``tensor.dtype``; the sum is rounded once."""
+    base, correction = members(tensor)
+    return lowrank.product(correction).add_(base.dense()).to(tensor.dtype)
+
+
+def part_shapes(
+    shape: tuple[int, ...], dtype: torch.dtype, params: Mapping[str, Param]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every part of base and correction."""
+    return nesting.member_shapes(params, {"base": shape, "residual": shape}, dtype)
+
+
+def matmul_reference(x: Tensor, tensor: CompressedTensor) -> Tensor:
+    """``x [*, in] @ weightᵀ -> [*, out]``: the sum of both products, each by its reference.
+
+    They are added in float32 (float64 where ``x`` is); the result is rounded to ``x.dtype``.
+    """
+    lowrank.check_matrix(tensor)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    base, correction = members(tensor)
+    product = format_module(base.format).matmul_reference(wide, base)
+    return (product + lowrank.matmul_reference(wide, correction)).to(x.dtype)
+
+
+def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
+    """The same on a GPU by the formats' kernels; the products are added in ``x.dtype``."""
+    lowrank.check_matrix(tensor)
+    if not x.is_cuda:
+        raise RuntimeError(f"residual.matmul needs a GPU, x is on {x.device}: matmul_reference")
+    base, correction = members(tensor)
+    return format_module(base.format).matmul(x, base) + lowrank.matmul(x, correction)
