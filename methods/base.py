@@ -11,7 +11,8 @@ A *method* is a module of this folder that defines
 ``SCOPE``    kinds of unit that it can compress, a frozenset of ``"linear"`` and ``"bank"``
 ``ROWWISE``  whether rows (output channels) are independent given the statistics, so that the units
              of one site may be compressed together
-``NEEDS``    names of the statistics that it wants, a frozenset of keys of ``SITE_STATISTICS``
+``NEEDS``    names of the statistics that it wants, a frozenset of keys of ``SITE_STATISTICS`` and
+             ``OUTPUT_STATISTICS``; for the latter a unit is measured only after the reverse pass
 ``Options``  a :class:`MethodOptions`: each field with its default, description and candidates
 ``compress`` ``(weights, stats, options) -> Result``
 ``predict_bytes``, ``problem``  what can be told before any work (see :class:`Method`)
@@ -48,9 +49,12 @@ SITE_STATISTICS: Mapping[str, str] = {
     "abs": "sum of |x|, float32 [*batch, in]",
 }
 # What the reverse pass can keep of a member's output gradient g = d(negative log-likelihood)/dy.
+# The labels are drawn from the model's own distribution, for ``fisher`` they are the next tokens of
+# the text; that one is collected only where a method needs it.
 OUTPUT_STATISTICS: Mapping[str, str] = {
     "grad_tokens": "number of tokens seen, int64 [*batch]",
     "grad_sq": "sum of g², float32 [*batch, out]",
+    "fisher": "sum over sequences and outputs of (sum over tokens of g xᵀ)², float32 [*batch, in]",
 }
 
 
@@ -304,6 +308,13 @@ def reducing(chain: Chain) -> tuple[Chain, Chain]:
     while count < len(chain) and is_reducer(chain[count].method):
         count += 1
     return chain[:count], chain[count:]
+
+
+def reverse_needs(chain: Chain) -> frozenset[str]:
+    """Statistics of the reverse pass that the links of a chain want."""
+    kinds = (_COMPRESS, _REDUCE, _REPAIR)
+    modules = [plugin("moesaic.methods", kinds, spec.method) for spec in chain]
+    return frozenset().union(*(module.NEEDS for module in modules)) & OUTPUT_STATISTICS.keys()
 
 
 def methods() -> list[str]:

@@ -68,6 +68,7 @@ class Walk:
         experts: ``routed`` or ``all``.
         gradients: sequences per shard for the reverse pass; 0 for none.
         seed: of the labels drawn in the reverse pass.
+        fisher: whether the reverse pass also takes the next tokens as labels, for ``fisher``.
         sampled: tokens that every expert is run on, where ``needs`` name expert statistics.
         sources: text source of every sequence; empty where no expert statistics are wanted.
         store: root of the store.
@@ -92,6 +93,7 @@ class Walk:
     sampled: int = 0
     sources: tuple[int, ...] = ()
     prefixes: tuple[str, ...] = ()
+    fisher: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -123,7 +125,12 @@ class Walk:
         return digest([self.key, "stats", block, *filter(None, self.prefixes[block : block + 1])])
 
     def gradients_key(self, block: int) -> str:
-        return digest([self.key, "gradients", self.gradients, self.seed, block])
+        return digest([self.key, "gradients", *self._reverse, block])
+
+    @property
+    def _reverse(self) -> list[Any]:
+        """What fixes the reverse pass besides the hidden states."""
+        return [self.gradients, self.seed, *(["fisher"] if self.fisher else [])]
 
     def shard_rows(self, shard: int) -> tuple[int, int]:
         """First and one-past-last sequence of a shard."""
@@ -135,7 +142,7 @@ class Walk:
     @cached_property
     def scratch(self) -> Path:
         """Folder of unfinished work: hidden states, partial sums."""
-        own = [self.key, self.prefixes, self.gradients, self.seed]
+        own = [self.key, self.prefixes, *self._reverse]
         return scratch_folder(Path(self.store), digest(own))
 
 
@@ -156,7 +163,8 @@ def save_tensor(path: Path, value: Tensor) -> None:
     write_atomically(path, write)
 
 
-def _ids(walk: Walk, shard: int) -> Tensor:
+def token_ids(walk: Walk, shard: int) -> Tensor:
+    """``[sequences of the shard, length]``"""
     low, high = walk.shard_rows(shard)
     with safe_open(walk.ids, framework="pt") as file:
         rows: Tensor = file.get_slice("ids")[low:high].long()
@@ -203,7 +211,7 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
         start -= 1
         hidden = load_tensor(hidden_path(walk, start, shard))
     if hidden is None:
-        ids = _ids(walk, shard)
+        ids = token_ids(walk, shard)
         hidden = torch.cat(
             [model.embed(part.to(model.device)).cpu() for part in ids.split(walk.batch)]
         )

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moesaic.methods.base import Chain, Spec, Unit, chain_text, is_reducer, method_module, reducing
+from moesaic.methods.base import (
+    Chain,
+    Spec,
+    Unit,
+    chain_text,
+    is_reducer,
+    method_module,
+    reducing,
+    reverse_needs,
+)
 from moesaic.methods.reduction import LayerShape, Outline, is_open
 from moesaic.orchestrator.allotment import Allotted, allotted
 from moesaic.orchestrator.assemble import header_bytes_bound
@@ -177,6 +186,7 @@ class Experiment:
                 candidate makes of any bank cannot be loaded, or a unit has no candidate left.
         """
         self._check_reductions()
+        self._check_gradients()
         faults: dict[tuple[str, str], list[Chain]] = {}
         offers: dict[str, list[Chain]] = {}
         nothing: dict[str, str] = {}
@@ -230,6 +240,15 @@ class Experiment:
             f"candidates: {_listed(chains)}: {reason}; or take that out"
             for reason, chains in reasons.items()
         ]
+
+    def _check_gradients(self) -> None:
+        """Raises a RecipeError for methods that want the reverse pass where there is none."""
+        found = [s for chain in self.recipe.chains() for s in chain if reverse_needs((s,))]
+        if found and not self.recipe.calibration.gradient_sequences:
+            raise RecipeError(
+                f"calibration.gradient_sequences: 0, but {found[0].method} needs gradients: give 16"
+                f" or more, or take {found[0].method} out"
+            )
 
     def _check_reductions(self) -> None:
         """Raises a RecipeError for reductions that nothing can use."""
@@ -565,6 +584,7 @@ class Experiment:
             store=str(self.store.root),
             sampled=section.expert_tokens if reduced else 0,
             sources=tuple(self.calibration.source.tolist()) if reduced else (),
+            fisher=any("fisher" in reverse_needs(chain) for chain in self.recipe.chains()),
         )
 
     @cached_property
@@ -624,8 +644,10 @@ class Experiment:
 
     def key(self, unit: str, chain: Chain, walk: Walk) -> str:
         """Key of the piece of a unit under a chain with the statistics of a walk."""
-        stats = walk.stats_key(self.by_name[unit].block)
-        return piece_key(walk.fingerprint, unit, chain, stats)
+        block = self.by_name[unit].block
+        # The reverse pass goes through the dense model, whatever the walk goes through.
+        gradients = self.walk.gradients_key(block) if reverse_needs(chain) else ""
+        return piece_key(walk.fingerprint, unit, chain, walk.stats_key(block), gradients)
 
     def reduction_key(self, unit: str, prefix: Chain, walk: Walk) -> str:
         """Key of what reducers make of a bank with the statistics of a walk."""

@@ -130,7 +130,7 @@ class Sizes:
         )
 
     def gradients(self, block: int) -> int:
-        stats = GradientObserver(self.block_units(block), _META).stats
+        stats = GradientObserver(self.block_units(block), _META, self.walk.fisher).stats
         return sum(entry.nbytes for entry in stats.values())
 
     def weights(self, block: int) -> int:

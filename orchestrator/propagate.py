@@ -36,7 +36,7 @@ def prefixed(experiment: Experiment, chosen: Chosen) -> Walk:
         prefixes.append(digest(before) if before else "")
         for name in _names(experiment, block, chosen):
             before.append([name, [[spec.method, spec.options] for spec in chosen[name]]])
-    return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0)
+    return replace(experiment.walk, prefixes=tuple(prefixes), gradients=0, fisher=False)
 
 
 def entries(experiment: Experiment, plan: Path) -> list[Path]:

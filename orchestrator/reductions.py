@@ -205,32 +205,35 @@ class ReducedBank:
         found = {}
         for member in ("gate", "down"):
             channels = self.channels if member == "down" else None
-            found[sites[member]] = self._merged(stats[sites[member]], channels)
+            sums = stats[sites[member]].sums
+            found[sites[member]] = Stats({k: self._merged(v, channels) for k, v in sums.items()})
         return found
 
     def merged_gradients(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The same for the squared gradients of every member's outputs."""
+        """The same for what the reverse pass left of every member."""
         found = {}
         for member in self.unit.shapes:
             name = f"{self.unit.name}{SEPARATOR}{member}"
-            found[name] = self._merged(stats[name], None if member == "down" else self.channels)
+            sums = {}
+            for key, value in stats[name].sums.items():
+                # Channels are what gate and up give, and what down reads.
+                inside = (key == "fisher") == (member == "down")
+                sums[key] = self._merged(value, self.channels if inside else None)
+            found[name] = Stats(sums)
         return found
 
-    def _merged(self, stats: Stats, channels: Tensor | None) -> Stats:
-        sums = {}
-        count = self.unit.shapes["gate"][0]
-        for name, value in stats.sums.items():
-            width = [] if channels is None else [channels.shape[1]] * (value.dim() - 1)
-            total = value.new_zeros(count, *(width or value.shape[1:]))
-            for expert, new in enumerate(self.group.tolist()):
-                if new < 0:
-                    continue
-                own = value[expert]
-                for dim in range(len(width)):
-                    own = own.index_select(dim, channels[expert].to(own.device))  # type: ignore[index]
-                total[new] += own
-            sums[name] = total
-        return Stats(sums)
+    def _merged(self, value: Tensor, channels: Tensor | None) -> Tensor:
+        """A statistic ``[E, ...]`` of the old experts as that of the new ones."""
+        width = [] if channels is None else [channels.shape[1]] * (value.dim() - 1)
+        total = value.new_zeros(self.unit.shapes["gate"][0], *(width or value.shape[1:]))
+        for expert, new in enumerate(self.group.tolist()):
+            if new < 0:
+                continue
+            own = value[expert]
+            for dim in range(len(width)):
+                own = own.index_select(dim, channels[expert].to(own.device))  # type: ignore[index]
+            total[new] += own
+        return total
 
 
 def reduced_bank(

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, reducing
+from moesaic.methods.base import Chain, reducing, reverse_needs
 from moesaic.orchestrator.calibrate import Walk, boundary_path
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, score
@@ -65,9 +65,8 @@ class Calibration:
         self.view.stage("calibrate", self.blocks, len(self.stats))
         if walk.gradients:
             self.view.stage("gradients", self.blocks, len(self.gradients))
-        jobs = self._open_measuring()
-        tasks = [task for block in sorted(self.stats) for task in jobs.get(block, [])]
-        self.jobs = jobs
+        self.waiting = self._open_measuring()
+        tasks = self._released()
         self.floor = start
         if start == self.blocks == len(self.gradients):
             self.pool.run(tasks, self.view.tick)
@@ -81,17 +80,26 @@ class Calibration:
         self.pool.run(tasks, self.view.tick)
         remove_scratch(walk.scratch)
 
-    def _open_measuring(self) -> dict[int, list[Task]]:
-        """Block → jobs that its statistics make possible."""
+    def _open_measuring(self) -> list[tuple[Job, Task]]:
+        """All jobs with their tasks, by block."""
         total = sum(len(chains) for chains in self.wanted.values())
         missing = missing_pairs(self.experiment, self.walk, self.wanted)
         if total:
             left = sum(len(pairs) for pairs in missing.values())
             self.view.stage("measure", total, total - left)
-        jobs: dict[int, list[Task]] = {}
-        for job in measuring_jobs(self.experiment, self.walk, missing):
-            jobs.setdefault(job.block, []).append(self._measure(job))
-        return jobs
+        jobs = measuring_jobs(self.experiment, self.walk, missing)
+        return [(job, self._measure(job)) for job in sorted(jobs, key=lambda job: job.block)]
+
+    def _released(self) -> list[Task]:
+        """Jobs that waited for statistics which are there now."""
+
+        def ready(job: Job) -> bool:
+            reversed_too = job.gradients is None or job.block in self.gradients
+            return job.block in self.stats and reversed_too
+
+        released = [task for job, task in self.waiting if ready(job)]
+        self.waiting = [(job, task) for job, task in self.waiting if not ready(job)]
+        return released
 
     def _measure(self, job: Job) -> Task:
         steps = sum(len(pairs) for pairs in job.missing.values())
@@ -146,7 +154,7 @@ class Calibration:
             (self.stats if what == "stats" else self.gradients).add(block)
             stage = "calibrate" if what == "stats" else "gradients"
             self.view.advance(stage, 1, result["peak_bytes"])
-            return self.jobs.get(block, []) if what == "stats" else ()
+            return self._released()
 
         arguments = {"walk": plain(self.walk), "what": what, "block": block}
         return Task("calibrate:reduce", arguments, f"sum {block}", (_REDUCE, block), None, done)
@@ -202,16 +210,22 @@ def missing_pairs(
 def measuring_jobs(
     experiment: Experiment, walk: Walk, missing: Mapping[str, list[tuple[Chain, str]]]
 ) -> Iterator[Job]:
-    """Jobs for the missing pairs: units that share a site go together, each reduction alone."""
+    """Jobs for the missing pairs: units that share a site go together, each reduction alone.
+
+    So do the chains that want what the reverse pass left, because they wait for it. That pass goes
+    through the dense model, whatever ``walk`` goes through.
+    """
     groups: dict[tuple[Any, ...], dict[str, list[tuple[Chain, str]]]] = {}
     for name, pairs in missing.items():
         sites = tuple(sorted(set(experiment.by_name[name].sites.values())))
         for chain, key in pairs:
-            group = groups.setdefault((sites, reducing(chain)[0]), {})
+            wants = bool(reverse_needs(chain))
+            group = groups.setdefault((sites, reducing(chain)[0], wants), {})
             group.setdefault(name, []).append((chain, key))
-    for (_, prefix), wanted in groups.items():
+    for (_, prefix, wants), wanted in groups.items():
         units = [experiment.by_name[name] for name in wanted]
         block = units[0].block
+        gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
         yield Job(
             model=walk.model,
             dtype=walk.dtype,
@@ -228,6 +242,7 @@ def measuring_jobs(
             stats=str(experiment.store.path("stats", walk.stats_key(block))),
             store=walk.store,
             reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
+            gradients=str(gradients) if wants else None,
         )
 
 

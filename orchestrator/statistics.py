@@ -151,10 +151,20 @@ class StatisticsObserver:
 
 
 class GradientObserver:
-    """Sums squared gradients of every member's outputs, as the reverse pass brings them."""
+    """Sums squared gradients of every member's outputs, as the reverse pass brings them.
 
-    def __init__(self, units: list[Unit], device: torch.device) -> None:
+    Args:
+        fisher: also sum squared gradients of weights over outputs. Each sequence is then taken
+            back twice, and ``following`` says for which labels: False while they are drawn from
+            the model, True while they are the next tokens of the text.
+    """
+
+    def __init__(self, units: list[Unit], device: torch.device, fisher: bool = False) -> None:
         self.stats: SiteStats = {}
+        self.fisher = fisher
+        self.following = False
+        self._sites = {(unit.name, m): site for unit in units for m, site in unit.sites.items()}
+        self._inputs: dict[tuple[str, int | None], Tensor] = {}
         for unit in units:
             shapes = {member: (*batch, out) for member, (*batch, out, _) in unit.shapes.items()}
             if unit.kind == "bank":
@@ -166,17 +176,44 @@ class GradientObserver:
                         "grad_sq": torch.zeros([*batch, out], device=device),
                     }
                 )
+            for member, (*batch, _, width) in unit.shapes.items() if fisher else ():
+                sums = self.stats[f"{unit.name}{SEPARATOR}{member}"].sums
+                sums["fisher"] = torch.zeros([*batch, width], device=device)
 
     def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
-        """Not wanted in the reverse pass."""
+        if self.fisher:
+            self._inputs[site, expert] = x.detach()
 
     def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
         sums = self.stats[f"{unit}{SEPARATOR}{member}"].sums
+        x = self._inputs[self._sites[unit, member], expert] if "fisher" in sums else None
+        index = ... if expert is None else expert
 
         def add(gradient: Tensor) -> None:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            index = ... if expert is None else expert
-            sums["grad_tokens"][index] += rows.shape[0]
-            sums["grad_sq"][index] += rows.float().square().sum(0)
+            if not self.following:
+                sums["grad_tokens"][index] += rows.shape[0]
+                sums["grad_sq"][index] += rows.float().square().sum(0)
+            elif x is not None:
+                sums["fisher"][index] += squared_gradients(rows.float(), x.float())
 
         y.register_hook(add)
+
+
+def squared_gradients(g: Tensor, x: Tensor) -> Tensor:
+    """Squares of a weight's gradient gᵀx, summed over outputs; the cheaper of two ways.
+
+    With fewer tokens than weights ask for (some experts see a handful), the tokens' products with
+    one another do: Σ_o (Σ_t g_to x_ti)² = x_iᵀ (g gᵀ) x_i.
+
+    Args:
+        g: ``[tokens, out]``, gradients of a layer's outputs for one sequence.
+        x: ``[tokens, in]``, its inputs.
+
+    Returns:
+        ``[in]``.
+    """
+    tokens, (out, width) = len(x), (g.shape[1], x.shape[1])
+    if tokens * (out + width) < out * width:
+        return ((g @ g.T @ x) * x).sum(0).clamp_min(0)
+    return (g.T @ x).square_().sum(0)
