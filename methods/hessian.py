@@ -94,14 +94,14 @@ def _feedback(
         system = hessian.gather(1, index[:, :, None].expand(hessian.shape))
         system = system.gather(2, index[:, None, :].expand(hessian.shape))
         diagonal = weight.gather(1, index)
-    lower, damps = _cholesky(system / mean, diagonal, damp)  # float64 from here
+    lower, damps = damped_cholesky(system / mean, diagonal, damp)  # float64 from here
     upper = lower.mT.flip(-1, -2)  # lower triangular: rows of Mᵀ, unscaled
     torch.div(upper, upper.diagonal(dim1=-2, dim2=-1)[..., None].clone(), out=out)
     out.diagonal(dim1=-2, dim2=-1).zero_()
     return damps
 
 
-def _cholesky(system: Tensor, diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+def damped_cholesky(system: Tensor, diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Lower factors of ``system`` ``[E, n, n]`` with ``diagonal + damping``, and the damping."""
     damps = diagonal.new_full((len(system),), damp)
     system.diagonal(dim1=-2, dim2=-1).copy_(diagonal + damp)

@@ -42,6 +42,8 @@ Rank = Annotated[StrictInt | StrictFloat, AfterValidator(_share_of_the_whole)]
 # Shares that a search may try.
 SHARES = tuple(step / 20 for step in range(2, 20))
 
+ABOVE_BREAK_EVEN = "above_break_even"
+
 # A rank that comes from a share is a multiple of this where it is not smaller.
 RANK_MULTIPLE = 8
 # Roots of a site are kept for its next member or unit up to this size, in float64.
@@ -102,10 +104,8 @@ def above_break_even(shapes: Mapping[str, tuple[int, ...]], rank: Rank) -> list[
         columns = resolved_rank(shape, rank)
         if columns * (out + inputs) > out * inputs:
             most = out * inputs / (out + inputs)
-            text = (
-                f"{name}: factors of rank {columns} grow the file, they are smaller up to {most:g}"
-            )
-            events.append(Event("above_break_even", text, value=columns))
+            text = f"{name}: factors of rank {columns} are larger than the weight, from {most:g} up"
+            events.append(Event(ABOVE_BREAK_EVEN, text, value=columns))
     return events
 
 
@@ -139,11 +139,17 @@ PLAIN = Root(None)
 NO_TOKENS = Root(None, ("no_tokens", "no tokens with inputs, plain SVD"))
 
 
-def low_rank(weights: Mapping[str, Tensor], rank: Rank, root: Callable[[str, int], Root]) -> Result:
+def low_rank(
+    weights: Mapping[str, Tensor],
+    rank: Rank,
+    root: Callable[[str, int], Root],
+    base: Callable[[str, int], Tensor] | None = None,
+) -> Result:
     """Factors of members ``[*batch, out, in]`` in the format ``lowrank``, expert by expert.
 
     Args:
         root: of a member and one of its experts (0 for a linear).
+        base: ``[out, in]`` likewise: what the factors will be added to; None if nothing.
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or there is no such rank.
@@ -155,34 +161,32 @@ def low_rank(weights: Mapping[str, Tensor], rank: Rank, root: Callable[[str, int
     result = Result({}, above_break_even(shapes, rank))
     for name, weight in weights.items():
         check_finite(name, weight)
+        *batch, out, inputs = weight.shape
+        flat = weight.reshape(-1, out, inputs)
         columns = resolved_rank(shapes[name], rank)
-        left, right, roots = _factors(name, weight, columns, root)
-        result.members[name] = lowrank.pack(dense.pack(left), dense.pack(right))
-        result.events += told(name, roots)
+        left = weight.new_empty(len(flat), out, columns)
+        right = weight.new_empty(len(flat), columns, inputs)
+        roots = []
+        for expert, matrix in enumerate(flat):
+            try:
+                roots.append(root(name, expert))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            wide = matrix.double()
+            if base is not None:
+                wide = wide - base(name, expert).double()
+            a, b = whitened_svd(wide, roots[-1].transform)
+            left[expert], right[expert] = a[:, :columns], b[:columns]
+        result.members[name] = lowrank.pack(
+            dense.pack(left.view(*batch, out, columns)),
+            dense.pack(right.view(*batch, columns, inputs)),
+        )
+        result.events += _told(name, roots)
     return result
 
 
-def _factors(
-    name: str, weight: Tensor, columns: int, root: Callable[[str, int], Root]
-) -> tuple[Tensor, Tensor, list[Root]]:
-    """Factors ``[*batch, out, columns]`` and ``[*batch, columns, in]`` in the weight's dtype."""
-    *batch, out, inputs = weight.shape
-    flat = weight.reshape(-1, out, inputs)
-    left = weight.new_empty(len(flat), out, columns)
-    right = weight.new_empty(len(flat), columns, inputs)
-    roots = []
-    for expert, matrix in enumerate(flat):
-        try:
-            roots.append(root(name, expert))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        a, b = whitened_svd(matrix, roots[-1].transform)
-        left[expert], right[expert] = a[:, :columns], b[:columns]
-    return left.view(*batch, out, columns), right.view(*batch, columns, inputs), roots
-
-
-def told(name: str, roots: Sequence[Root]) -> list[Event]:
-    """One event per kind of note, about the first expert that has it."""
+def _told(name: str, roots: Sequence[Root]) -> list[Event]:
+    """One event per kind of note, with the text of the first expert that has it."""
     found: dict[str, list[int]] = {}
     for expert, root in enumerate(roots):
         if root.note is not None:
@@ -191,13 +195,15 @@ def told(name: str, roots: Sequence[Root]) -> list[Event]:
     for kind, experts in found.items():
         first = roots[experts[0]].note
         assert first is not None
-        where = "" if len(roots) == 1 else f"{len(experts)} of {len(roots)} experts, {experts[0]}: "
-        events.append(Event(kind, f"{name}: {where}{first[1]}", value=len(experts)))
+        text = f"{name}: {first[1]}"
+        if len(roots) > 1:
+            text += f" (expert {experts[0]}; {len(experts)} of {len(roots)} in all)"
+        events.append(Event(kind, text, value=len(experts)))
     return events
 
 
 def whitened_svd(weight: Tensor, transform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors of full rank of a matrix ``[out, in]``, columns by falling share.
+    """Factors of full rank of a float64 matrix ``[out, in]``, columns by falling share.
 
     The share of a column is what it adds to ‖W T‖². Column j of the left factor is as long as row j
     of the right one; the sign is such that the largest magnitude of the row is positive.
@@ -208,17 +214,16 @@ def whitened_svd(weight: Tensor, transform: Tensor | None) -> tuple[Tensor, Tens
     Returns:
         float64 ``[out, min(out, in)]`` and ``[min(out, in), in]``.
     """
-    wide = weight.double()
     basis = None
-    if wide.shape[0] > wide.shape[1]:
-        basis, wide = torch.linalg.qr(wide)
+    if weight.shape[0] > weight.shape[1]:
+        basis, weight = torch.linalg.qr(weight)
     if transform is None:
-        whitened = wide
+        whitened = weight
     else:
-        whitened = wide * transform if transform.dim() == 1 else wide @ transform
+        whitened = weight * transform if transform.dim() == 1 else weight @ transform
     _, vectors = torch.linalg.eigh(whitened @ whitened.mT)
     left = vectors.flip(-1)
-    right = left.mT @ wide
+    right = left.mT @ weight
     if basis is not None:
         left = basis @ left
     length = right.norm(dim=1)

@@ -1,0 +1,79 @@
+"""EoRA: a correction of low rank for what another method did to a weight.
+
+Liu et al., 2410.21271, section 3: with H = Q S Qᵀ, the SVD of (W - Ŵ)·Q√S, truncated, of which √S
+and Q are undone. Nothing is inverted here (see :mod:`moesaic.methods.low_rank`): inputs that
+calibration never saw need not be left out.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels import residual
+from moesaic.kernels.tensor import CompressedTensor
+from moesaic.methods.base import MethodOptions, Result, Stats
+from moesaic.methods.low_rank import (
+    Rank,
+    eigen_root,
+    low_rank,
+    predicted_bytes,
+    rank_option,
+    rank_problem,
+)
+
+SCOPE = frozenset({"linear", "bank"})
+ROWWISE = False
+RANKED = True
+NEEDS = frozenset({"hessian", "tokens"})
+
+
+class Options(MethodOptions):
+    """Options of EoRA."""
+
+    SHOWN = ("rank",)
+
+    rank: Rank = rank_option(32, [8, 16, 32, 64, 128])
+
+
+def repair(
+    weights: Mapping[str, Tensor],
+    compressed: Mapping[str, CompressedTensor],
+    stats: Mapping[str, Stats],
+    options: Options,
+) -> Result:
+    """Adds factors to ``compressed`` members ``[*batch, out, in]``, in the format ``residual``.
+
+    Events: ``no_tokens`` (without inputs it is plain SVD), ``few_tokens`` and ``rank_deficient``
+    (the inputs span less than the whole space), ``above_break_even``.
+
+    Raises:
+        ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
+    """
+    result = low_rank(
+        weights,
+        options.rank,
+        lambda name, expert: eigen_root(stats[name], expert),
+        lambda name, expert: _matrix(compressed[name], expert).dense(),
+    )
+    packed = {
+        name: residual.pack(compressed[name], correction)
+        for name, correction in result.members.items()
+    }
+    return Result(packed, result.events)
+
+
+def _matrix(tensor: CompressedTensor, expert: int) -> CompressedTensor:
+    return tensor[expert] if len(tensor.shape) > 2 else tensor
+
+
+def predict_bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
+) -> int:
+    """Bytes of both factors; those of what is corrected are not among them."""
+    return predicted_bytes(shapes, dtype, options.rank)
+
+
+def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
+    """The rank must be one that a member can have."""
+    return rank_problem(shapes, options.rank)

@@ -1,0 +1,93 @@
+"""SVD-LLM: the product of low rank whose outputs are nearest to the layer's on calibration text.
+
+The whitened SVD is in :mod:`moesaic.methods.low_rank`. The papers differ in the root T of
+the Hessian: ``eigen`` takes eigenvalues and eigenvectors (v2: Wang et al., 2503.12340, section
+3.1), ``cholesky`` the Cholesky factor, for which the Hessian is damped (v1: 2403.07378, 3.1).
+
+A refit of one factor to the other by least squares, L = W H Rᵀ (R H Rᵀ)⁺, gives the same L again:
+L·R = U_r U_rᵀ W is an optimum over both.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.methods.base import Result, Stats, option
+from moesaic.methods.hessian import damped_cholesky
+from moesaic.methods.low_rank import (
+    LowRankOptions,
+    Root,
+    eigen_root,
+    kept_root,
+    low_rank,
+    predicted_bytes,
+    rank_problem,
+)
+
+SCOPE = frozenset({"linear", "bank"})
+ROWWISE = False
+RANKED = True
+NEEDS = frozenset({"hessian", "tokens"})
+
+
+class Options(LowRankOptions):
+    """Options of SVD-LLM."""
+
+    variant: Literal["eigen", "cholesky"] = option(
+        "eigen", "how the inputs are whitened: version 2 or version 1", ["eigen", "cholesky"]
+    )
+    damp: float = option(
+        0.01,
+        "added to the Hessian's diagonal under cholesky, relative to its mean",
+        gt=0,
+        le=1,
+    )
+
+
+def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
+    """Factors members ``[*batch, out, in]``, expert by expert.
+
+    Events: ``no_tokens`` (without inputs it is plain SVD), ``few_tokens`` and ``rank_deficient``
+    (the inputs span less than the whole space), ``damping_grew``, ``above_break_even``.
+
+    Raises:
+        ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
+    """
+
+    def root(name: str, expert: int) -> Root:
+        if options.variant == "eigen":
+            return eigen_root(stats[name], expert)
+        return cholesky_root(stats[name], expert, options.damp)
+
+    return low_rank(weights, options.rank, root)
+
+
+def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:
+    """T lower triangular; H is damped, more than asked for where it is not positive definite."""
+
+    def compute(hessian: Tensor) -> Root:
+        diagonal = hessian.diagonal().double()
+        mean = diagonal.mean()
+        system = (hessian / mean)[None].double()
+        lower, damps = damped_cholesky(system, (diagonal / mean)[None], damp)
+        final = float(damps[0])
+        if final <= damp:
+            return Root(lower[0])
+        text = f"damping grew from {damp:g} to {final:g} of the mean diagonal"
+        return Root(lower[0], ("damping_grew", text))
+
+    return kept_root(stats, f"cholesky_root {damp}", expert, compute)
+
+
+def predict_bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
+) -> int:
+    """Bytes of both factors."""
+    return predicted_bytes(shapes, dtype, options.rank)
+
+
+def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
+    """The rank must be one that a member can have."""
+    return rank_problem(shapes, options.rank)

@@ -1,0 +1,451 @@
+"""What methods of low rank must do: optimal, nested in the rank, unmoved by bad statistics."""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from moesaic.kernels import dense, lowrank, mosaic, residual
+from moesaic.kernels.tensor import CompressedTensor
+from moesaic.methods import eora, factors, gptq, low_rank, rtn, svd, svd_llm
+from moesaic.methods.base import (
+    Result,
+    Stats,
+    is_ranked,
+    is_repair,
+    method_module,
+    methods,
+    options_of,
+    repair_module,
+    repairs,
+)
+from moesaic.methods.factors import factor_bytes, factor_problem, is_factoring, quantize_factors
+
+FACTORING = [name for name in methods() if is_factoring(name)]
+WHITENING = ["svd_llm", "eora"]
+OUT, IN = 24, 40
+
+
+@pytest.fixture
+def make_unit(make_weight, make_stats):
+    """A weight ``[*batch, out, in]`` in float64 and statistics of its inputs, all of them."""
+
+    def make(
+        out: int = OUT, inputs: int = IN, experts: int = 0, tokens: int = 200
+    ) -> tuple[Tensor, Stats]:
+        batch = (experts,) if experts else ()
+        weight = make_weight(*batch, out, inputs, dtype=torch.float64)
+        # Singular values that fall, as those of trained weights do.
+        weight = weight * torch.linspace(1, 0.05, inputs) ** 2
+        stats = make_stats(inputs, experts, tokens)
+        fisher = stats["hessian"].diagonal(dim1=-2, dim2=-1).clone()
+        sums = {name: value.double() for name, value in stats.sums.items() if name != "tokens"}
+        return weight, Stats({**sums, "tokens": stats["tokens"], "fisher": fisher.double()})
+
+    return make
+
+
+def run(name: str, weight: Tensor, stats: Stats, **options: object) -> Result:
+    """A method on a member ``w``; repairs correct a base of 3 bits."""
+    chosen = options_of(name)(**options)
+    if is_repair(name):
+        base = {"w": rounded(weight)}
+        return repair_module(name).repair({"w": weight}, base, {"w": stats}, chosen)
+    return method_module(name).compress({"w": weight}, {"w": stats}, chosen)
+
+
+def rounded(weight: Tensor) -> CompressedTensor:
+    """Round to nearest in 3 bits per channel, kept dense: the integer format has no float64."""
+    options = rtn.Options(bits=3, group_size=-1)
+    packed = rtn.compress({"w": weight.float()}, {}, options).members["w"]
+    return dense.pack(packed.dense().to(weight.dtype))
+
+
+def correction(result: Result) -> CompressedTensor:
+    """The factors alone."""
+    tensor = result.members["w"]
+    return residual.members(tensor)[1] if tensor.format == "residual" else tensor
+
+
+def target(name: str, weight: Tensor) -> Tensor:
+    """What the factors of a method stand for."""
+    return weight - rounded(weight).dense() if is_repair(name) else weight
+
+
+def error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
+    delta = weight.double() - other.double()
+    return float(((delta @ hessian.double()) * delta).sum())
+
+
+def best_error(weight: Tensor, hessian: Tensor, rank: int) -> float:
+    """Eckart and Young in the whitened space, by numpy and scipy's square root."""
+    root = scipy.linalg.sqrtm(hessian.double().numpy()).real
+    values = np.linalg.svd(weight.double().numpy() @ root, compute_uv=False)
+    return float((values[rank:] ** 2).sum())
+
+
+def same(a: CompressedTensor, b: CompressedTensor) -> bool:
+    return (a.format, a.shape, a.dtype, dict(a.params)) == (
+        b.format,
+        b.shape,
+        b.dtype,
+        dict(b.params),
+    ) and all(torch.equal(part, b.parts[key]) for key, part in a.parts.items())
+
+
+# Every method
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("out", [OUT, IN, 56])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_rank_is_the_weight(name, out, dtype, make_unit):
+    weight, stats = make_unit(out)
+    weight = weight.to(dtype)
+    dense_again = run(name, weight, stats, rank=min(out, IN)).members["w"].dense()
+    assert dense_again.dtype == dtype
+    assert (dense_again - weight).norm() < 8 * torch.finfo(dtype).eps * weight.norm()
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize(("out", "experts"), [(OUT, 0), (56, 0), (OUT, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cut_is_the_result_of_the_smaller_rank(name, out, experts, dtype, make_unit):
+    assert is_ranked(name)
+    weight, stats = make_unit(out, experts=experts)
+    weight = weight.to(dtype)
+    largest = run(name, weight, stats, rank=20).members["w"]
+    for rank in (20, 19, 8, 1):
+        smaller = run(name, weight, stats, rank=rank).members["w"]
+        assert same(low_rank.cut(largest, rank), smaller)
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+def test_expert_of_a_bank_equals_the_expert_alone(name, make_unit):
+    weight, stats = make_unit(experts=3)
+    bank = run(name, weight, stats, rank=6).members["w"]
+    for expert in range(3):
+        one = Stats({key: value[expert] for key, value in stats.sums.items()})
+        assert same(bank[expert], run(name, weight[expert], one, rank=6).members["w"])
+        assert torch.equal(bank[expert].dense(), bank.dense()[expert])
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+def test_error_in_its_norm_falls_with_the_rank_and_is_the_least(name, make_unit):
+    weight, stats = make_unit()
+    wanted = target(name, weight)
+    norm = claimed_norm(name, stats)
+    errors = [
+        error(wanted, correction(run(name, weight, stats, rank=rank)).dense(), norm)
+        for rank in range(1, OUT)
+    ]
+    assert all(less < more for more, less in itertools.pairwise(errors))
+    for rank, found in enumerate(errors, start=1):
+        assert found == pytest.approx(best_error(wanted, norm, rank), rel=1e-5)
+        plain = run("svd", wanted, stats, rank=rank).members["w"].dense()
+        assert found <= error(wanted, plain, norm) * (1 + 1e-9)
+
+
+def claimed_norm(name: str, stats: Stats) -> Tensor:
+    """The matrix of the norm that a method claims to minimise."""
+    norms: Mapping[str, Callable[[], Tensor]] = {
+        "svd": lambda: torch.eye(IN).double(),
+        "asvd": lambda: torch.diag(stats["abs"]),  # (mean |x|)^½, squared, up to a factor
+        "fwsvd": lambda: torch.diag(stats["fisher"]),
+    }
+    return norms[name]() if name in norms else stats["hessian"]
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("case", ["zero", "rank_deficient", "ill_conditioned", "dead_inputs"])
+def test_result_is_finite_and_full_rank_exact_whatever_the_statistics_are(name, case, make_unit):
+    weight, stats = make_unit(tokens=3 if case == "rank_deficient" else 200)
+    sums = dict(stats.sums)
+    if case == "zero":
+        sums = {key: torch.zeros_like(value) for key, value in sums.items()}
+    elif case in ("ill_conditioned", "dead_inputs"):
+        scale = torch.logspace(0, -12, IN).double()
+        if case == "dead_inputs":
+            scale = (torch.arange(IN) % 2).double()
+        sums["hessian"] = sums["hessian"] * scale * scale[:, None]
+        sums["abs"] = sums["abs"] * scale
+        sums["fisher"] = sums["fisher"] * scale**2
+    for rank in (5, OUT):
+        result = run(name, weight, Stats(sums), rank=rank)
+        assert result.members["w"].dense().isfinite().all()
+    assert (result.members["w"].dense() - weight).norm() < 1e-13 * weight.norm()
+    kinds = {event.kind for event in result.events} - {"above_break_even"}
+    if name in WHITENING:
+        told = {"zero": "no_tokens", "rank_deficient": "few_tokens"}
+        assert kinds == {told.get(case, "rank_deficient")}
+
+
+@pytest.mark.parametrize("name", FACTORING)
+def test_bytes_are_predicted_for_shares_and_numbers(name, make_unit):
+    weight, stats = make_unit(experts=2)
+    shapes, module = {"w": tuple(weight.shape)}, method_module(name)
+    for rank in (0.05, 0.5, 1.0, 1, 7, 15, OUT):
+        options = module.Options(rank=rank)
+        result = module.compress({"w": weight.half()}, {"w": stats}, options)
+        assert module.predict_bytes(shapes, torch.float16, options) == result.members["w"].nbytes
+        grows = result.members["w"].nbytes > 2 * weight.numel()
+        assert grows == any(event.kind == "above_break_even" for event in result.events)
+        assert not (grows and isinstance(rank, float))
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("rank", [0, OUT + 1, 1000])
+def test_rank_that_no_member_has_is_a_problem(name, rank, make_unit):
+    weight, stats = make_unit()
+    module = repair_module(name) if is_repair(name) else method_module(name)
+    reason = module.problem({"up": (2, IN, IN), "w": (OUT, IN)}, options_of(name)(rank=rank))
+    assert reason is not None and str(rank) in reason and "\n" not in reason
+    with pytest.raises(ValueError, match="w: rank"):
+        run(name, weight, stats, rank=rank)
+
+
+@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(name, wrong, make_unit):
+    weight, stats = make_unit()
+    module = repair_module(name) if is_repair(name) else method_module(name)
+    for key in sorted(module.NEEDS - {"tokens"}):
+        sums = {key: value.clone() for key, value in stats.sums.items()}
+        sums[key].view(-1)[3] = wrong
+        with pytest.raises(ValueError, match=r"^w: "):
+            run(name, weight, Stats(sums), rank=4)
+    base = {"w": rounded(weight)}
+    weight[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"^w: 1 of"):
+        if is_repair(name):
+            repair_module(name).repair({"w": weight}, base, {"w": stats}, eora.Options(rank=4))
+        else:
+            run(name, weight, stats, rank=4)
+
+
+# Ranks
+
+
+def test_rank_is_a_number_or_a_share():
+    assert svd.Options(rank=1).rank == 1 and isinstance(svd.Options(rank=1).rank, int)
+    assert isinstance(svd.Options(rank=1.0).rank, float)
+    for wrong in (True, "3", 0.0, 1.01, -1, -0.5, float("nan")):
+        with pytest.raises(ValidationError):
+            svd.Options(rank=wrong)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "columns"),
+    [
+        ((100, 100), 1.0, 48),  # 50, down to a multiple of 8
+        ((100, 100), 0.2, 8),
+        ((100, 100), 0.14, 7),
+        ((100, 100), 0.001, 1),
+        ((5, 160, 480), 0.3, 32),  # 36
+        ((160, 160), 0.3, 24),  # 0.3 · 80 is a little less than 24
+        ((100, 100), 77, 77),
+    ],
+)
+def test_shares_become_ranks(shape, rank, columns):
+    assert low_rank.resolved_rank(shape, rank) == columns
+
+
+# Errors of all ranks
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("based", [False, True])
+def test_errors_of_all_ranks_equal_those_one_by_one(experts, based, make_unit):
+    weight, stats = make_unit(experts=experts)
+    base = rounded(weight).dense() if based else None
+    whole = weight if base is None else weight - base
+    result = svd_llm.compress({"w": whole.float()}, {"w": stats}, svd_llm.Options(rank=OUT))
+    left, right = (factor.dense().double() for factor in lowrank.factors(result.members["w"]))
+    ranks = [0, 1, 2, 7, 23, OUT]
+    errors = low_rank.rank_errors(weight, left, right, stats["hessian"], ranks, base)
+    assert (errors.shape, errors.dtype) == ((len(ranks), *weight.shape[:-1]), torch.float64)
+    largest = errors[0].max()
+    for found, rank in zip(errors, ranks, strict=True):
+        delta = whole - left[..., :rank] @ right[..., :rank, :]
+        expected = ((delta @ stats["hessian"]) * delta).sum(-1)
+        assert (found - expected).abs().max() < 1e-13 * largest
+        assert (found >= 0).all()
+
+
+# Single methods
+
+
+@pytest.mark.parametrize("case", ["plain", "few_tokens", "no_tokens", "indefinite"])
+def test_cholesky_tells_of_its_damping_only_where_it_grew(case, make_unit):
+    weight, stats = make_unit(tokens=3 if case == "few_tokens" else 200)
+    hessian = stats["hessian"]
+    if case == "no_tokens":
+        hessian = torch.zeros_like(hessian)
+    elif case == "indefinite":
+        hessian = hessian + hessian.diagonal().mean() * (1 - torch.eye(IN).double())
+    stats = Stats({**stats.sums, "hessian": hessian})
+    result = run("svd_llm", weight, stats, rank=9, variant="cholesky")
+    told = {"no_tokens": ["no_tokens"], "indefinite": ["damping_grew"]}
+    assert [event.kind for event in result.events] == told.get(case, [])
+    assert result.members["w"].dense().isfinite().all()
+
+
+def test_variants_agree_where_the_hessian_is_well_conditioned(make_unit):
+    weight, stats = make_unit()
+    eigen = run("svd_llm", weight, stats, rank=10)
+    cholesky = run("svd_llm", weight, stats, rank=10, variant="cholesky", damp=1e-9)
+    assert (eigen.members["w"].dense() - cholesky.members["w"].dense()).norm() < 1e-6
+    least = best_error(weight, stats["hessian"], 10)
+    damped = run("svd_llm", weight, stats, rank=10, variant="cholesky").members["w"].dense()
+    assert least < error(weight, damped, stats["hessian"]) < 1.02 * least
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", ["int_group", "lowrank", "mosaic"])
+def test_eora_never_does_worse_than_no_repair_whatever_the_base_is(bits, kind, make_unit):
+    weight, stats = make_unit(experts=3)
+    weight = weight.bfloat16()
+    fine, coarse = (
+        gptq.compress({"w": weight}, {"w": stats}, gptq.Options(bits=b, group_size=8)).members["w"]
+        for b in (bits + 1, bits)
+    )
+    if kind == "mosaic":
+        groups = [(mosaic.take(fine, [0, 2]), [0, 2]), (mosaic.take(coarse, [1]), [1])]
+    bases: Mapping[str, Callable[[], CompressedTensor]] = {
+        "int_group": lambda: coarse,
+        "lowrank": lambda: run("svd", weight, stats, rank=8).members["w"],
+        "mosaic": lambda: mosaic.pack(groups),
+    }
+    base = bases[kind]()
+    result = eora.repair({"w": weight}, {"w": base}, {"w": stats}, eora.Options(rank=6))
+    tensor = result.members["w"]
+    assert tensor.format == "residual"
+    added = eora.predict_bytes({"w": tuple(weight.shape)}, weight.dtype, eora.Options(rank=6))
+    assert tensor.nbytes == base.nbytes + added
+    for expert in range(3):
+        h = stats["hessian"][expert]
+        before, after = (error(weight[expert], t[expert].dense(), h) for t in (base, tensor))
+        least = best_error(weight[expert].double() - base[expert].dense().double(), h, 6)
+        assert after < 0.9 * before
+        assert (
+            least * 0.98
+            < after
+            < 1.05 * least + 1e-4 * error(weight[expert], 0 * weight[expert], h)
+        )
+
+
+def test_experts_without_tokens_get_plain_svd_and_one_event(make_unit):
+    weight, stats = make_unit(experts=4)
+    for value in stats.sums.values():
+        value[1:3] = 0
+    plain = run("svd", weight, stats, rank=5).members["w"]
+    result = run("svd_llm", weight, stats, rank=5)
+    assert [(event.kind, event.value) for event in result.events] == [("no_tokens", 2)]
+    assert "expert 1" in result.events[0].message
+    for expert in (1, 2):
+        assert same(result.members["w"][expert], plain[expert])
+    assert not same(result.members["w"][0], plain[0])
+
+
+# Formats
+
+
+def test_bank_of_factors_is_taken_apart_and_put_together(make_unit):
+    weight, stats = make_unit(experts=4)
+    for name in ("svd", "eora"):
+        bank = run(name, weight, stats, rank=5).members["w"]
+        joined = mosaic.pack([(mosaic.take(bank, part), part) for part in ([2, 0], [1, 3])])
+        assert torch.equal(joined.dense(), bank.dense())
+        assert same(joined[2], bank[2])
+
+
+def test_factors_that_cannot_be_cut_say_why(make_unit):
+    weight, stats = make_unit()
+    tensor = run("svd", weight.half(), stats, rank=8).members["w"]
+    for rank in (0, 9):
+        with pytest.raises(ValueError, match=f"rank {rank}"):
+            low_rank.cut(tensor, rank)
+    quantized = quantize_factors("rtn", {"w": tensor}, {"w": stats}, rtn.Options(group_size=8))
+    with pytest.raises(ValueError, match="int_group"):
+        low_rank.cut(quantized.members["w"], 4)
+    with pytest.raises(ValueError, match="dense"):
+        low_rank.cut(dense.pack(weight), 4)
+
+
+# Quantized factors
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("experts", [0, 3])
+def test_quantized_factors_are_near_and_have_the_bytes_predicted(method, experts, make_unit):
+    weight, stats = make_unit(56, experts=experts)
+    weights = {"a": weight.bfloat16(), "b": weight.flip(-1).bfloat16()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    sites = dict.fromkeys(weights, stats)
+    whole = svd_llm.compress(weights, sites, svd_llm.Options(rank=16)).members
+    previous = None
+    for bits in (3, 5, 8):
+        options = options_of(method)(bits=bits, group_size=8)
+        assert factor_problem(shapes, 16, method, options) is None
+        result = quantize_factors(method, whole, sites, options)
+        assert list(result.members) == list(weights)
+        size = sum(tensor.nbytes for tensor in result.members.values())
+        assert size == factor_bytes(shapes, 16, torch.bfloat16, method, options)
+        total = 0.0
+        for name, tensor in result.members.items():
+            assert tensor.format == "lowrank"
+            assert {factor.format for factor in lowrank.factors(tensor)} == {"int_group"}
+            delta = whole[name].dense().double() - tensor.dense().double()
+            total += float(((delta @ stats["hessian"]) * delta).sum())
+        assert previous is None or total < 0.4 * previous
+        previous = total
+    assert total < 1e-3 * float(((weight @ stats["hessian"]) * weight).sum())
+
+
+def test_left_factor_makes_up_for_the_rounded_right_one(make_unit, monkeypatch):
+    weight, stats = make_unit(56)
+    whole = {
+        "w": svd_llm.compress(
+            {"w": weight.float()}, {"w": stats}, svd_llm.Options(rank=16)
+        ).members["w"]
+    }
+    options = gptq.Options(bits=3, group_size=8)
+    fitted = quantize_factors("gptq", whole, {"w": stats}, options).members["w"].dense()
+
+    def as_it_is(
+        name: str, left: Tensor, right: Tensor, rounded: Tensor, stats: Stats
+    ) -> tuple[Tensor, Stats]:
+        return left, seen(name, left, right, rounded, stats)[1]
+
+    seen = factors._seen_by_left
+    monkeypatch.setattr(factors, "_seen_by_left", as_it_is)
+    plain = quantize_factors("gptq", whole, {"w": stats}, options).members["w"].dense()
+    exact = whole["w"].dense()
+    assert error(exact, fitted, stats["hessian"]) < error(exact, plain, stats["hessian"])
+
+
+def test_what_factors_cannot_have_is_told(make_unit):
+    options = rtn.Options(group_size=16)
+    reason = factor_problem({"w": (OUT, IN)}, 16, "rtn", options)
+    assert reason is not None and "w (right factor)" in reason and "40" in reason
+    reason = factor_problem({"w": (OUT, 48)}, 8, "rtn", options)
+    assert reason is not None and "w (left factor)" in reason and "8" in reason
+    weight, stats = make_unit()
+    with pytest.raises(ValueError, match="w: the format is dense"):
+        quantize_factors("rtn", {"w": dense.pack(weight)}, {"w": stats}, options)
+
+
+def test_only_quantizers_that_need_no_more_than_the_hessian_round_factors():
+    assert {
+        name for name in ("rtn", "gptq", "svd", "eora", "reap") if factors.is_quantizer(name)
+    } == {
+        "rtn",
+        "gptq",
+    }
+    assert {"svd", "asvd", "svd_llm"} <= set(FACTORING)
+    assert not is_factoring("eora") and not is_factoring("gptq")
