@@ -11,6 +11,7 @@ in the group's parts.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -58,9 +59,17 @@ def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> Compressed
 
 
 def take(bank: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
-    """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own."""
+    """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own.
+
+    A format whose parts do not all have the experts as first dimension defines
+    ``take(tensor, slices)``.
+    """
     if len(bank.shape) < 3:
         raise ValueError(f"a weight of shape {bank.shape} is not a bank")
+    own = getattr(format_module(bank.format), "take", take)
+    if own is not take:
+        chosen: CompressedTensor = own(bank, slices)
+        return chosen
     parts = {name: part[list(slices)].contiguous() for name, part in bank.parts.items()}
     shape = (len(slices), *bank.shape[1:])
     return CompressedTensor(bank.format, parts, shape, bank.dtype, bank.params)
@@ -96,6 +105,16 @@ def unpack(tensor: CompressedTensor) -> Tensor:
     for member, slices in found:
         dense[slices] = member.dense()
     return dense
+
+
+def effective(tensor: CompressedTensor) -> Tensor:
+    """The weight that products amount to, in the widest dtype of the groups' own."""
+    found = [(member.effective(), slices) for member, slices in groups(tensor)]
+    dtype = reduce(torch.promote_types, (weight.dtype for weight, _ in found))
+    whole = torch.empty(tensor.shape, dtype=dtype, device=_device(tensor))
+    for weight, slices in found:
+        whole[slices] = weight.to(dtype)
+    return whole
 
 
 def _device(tensor: CompressedTensor) -> torch.device:

@@ -55,6 +55,11 @@ class CompressedTensor:
         weight: Tensor = function(self)
         return weight
 
+    def to(self, device: torch.device | str) -> "CompressedTensor":
+        """The same with its parts on ``device``."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        return CompressedTensor(self.format, parts, self.shape, self.dtype, self.params)
+
     def cut(self, rank: int) -> "CompressedTensor":
         """The same at a smaller rank, where the format defines ``cut(tensor, rank)``."""
         cut = getattr(format_module(self.format), "cut", None)

@@ -17,7 +17,9 @@ A *method* is a module of this folder that defines
 ``compress`` ``(weights, stats, options) -> Result``
 ``predict_bytes``, ``problem``  what can be told before any work (see :class:`Method`)
 ``RANKED``   only where it is true: the options have a ``rank``, and the result of a smaller one is
-             that of a larger one, cut (see :func:`moesaic.methods.low_rank.cut`)
+             that of a larger one, cut (see :meth:`CompressedTensor.cut`)
+``WHOLE``    only where it is true: the experts of a bank share parts of what is stored, so that
+             all of them take the method or none
 
 A method that corrects what an earlier link of a chain left, a *repair*, defines ``repair`` instead
 of ``compress`` (see :class:`Repair`).
@@ -279,6 +281,11 @@ def repair_module(name: str) -> Repair:
     return cast(Repair, plugin("moesaic.methods", (_REPAIR,), name))
 
 
+def link_module(name: str) -> Method | Repair:
+    """The method or repair called ``name``; raises ``UnknownName`` with the list of known ones."""
+    return cast(Method | Repair, plugin("moesaic.methods", (_COMPRESS, _REPAIR), name))
+
+
 def options_of(name: str) -> type[MethodOptions]:
     """The options of a method, reducer or repair; raises ``UnknownName`` with those known."""
     kinds = (_COMPRESS, _REDUCE, _REPAIR)
@@ -300,6 +307,12 @@ def is_ranked(name: str) -> bool:
     """Whether the results of a method or repair can be cut to smaller ranks."""
     module = plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
     return bool(getattr(module, "RANKED", False))
+
+
+def is_whole(name: str) -> bool:
+    """Whether all experts of a bank must take a method or repair together."""
+    module = plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
+    return bool(getattr(module, "WHOLE", False))
 
 
 def reducing(chain: Chain) -> tuple[Chain, Chain]:

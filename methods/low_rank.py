@@ -25,7 +25,6 @@ from pydantic import AfterValidator, StrictFloat, StrictInt
 from torch import Tensor
 
 from moesaic.kernels import dense, lowrank
-from moesaic.kernels.tensor import CompressedTensor, format_module
 from moesaic.methods.base import Event, MethodOptions, Result, Stats, option
 from moesaic.methods.grid import check_finite
 
@@ -149,7 +148,8 @@ def low_rank(
 
     Args:
         root: of a member and one of its experts (0 for a linear).
-        base: ``[out, in]`` likewise: what the factors will be added to; None if nothing.
+        base: ``[out, in]`` likewise: what the factors will be added to; None if nothing. Then
+            there is an event ``above_break_even`` where they are larger than the weight.
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or there is no such rank.
@@ -158,7 +158,7 @@ def low_rank(
     reason = rank_problem(shapes, rank)
     if reason:
         raise ValueError(reason)
-    result = Result({}, above_break_even(shapes, rank))
+    result = Result({}, above_break_even(shapes, rank) if base is None else [])
     for name, weight in weights.items():
         check_finite(name, weight)
         *batch, out, inputs = weight.shape
@@ -344,16 +344,3 @@ def rank_errors(
         total = torch.cat([whole, whole + added.cumsum(-1)], dim=-1)
         errors[:, expert] = total[:, list(ranks)].mT.clamp_min(0)
     return errors.view(len(ranks), *batch, out)
-
-
-def cut(tensor: CompressedTensor, rank: int) -> CompressedTensor:
-    """What the method that made ``tensor`` makes at a smaller rank, where it is ranked.
-
-    Raises:
-        ValueError: the tensor's format has no rank, its factors are not dense or are smaller.
-    """
-    module: Any = format_module(tensor.format)
-    if not hasattr(module, "cut"):
-        raise ValueError(f"a weight in the format {tensor.format} has no rank to cut")
-    found: CompressedTensor = module.cut(tensor, rank)
-    return found

@@ -324,7 +324,7 @@ def advance(
 def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """The weights that pieces stand for: unit → member → ``[*batch, out, in]``."""
     return {
-        unit: {member: tensor.dense() for member, tensor in read_piece(Path(path)).items()}
+        unit: {member: tensor.effective() for member, tensor in read_piece(Path(path)).items()}
         for unit, path in pieces.items()
     }
 

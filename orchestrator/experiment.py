@@ -6,7 +6,7 @@ recipe is found out before any work starts.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moesaic.methods import chains
 from moesaic.methods.base import (
     Chain,
     Spec,
     Unit,
     chain_text,
     is_reducer,
-    method_module,
     reducing,
     reverse_needs,
 )
@@ -31,6 +31,7 @@ from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import Chosen, choices, tied_choices
+from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
@@ -354,14 +355,7 @@ class Experiment:
             shapes = self.reduced(unit, prefix).shapes
         except ValueError as error:
             return str(error)
-        for spec in rest:
-            method = method_module(spec.method)
-            if unit.kind not in method.SCOPE:
-                return f"{spec.method} does not work on a {unit.kind}"
-            reason = method.problem(shapes, spec.parsed())
-            if reason is not None:
-                return reason
-        return None
+        return chains.misfit(unit.kind, shapes, rest)
 
     def _unloadable(self, unit: Unit, chain: Chain) -> str | None:
         """Why the target cannot load a unit compressed so."""
@@ -459,10 +453,7 @@ class Experiment:
             first, rest = reducing(chain)
             if first != prefix or chain not in known:
                 continue
-            size = dense
-            for spec in rest:
-                method = method_module(spec.method)
-                size = method.predict_bytes({member: shape}, dtype, spec.parsed())
+            size = chains.predict_bytes({member: shape}, dtype, rest) if rest else dense
             found.append(Measurement(name, rest, size, 0.0, None, 0.0))
         if not prefix and (unit.kind != "bank" or not self.mixed_banks):  # see results.py
             found.append(Measurement(name, (), dense, 0.0, None, 0.0))
@@ -481,8 +472,7 @@ class Experiment:
         if not rest:
             dense = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
             return size + dense if prefix else self.dense_bytes(unit)
-        (spec,) = rest
-        return size + method_module(spec.method).predict_bytes(shapes, dtype, spec.parsed())
+        return size + chains.predict_bytes(shapes, dtype, rest)
 
     def _stored_dtype(self, unit: Unit) -> torch.dtype:
         first = next(iter(self.model.unit_tensors(unit).values()))[0]
@@ -626,7 +616,11 @@ class Experiment:
         stats = [store.path("stats", walk.stats_key(block)) for block in blocks]
         if self.open_specs() and all(path.exists() for path in stats):
             self.close()
-        keys = [self.key(u, chain, walk) for u, chains in self.offers.items() for chain in chains]
+        pairs = [(unit, chain) for unit, offered in self.offers.items() for chain in offered]
+        keys = {self.key(unit, chain, walk) for unit, chain in pairs}
+        keys |= {k for u, c in pairs for _, k in self.stages(u, [(c, "")], walk)}
+        pieces = [store.get("pieces", key) for key in keys]
+        keys |= {p.metadata[CUT_OF] for p in pieces if p is not None and CUT_OF in p.metadata}
         reductions = [
             self.reduction_key(unit, prefix, walk)
             for unit, chains in self.offers.items()
@@ -638,7 +632,7 @@ class Experiment:
             Path(self.judge.ids),
             *stats,
             *(store.path("gradients", walk.gradients_key(block)) for block in blocks),
-            *(store.path(kind, key) for kind in ("pieces", "errors") for key in keys),
+            *(store.path(kind, key) for kind in ("pieces", "errors", "cuts") for key in keys),
             *(store.path("reductions", key) for key in reductions),
         ]
 
@@ -648,6 +642,17 @@ class Experiment:
         # The reverse pass goes through the dense model, whatever the walk goes through.
         gradients = self.walk.gradients_key(block) if reverse_needs(chain) else ""
         return piece_key(walk.fingerprint, unit, chain, walk.stats_key(block), gradients)
+
+    def stages(
+        self, unit: str, pairs: Iterable[tuple[Chain, str]], walk: Walk
+    ) -> list[tuple[Chain, str]]:
+        """The shorter chains that chains of a unit start from, with their keys."""
+        shorter = {
+            chain[:length]: None
+            for chain, _ in pairs
+            for length in range(len(reducing(chain)[0]) + 1, len(chain))
+        }
+        return [(chain, self.key(unit, chain, walk)) for chain in shorter]
 
     def reduction_key(self, unit: str, prefix: Chain, walk: Walk) -> str:
         """Key of what reducers make of a bank with the statistics of a walk."""

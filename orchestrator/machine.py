@@ -15,7 +15,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from moesaic.methods.base import Chain, Result, Stats, Unit, method_module, reducing
+from moesaic.methods import chains
+from moesaic.methods.base import (
+    OUTPUT_STATISTICS,
+    Chain,
+    Result,
+    Stats,
+    Unit,
+    link_module,
+    reducing,
+)
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
@@ -85,11 +94,15 @@ def crew(compute: Compute) -> Crew:
 
 @dataclass(frozen=True)
 class Compressing:
-    """Seconds of a method: per column of a site, per weight, and per weight to make dense again."""
+    """Seconds of a chain: per column of a site, per weight, and per weight to make dense again.
+
+    Where it factorises weights, ``cube`` is the time per weight and singular value instead.
+    """
 
     column: float
     weight: float
     dense: float
+    cube: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -247,7 +260,7 @@ def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing
     found: dict[Chain, Compressing] = {}
     for chain in experiment.recipe.chains():
         rest = reducing(chain)[1]
-        if not rest or any("linear" not in method_module(s.method).SCOPE for s in rest):
+        if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
             continue
         switches = tuple(_switches(rest))
         if switches not in known:
@@ -265,25 +278,41 @@ def _switches(chain: Chain) -> Iterator[tuple[str, object]]:
 
 
 def _compress(chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]) -> Compressing:
-    (spec,) = chain
-    method, options = method_module(spec.method), spec.parsed()
+    few, many = _LAYER_ROWS
     widths = [*range(_LAYER_INPUTS, 4 * _LAYER_INPUTS, 8)]
     widths += sorted({shape[-1] for unit in units for shape in unit.shapes.values()})
-    inputs = next(w for w in widths if not method.problem({"weight": (_LAYER_ROWS[0], w)}, options))
-
+    factoring = any(chains.can_be_cut(chain[: end + 1]) for end in range(len(chain)))
+    if factoring:  # ranks are given for layers as large as the model's
+        few = many = max(_LAYER_INPUTS, *(min(s[-2:]) for u in units for s in u.shapes.values()))
+    fits = (w for w in widths if not chains.misfit("linear", {"weight": (few, w)}, chain))
+    inputs = next(fits)
     made: list[Result] = []
 
     def layer(rows: int) -> Callable[[], None]:
         unit = Unit("probe", "linear", 0, "mlp", {"weight": (rows, inputs)}, {"weight": "probe"})
-        observer = StatisticsObserver([unit], tuple(method.NEEDS), torch.device(device))
+        needed = tuple(chains.needs(chain) - OUTPUT_STATISTICS.keys())
+        observer = StatisticsObserver([unit], needed, torch.device(device))
         observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device), None)
         sums = observer.finish()["probe"].sums
+        if "fisher" in chains.needs(chain):
+            sums = {**sums, "fisher": torch.rand(inputs, device=device)}
         weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
-        # New Stats every time: what a method derives from them would be reused.
-        return lambda: made.append(method.compress(weights, {"weight": Stats(sums)}, options))
 
-    few, many = _LAYER_ROWS
-    short, long = (_seconds(layer(rows), device) for rows in _LAYER_ROWS)
+        def run() -> None:
+            # New Stats every time: what a method derives from them would be reused.
+            stats = {"weight": Stats(sums)}
+            result = Result({})
+            for end in range(len(chain)):
+                result = chains.apply_link(chain[: end + 1], weights, result.members, stats)
+            made.append(result)
+
+        return run
+
+    short = long = _seconds(layer(few), device)
+    if factoring:
+        unpack = _seconds(made[-1].members["weight"].dense, device) / (few * inputs)
+        return Compressing(0.0, 0.0, unpack, cube=short / (few * inputs * min(few, inputs)))
+    long = _seconds(layer(many), device)
     weight = max(0.0, (long - short) / ((many - few) * inputs))
     return Compressing(
         column=max(0.0, short / inputs - weight * few),

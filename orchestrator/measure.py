@@ -4,38 +4,25 @@ A *job* is all units of one block that read the same site, with all chains that 
 they share the statistics and their factorisation. A finished pair of unit and chain is an entry
 ``pieces`` (the compressed tensors) and an entry ``errors`` (the error of every output row); both
 are named by the digest of what went into them, so that a search never waits for a compression that
-was done before, by whatever run. Chains that reduce a bank first are jobs of their own, one per
-reduction, which is made once (see :mod:`moesaic.orchestrator.reductions`).
+was done before, by whatever run (:mod:`moesaic.orchestrator.compression` makes them). Chains that
+reduce a bank first are jobs of their own, one per reduction, which is made once (see
+:mod:`moesaic.orchestrator.reductions`).
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.kernels import dense
-from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import (
-    OUTPUT_STATISTICS,
-    Chain,
-    Event,
-    Spec,
-    Stats,
-    Unit,
-    is_reducer,
-    method_module,
-    reducing,
-)
+from moesaic.methods import chains as links
+from moesaic.methods.base import OUTPUT_STATISTICS, Chain, Spec, Stats, Unit, reducing
 from moesaic.methods.reduction import reducer_module
 from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.expert_statistics import expert_site
-from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, load_stats
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
@@ -43,8 +30,8 @@ from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
 
-# Experts of a bank whose errors are computed at a time: bounds the float32 copies.
-ERROR_BYTES = 64 << 20
+# Unit → (chain as (method, options) pairs, key of its entries).
+Pairs = Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,7 @@ class Job:
     Attributes:
         units: names, in model order.
         missing: unit → [(chain as (method, options) pairs, key of its entries)].
+        stages: the same of shorter chains that the missing ones start from.
         stats: file of the block's statistics.
         gradients: file of what its reverse pass left, if the chains want some of it.
         reduction: key of the entry that all the chains begin with, if they reduce the one unit.
@@ -64,7 +52,8 @@ class Job:
     trust_remote_code: bool
     block: int
     units: tuple[str, ...]
-    missing: Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
+    missing: Pairs
+    stages: Pairs
     stats: str
     store: str
     reduction: str | None = None
@@ -78,11 +67,10 @@ def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
     """
     wanted = {"tokens", "hessian"}
     for chain in chains:
-        for spec in chain:
-            if is_reducer(spec.method):
-                wanted |= reducer_module(spec.method).NEEDS | {"cosine", "all_tokens"}
-            else:
-                wanted |= method_module(spec.method).NEEDS - OUTPUT_STATISTICS.keys()
+        prefix, rest = reducing(chain)
+        for spec in prefix:
+            wanted |= reducer_module(spec.method).NEEDS | {"cosine", "all_tokens"}
+        wanted |= links.needs(rest) - OUTPUT_STATISTICS.keys()
     return tuple(sorted(wanted))
 
 
@@ -102,33 +90,14 @@ def piece_key(
             "stats": stats_key,
             **({"gradients": gradients_key} if gradients_key else {}),
             "code": code_digest(
-                "kernels", "methods", "orchestrator/measure.py", "orchestrator/reductions.py"
+                "kernels",
+                "methods",
+                "orchestrator/compression.py",
+                "orchestrator/measure.py",
+                "orchestrator/reductions.py",
             ),
         }
     )
-
-
-def row_errors(weight: Tensor, other: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared output error of every row, and of the row itself, summed over the tokens of H.
-
-    Args:
-        weight, other: ``[*batch, out, in]``.
-        hessian: Σ x xᵀ ``[*batch, in, in]``.
-
-    Returns:
-        diag(ΔW H ΔWᵀ) and diag(W H Wᵀ), float32 ``[*batch, out]`` each.
-    """
-    batch = hessian.shape[:-2]
-    pieces = []
-    step = max(1, ERROR_BYTES // (4 * hessian.shape[-1] * max(hessian.shape[-1], weight.shape[-2])))
-    for index in range(0, batch[0] if batch else 1, step):
-        rows = slice(index, index + step) if batch else ...
-        dense, h = weight[rows].float(), hessian[rows].float()
-        delta = dense - other[rows].float()
-        pieces.append([((x @ h) * x).sum(-1).clamp_min(0) for x in (delta, dense)])
-    if not batch:
-        return pieces[0][0], pieces[0][1]
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
 def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +111,6 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     units = [unit for unit in model.units() if unit.name in plan.units]
     sites = {site for unit in units for site in unit.sites.values()}
     stats = load_stats(Path(plan.stats), lambda site: site in sites)
-    chains: dict[Chain, dict[str, str]] = {}
-    for name, wanted in plan.missing.items():
-        for links, key in wanted:
-            chains.setdefault(tuple(Spec(m, o) for m, o in links), {})[name] = key
     slopes: SiteStats = {}
     if plan.gradients is not None:
         own = {f"{unit.name}{SEPARATOR}{member}" for unit in units for member in unit.shapes}
@@ -156,7 +121,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         weights = {unit.name: model.read_unit(unit) for unit in units}
     else:
         (unit,) = units
-        bank = _reduced(plan, model, unit, next(iter(chains)))
+        bank = _reduced(plan, model, unit)
         units, weights, side = [bank.unit], {unit.name: bank.members}, bank.side
         stats = bank.merged_inputs(stats)
         slopes = bank.merged_gradients(slopes) if slopes else {}
@@ -166,21 +131,32 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     }
     _move(stats, state.device)
     _move(slopes, state.device)
-    known = _member_stats(units, stats, slopes)
-    measured = []
-    for whole, keys in chains.items():
-        chain = reducing(whole)[1]
-        todo = [unit for unit in units if unit.name in keys]
-        rowwise = all(method_module(spec.method).ROWWISE for spec in chain)
-        for together in [todo] if rowwise else [[unit] for unit in todo]:
-            started = time.monotonic()
-            compressed, events = _apply(chain, together, weights, known)
-            seconds = (time.monotonic() - started) / len(together)
-            for unit in together:
-                members = compressed[unit.name]
-                _write(plan, unit, keys[unit.name], members, side, weights, stats, seconds, events)
-                measured.append((unit.name, keys[unit.name], seconds))
+    bench = Bench(
+        store=Store(Path(plan.store)),
+        units=units,
+        weights=weights,
+        side=side,
+        sites=stats,
+        stats=_member_stats(units, stats, slopes),
+        stages=_without_reducers(plan.stages),
+        device=state.device,
+    )
+    measured = bench.run(_without_reducers(plan.missing))
     return {"measured": measured, "peak_bytes": peak_memory_bytes()}
+
+
+def _chain(specs: Iterable[tuple[str, str]]) -> Chain:
+    return tuple(Spec(method, options) for method, options in specs)
+
+
+def _without_reducers(pairs: Pairs) -> dict[Chain, dict[str, str]]:
+    """Chain after its reducers → unit → key."""
+    found: dict[Chain, dict[str, str]] = {}
+    for name, wanted in pairs.items():
+        for specs, key in wanted:
+            chain = reducing(_chain(specs))[1]
+            found.setdefault(chain, {})[name] = key
+    return found
 
 
 def _member_stats(
@@ -202,71 +178,13 @@ def _move(stats: Mapping[str, Stats], device: str) -> None:
         entry.sums = {name: value.to(device) for name, value in entry.sums.items()}
 
 
-def _reduced(plan: Job, model: StreamedModel, unit: Unit, chain: Chain) -> ReducedBank:
+def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
     assert plan.reduction is not None, "the job is about a reduction"
+    prefix = reducing(_chain(plan.missing[unit.name][0][0]))[0]
     site = expert_site(unit.name)
     stats = load_stats(Path(plan.stats), lambda name: name == site)[site]
     store = Store(Path(plan.store))
-    return reduced_bank(store, plan.reduction, model, unit, reducing(chain)[0], stats)
-
-
-def _apply(
-    chain: Chain,
-    units: Sequence[Unit],
-    weights: Mapping[str, Mapping[str, Tensor]],
-    stats: Mapping[str, Stats],
-) -> tuple[dict[str, dict[str, CompressedTensor]], list[Event]]:
-    """Runs a chain on the members of units together; members are named ``unit|member``.
-
-    Args:
-        stats: ``unit|member`` → its statistics.
-    """
-    if not chain:
-        packed = {u.name: {m: dense.pack(weights[u.name][m]) for m in u.shapes} for u in units}
-        return packed, []
-    (spec,) = chain
-    members = {f"{u.name}|{m}": weights[u.name][m] for u in units for m in u.shapes}
-    sites = {name: stats[name] for name in members}
-    result = method_module(spec.method).compress(members, sites, spec.parsed())
-    compressed = {u.name: {m: result.members[f"{u.name}|{m}"] for m in u.shapes} for u in units}
-    return compressed, result.events
-
-
-def _write(
-    job: Job,
-    unit: Unit,
-    key: str,
-    members: Mapping[str, CompressedTensor],
-    side: Mapping[str, Tensor],
-    weights: Mapping[str, Mapping[str, Tensor]],
-    stats: Mapping[str, Stats],
-    seconds: float,
-    events: Sequence[Event],
-) -> None:
-    """Writes both entries of a pair; the piece last, because it stands for the pair.
-
-    Args:
-        side: what comes with a reduced bank, as it is.
-    """
-    store = Store(Path(job.store))
-    rows: dict[str, Tensor] = {}
-    for member, tensor in members.items():
-        site = stats[unit.sites[member]]
-        error, norm = row_errors(weights[unit.name][member], tensor.dense(), site["hessian"])
-        rows |= {f"error|{member}": error.cpu(), f"norm|{member}": norm.cpu()}
-        rows[f"tokens|{member}"] = site["tokens"].cpu().clone()
-    whole = {**members, **{name: dense.pack(tensor) for name, tensor in side.items()}}
-    own = [e for e in events if e.unit in ("", unit.name) or e.unit.startswith(f"{unit.name}|")]
-    metadata = {
-        "unit": unit.name,
-        "bytes": {member: tensor.nbytes for member, tensor in whole.items()},
-        "seconds": seconds,
-        "events": [
-            {"kind": e.kind, "message": e.message, "unit": unit.name, "value": e.value} for e in own
-        ],
-    }
-    store.put("errors", key, lambda p: save_file(rows, p))
-    store.put("pieces", key, lambda p: write_piece(p, whole, {"unit": unit.name}), metadata)
+    return reduced_bank(store, plan.reduction, model, unit, prefix, stats)
 
 
 def predicted_losses(

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 import torch
 
 from moesaic.methods import gptq
-from moesaic.methods.base import Unit, method_module, reducing
+from moesaic.methods.base import Unit, link_module, reducing
+from moesaic.orchestrator.compression import ERROR_BYTES
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum_shapes
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.measure import ERROR_BYTES
 from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
@@ -336,7 +336,7 @@ def _factors(experiment: Experiment, statistics_bytes: int) -> int:
         for chain in experiment.recipe.chains()
         for spec in reducing(chain)[1]
         for options in [spec.parsed()]
-        if "hessian" in method_module(spec.method).NEEDS
+        if "hessian" in link_module(spec.method).NEEDS
     }
     return len(kinds) * statistics_bytes
 

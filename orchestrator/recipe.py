@@ -22,7 +22,8 @@ from pydantic import (
 )
 
 from moesaic.kernels.discovery import UnknownName
-from moesaic.methods.base import Chain, Spec, expand, is_reducer, options_of, reducing
+from moesaic.methods.base import Chain, Spec, expand, options_of
+from moesaic.methods.chains import order_problem
 from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
@@ -228,13 +229,9 @@ def _chains(value: Any) -> list[Chain]:
     if count > _MOST_CHOICES:
         raise ValueError(f"{count:,} choices in one entry: at most {_MOST_CHOICES:,} are taken")
     chains = list(itertools.product(*specs))
-    prefix, rest = reducing(chains[0])
-    if any(is_reducer(spec.method) for spec in rest):
-        raise ValueError("methods that reduce experts come first in a chain")
-    if len(prefix) > 1:
-        raise ValueError("a chain reduces experts once, not twice")
-    if len(rest) > 1:
-        raise ValueError("one compression per chain, after the reduction of experts")
+    problem = order_problem(chains[0])
+    if problem is not None:
+        raise ValueError(problem)
     return chains
 
 

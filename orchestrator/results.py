@@ -12,7 +12,7 @@ from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
 from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
-from moesaic.orchestrator.stages import finished_entries
+from moesaic.orchestrator.stages import finished_entries, finished_pieces
 from moesaic.orchestrator.statistics import SiteStats, load_stats
 from moesaic.search.base import Alternative, Budget, Measurement, Problem
 
@@ -43,7 +43,7 @@ def measurements(experiment: Experiment) -> Table:
         for unit in experiment.units
         for chain in experiment.offers[unit.name]
     }
-    pieces = finished_entries(experiment, "pieces", keys.values())
+    pieces = finished_pieces(experiment, keys.values())
     errors = finished_entries(experiment, "errors", keys.values())
     tokens = experiment.gradient_tokens()
     found: list[Measurement] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 from moesaic.methods.base import Chain, reducing, reverse_needs
 from moesaic.orchestrator.calibrate import Walk, boundary_path
+from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, score
 from moesaic.orchestrator.experiment import Experiment, plain
@@ -28,6 +29,14 @@ def finished_entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> 
     with ThreadPoolExecutor(4) as threads:
         found = threads.map(lambda key: experiment.store.get(kind, key), wanted)
     return {key: entry for key, entry in zip(wanted, found, strict=True) if entry is not None}
+
+
+def finished_pieces(experiment: Experiment, keys: Iterable[str]) -> dict[str, Entry]:
+    """Finished pieces by key, without cuts of pieces that are gone."""
+    found = finished_entries(experiment, "pieces", keys)
+    wholes = {entry.metadata[CUT_OF] for entry in found.values() if CUT_OF in entry.metadata}
+    known = found | finished_entries(experiment, "pieces", wholes - found.keys())
+    return {k: e for k, e in found.items() if e.metadata.get(CUT_OF, k) in known}
 
 
 class Calibration:
@@ -195,7 +204,7 @@ def missing_pairs(
         for prefix in [reducing(chain)[0]]
         if prefix
     }
-    pieces = finished_entries(experiment, "pieces", keys.values())
+    pieces = finished_pieces(experiment, keys.values())
     errors = finished_entries(experiment, "errors", keys.values())
     reduced = finished_entries(experiment, "reductions", reductions.values())
     missing: dict[str, list[tuple[Chain, str]]] = {}
@@ -236,6 +245,13 @@ def measuring_jobs(
                 unit.name: [
                     ([(spec.method, spec.options) for spec in chain], key)
                     for chain, key in wanted[unit.name]
+                ]
+                for unit in units
+            },
+            stages={
+                unit.name: [
+                    ([(spec.method, spec.options) for spec in chain], key)
+                    for chain, key in experiment.stages(unit.name, wanted[unit.name], walk)
                 ]
                 for unit in units
             },

@@ -8,10 +8,11 @@ other users of the machine come on top.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from moesaic.methods.base import Chain, Unit, method_module, reducing
+from moesaic.methods.base import Chain, Unit, link_module, reducing
+from moesaic.methods.chains import but_for_rank, can_be_cut
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
 from moesaic.orchestrator.memory import (
@@ -153,14 +154,19 @@ class Clock:
             size = sum(self.experiment.dense_bytes(unit) for unit in group)
             seconds += (stats + size) / self.speeds.read
             chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
+            made: set[Hashable] = set()
             # A reduction is read and written, and run beside the layer as it is.
             prefixes = set(filter(None, (reducing(chain)[0] for chain in chains)))
             once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
             seconds += len(prefixes) * (once + 2 * size / self.speeds.read)
             for chain in chains:
                 todo = [unit for unit in group if chain in pairs[unit.name]]
-                seconds += sum(self.compress(todo, site, chain) for site in names)
                 seconds += 4 * self.speeds.write * len(todo)
+                if can_be_cut(chain):
+                    if but_for_rank(chain) in made:
+                        continue
+                    made.add(but_for_rank(chain))
+                seconds += sum(self.compress(todo, site, chain) for site in names)
         return seconds
 
     def compress(self, units: list[Unit], site: str, chain: Chain) -> float:
@@ -172,11 +178,11 @@ class Clock:
         parts, _ = slices(experts, rows, inputs, self.crew.device)
         weights = experts * rows * inputs
         products = 4.0 * weights * inputs  # Δw H and w H
-        if any("hessian" in method_module(spec.method).NEEDS for spec in reducing(chain)[1]):
+        if any("hessian" in link_module(spec.method).NEEDS for spec in reducing(chain)[1]):
             products += weights * inputs + experts * inputs**3  # feedback, factorisation
         return (
             speed.column * inputs * parts
-            + (speed.weight + speed.dense) * weights
+            + (speed.weight + speed.dense + speed.cube * min(rows, inputs)) * weights
             + products / self.speeds.hessian
         )
 

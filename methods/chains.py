@@ -1,0 +1,225 @@
+"""Chains of compressions: what may follow what, what it takes, and how one link is applied.
+
+Without its reducers a chain is a compression and what comes after it:
+
+- a method with ``compress``, which takes dense weights;
+- after one that leaves factors of low rank, a quantizer, which rounds the factors;
+- last, a method with ``repair``, which adds a correction of low rank to whatever is there.
+
+Each link takes what the chain before it left, which is a result of its own and made once. Chains
+that differ only in the rank of a last link that can be cut are made at once, at the largest rank.
+"""
+
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels import dense, lowrank, residual
+from moesaic.kernels.tensor import CompressedTensor
+from moesaic.methods.base import (
+    Chain,
+    Event,
+    Result,
+    Spec,
+    Stats,
+    is_ranked,
+    is_reducer,
+    is_repair,
+    link_module,
+    method_module,
+    reducing,
+    repair_module,
+)
+from moesaic.methods.factors import (
+    factor_bytes,
+    factor_problem,
+    is_factoring,
+    is_quantizer,
+    quantize_factors,
+)
+from moesaic.methods.low_rank import (
+    ABOVE_BREAK_EVEN,
+    Rank,
+    above_break_even,
+    rank_errors,
+    resolved_rank,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def order_problem(chain: Chain) -> str | None:
+    """Why these methods cannot follow one another, in one line; None if they can."""
+    prefix, rest = reducing(chain)
+    if any(is_reducer(spec.method) for spec in rest):
+        return "methods that reduce experts come first in a chain"
+    if len(prefix) > 1:
+        return "a chain reduces experts once, not twice"
+    for index, spec in enumerate(rest):
+        if is_repair(spec.method):
+            if index == 0:
+                return f"{spec.method} corrects what a compression left: put it after one"
+            if index + 1 < len(rest):
+                return f"{spec.method} comes last in a chain"
+        elif index > 0 and not _rounds_factors(rest[: index + 1]):
+            return (
+                f"{spec.method} cannot follow {rest[index - 1].method}: one compression per chain,"
+                " unless a quantizer rounds factors of low rank"
+            )
+    return None
+
+
+def _rounds_factors(chain: Chain) -> bool:
+    """Whether the last link of a chain is a quantizer of the factors that the one before left."""
+    if len(chain) < 2 or not is_quantizer(chain[-1].method):
+        return False
+    return is_factoring(chain[-2].method)
+
+
+def rowwise(chain: Chain) -> bool:
+    """Whether the units of one site may take the last link together."""
+    return not chain or link_module(chain[-1].method).ROWWISE
+
+
+def needs(chain: Chain) -> frozenset[str]:
+    """Statistics that the links want."""
+    return frozenset().union(*(link_module(spec.method).NEEDS for spec in chain))
+
+
+def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
+    """Why a unit of this kind and shape cannot be compressed so, in one line; None if it can."""
+    for index, spec in enumerate(chain):
+        module = link_module(spec.method)
+        if kind not in module.SCOPE:
+            return f"{spec.method} does not work on a {kind}"
+        if _rounds_factors(chain[: index + 1]):
+            rank = _rank(chain[index - 1])
+            reason = factor_problem(shapes, rank, spec.method, spec.parsed())
+        else:
+            reason = module.problem(shapes, spec.parsed())
+        if reason is not None:
+            return reason
+    return None
+
+
+def predict_bytes(shapes: Shapes, dtype: torch.dtype, chain: Chain) -> int:
+    """Bytes of members of these shapes after a chain of at least one link, exactly."""
+    size = 0
+    for index, spec in enumerate(chain):
+        if _rounds_factors(chain[: index + 1]):
+            rank = _rank(chain[index - 1])
+            size = factor_bytes(shapes, rank, dtype, spec.method, spec.parsed())
+        else:
+            size += link_module(spec.method).predict_bytes(shapes, dtype, spec.parsed())
+    return size
+
+
+def _rank(spec: Spec) -> Rank:
+    rank: Rank = dict(spec.parsed())["rank"]
+    return rank
+
+
+def apply_link(
+    chain: Chain,
+    weights: Mapping[str, Tensor],
+    before: Mapping[str, CompressedTensor],
+    stats: Mapping[str, Stats],
+) -> Result:
+    """The members as a chain leaves them; the empty one leaves them as they are.
+
+    Args:
+        weights: the dense members.
+        before: what the chain without its last link left; not looked at if that is empty.
+        stats: of the members' inputs.
+
+    Raises:
+        ValueError: a weight or a statistic is NaN or infinite.
+    """
+    if not chain:
+        return Result({name: dense.pack(weight) for name, weight in weights.items()})
+    spec = chain[-1]
+    options = spec.parsed()
+    if is_repair(spec.method):
+        return repair_module(spec.method).repair(weights, before, stats, options)
+    if _rounds_factors(chain):
+        return quantize_factors(spec.method, before, stats, options)
+    return method_module(spec.method).compress(weights, stats, options)
+
+
+def can_be_cut(chain: Chain) -> bool:
+    """Whether the result of a chain is that of a larger rank, cut."""
+    return bool(chain) and is_ranked(chain[-1].method)
+
+
+def but_for_rank(chain: Chain) -> Hashable:
+    """What chains that differ in the rank of a last link that can be cut have in common."""
+    options = json.loads(chain[-1].options)
+    del options["rank"]
+    return chain[:-1], chain[-1].method, json.dumps(options, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Chains of one unit that are cuts of the largest.
+
+    Attributes:
+        largest: the chain to be made.
+        ranks: every chain, the largest among them → member → rank.
+    """
+
+    largest: Chain
+    ranks: Mapping[Chain, Mapping[str, int]]
+
+
+def families(chains: Iterable[Chain], shapes: Shapes) -> list[Family]:
+    """Chains that can be cut, by what they are cut from.
+
+    They differ in the rank of the last link alone, and no member has a larger rank than in the
+    largest.
+    """
+    alike: dict[Hashable, dict[Chain, dict[str, int]]] = {}
+    for chain in chains:
+        rank = _rank(chain[-1])
+        ranks = {member: resolved_rank(shape, rank) for member, shape in shapes.items()}
+        alike.setdefault(but_for_rank(chain), {})[chain] = ranks
+    found: list[Family] = []
+    for left in alike.values():
+        while left:
+            largest = max(left, key=lambda chain: sum(left[chain].values()))
+            most = left[largest]
+            own = {c: r for c, r in left.items() if all(r[m] <= most[m] for m in most)}
+            found.append(Family(largest, own))
+            left = {c: r for c, r in left.items() if c not in own}
+    return found
+
+
+def cut_events(events: Iterable[Event], chain: Chain, shapes: Shapes) -> list[Event]:
+    """What there is to tell of a chain, given what was told of the largest of its family."""
+    if is_repair(chain[-1].method):
+        return list(events)
+    found = [event for event in events if event.kind != ABOVE_BREAK_EVEN]
+    return found + above_break_even(shapes, _rank(chain[-1]))
+
+
+def cut_errors(
+    weight: Tensor, made: CompressedTensor, hessian: Tensor, ranks: Sequence[int]
+) -> Tensor:
+    """Squared output error of every row for several ranks of one tensor, at once.
+
+    Args:
+        weight: ``[*batch, out, in]``.
+        made: factors of low rank, or a correction of low rank on a base.
+        hessian: Σ x xᵀ ``[*batch, in, in]``.
+
+    Returns:
+        float64 ``[len(ranks), *batch, out]``.
+    """
+    base = None
+    if made.format == "residual":
+        inner, made = residual.members(made)
+        base = inner.effective()
+    left, right = (factor.dense() for factor in lowrank.factors(made))
+    return rank_errors(weight, left, right, hessian, ranks, base)
