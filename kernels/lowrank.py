@@ -5,12 +5,12 @@ its own, dense or quantized, whose parts are named ``left_{part}`` and ``right_{
 ``params["rank"]`` is the rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from moesaic.kernels import dense, nesting
+from moesaic.kernels import dense, mosaic, nesting
 from moesaic.kernels.tensor import CompressedTensor, Param, format_module
 
 _RANK = "rank"
@@ -74,7 +74,13 @@ def select(tensor: CompressedTensor, index: int) -> CompressedTensor:
     return pack(left[index], right[index])
 
 
-def product(tensor: CompressedTensor) -> Tensor:
+def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
+    """Some members of a bank; see :func:`mosaic.take`."""
+    left, right = factors(tensor)
+    return pack(mosaic.take(left, slices), mosaic.take(right, slices))
+
+
+def effective(tensor: CompressedTensor) -> Tensor:
     """``L·R``, ``tensor.shape`` in float32, or in float64 where that is the dtype.
 
     Matrix by matrix, so that an expert's product does not depend on its bank.
@@ -91,7 +97,7 @@ def product(tensor: CompressedTensor) -> Tensor:
 
 def unpack(tensor: CompressedTensor) -> Tensor:
     """Dense weight, ``tensor.shape`` and ``tensor.dtype``, rounded once."""
-    return product(tensor).to(tensor.dtype)
+    return effective(tensor).to(tensor.dtype)
 
 
 def part_shapes(

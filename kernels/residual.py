@@ -4,12 +4,12 @@ The base is a compressed tensor of any format, its parts are named ``base_{part}
 is a tensor of the format ``lowrank``, its parts are named ``residual_{part}``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from moesaic.kernels import lowrank, nesting
+from moesaic.kernels import lowrank, mosaic, nesting
 from moesaic.kernels.tensor import CompressedTensor, Param, format_module
 
 
@@ -50,10 +50,21 @@ def select(tensor: CompressedTensor, index: int) -> CompressedTensor:
     return pack(base[index], correction[index])
 
 
+def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
+    """Some members of a bank; see :func:`mosaic.take`."""
+    base, correction = members(tensor)
+    return pack(mosaic.take(base, slices), mosaic.take(correction, slices))
+
+
+def effective(tensor: CompressedTensor) -> Tensor:
+    """The sum in float32, or in float64 where that is the dtype."""
+    base, correction = members(tensor)
+    return lowrank.effective(correction).add_(base.effective())
+
+
 def unpack(tensor: CompressedTensor) -> Tensor:
     """Dense weight, ``tensor.shape`` and ``tensor.dtype``; the sum is rounded once."""
-    base, correction = members(tensor)
-    return lowrank.product(correction).add_(base.dense()).to(tensor.dtype)
+    return effective(tensor).to(tensor.dtype)
 
 
 def part_shapes(

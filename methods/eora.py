@@ -45,7 +45,7 @@ def repair(
     """Adds factors to ``compressed`` members ``[*batch, out, in]``, in the format ``residual``.
 
     Events: ``no_tokens`` (without inputs it is plain SVD), ``few_tokens`` and ``rank_deficient``
-    (the inputs span less than the whole space), ``above_break_even``.
+    (the inputs span less than the whole space).
 
     Raises:
         ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
@@ -54,7 +54,7 @@ def repair(
         weights,
         options.rank,
         lambda name, expert: eigen_root(stats[name], expert),
-        lambda name, expert: _matrix(compressed[name], expert).dense(),
+        lambda name, expert: _matrix(compressed[name], expert).effective(),
     )
     packed = {
         name: residual.pack(compressed[name], correction)

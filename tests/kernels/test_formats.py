@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import dense, int_group, lowrank, mosaic, residual
+from moesaic.kernels import delta, dense, int_group, lowrank, mosaic, residual
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,6 +27,14 @@ def int_group_example(
         group_size=6,
         dtype=dtype,
     )
+
+
+def delta_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """Whole numbers, as for low rank."""
+    base = torch.randint(-4, 4, shape[-2:], generator=generator).to(dtype)
+    return delta.pack(dense.pack(base), lowrank_example(shape, dtype, generator))
 
 
 def mosaic_example(
@@ -72,6 +80,7 @@ def residual_example(
 
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
 EXAMPLES: dict[str, Example] = {
+    "delta": delta_example,
     "dense": dense_example,
     "int_group": int_group_example,
     "lowrank": lowrank_example,
@@ -129,6 +138,14 @@ def test_unpack_gives_the_dense_shape_and_dtype(
     assert dense.unique().numel() > 1
 
 
+def test_weight_as_products_see_it_rounds_to_the_dense_one(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = example(name, shape, dtype)
+    assert torch.equal(tensor.effective().to(dtype), tensor.dense())
+    assert tensor.effective().dtype in (dtype, torch.float32)
+
+
 def test_slice_of_a_bank_is_the_slice_of_its_dense_weight(name: str, dtype: torch.dtype) -> None:
     bank = example(name, (3, 35, 42), dtype)
     dense = bank.dense()
@@ -159,6 +176,20 @@ def test_matmul_refuses_the_cpu_instead_of_falling_back(name: str) -> None:
     tensor = example(name, (35, 42), torch.float16)
     with pytest.raises(RuntimeError, match="matmul_reference"):
         format_module(name).matmul(torch.ones(2, 42, dtype=torch.float16), tensor)
+
+
+def test_mosaic_of_factors_and_codes_does_not_round_the_factors_product() -> None:
+    generator = Generator().manual_seed(0)
+    left, right = (
+        torch.randn(size, generator=generator).bfloat16() for size in ((2, 8, 3), (2, 3, 12))
+    )
+    factors = lowrank.pack(dense.pack(left), dense.pack(right))
+    codes = int_group_example((1, 8, 12), torch.bfloat16, generator)
+    tensor = mosaic.pack([(factors, [2, 0]), (codes, [1])])
+    product = left.float() @ right.float()
+    assert torch.equal(tensor.effective()[[2, 0]], product)
+    assert torch.equal(tensor.effective()[1], codes[0].dense().float())
+    assert torch.equal(tensor.dense()[[2, 0]], product.bfloat16())
 
 
 @pytest.mark.parametrize("slices", [[[0, 2], [0]], [[0], [2]], []])

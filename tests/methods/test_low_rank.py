@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moesaic.kernels import dense, lowrank, mosaic, residual
+from moesaic.kernels import delta, dense, lowrank, mosaic, residual
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods import eora, factors, gptq, low_rank, rtn, svd, svd_llm
 from moesaic.methods.base import (
@@ -18,6 +18,7 @@ from moesaic.methods.base import (
     Stats,
     is_ranked,
     is_repair,
+    is_whole,
     method_module,
     methods,
     options_of,
@@ -122,7 +123,7 @@ def test_cut_is_the_result_of_the_smaller_rank(name, out, experts, dtype, make_u
     largest = run(name, weight, stats, rank=20).members["w"]
     for rank in (20, 19, 8, 1):
         smaller = run(name, weight, stats, rank=rank).members["w"]
-        assert same(low_rank.cut(largest, rank), smaller)
+        assert same(largest.cut(rank), smaller)
 
 
 @pytest.mark.parametrize("name", [*FACTORING, *repairs()])
@@ -352,6 +353,75 @@ def test_experts_without_tokens_get_plain_svd_and_one_event(make_unit):
     assert not same(result.members["w"][0], plain[0])
 
 
+# Deltas of a shared base
+
+
+@pytest.fixture
+def make_alike(make_unit):
+    """Experts that differ in rank 4, and little else."""
+
+    def make(experts: int = 4) -> tuple[Tensor, Stats]:
+        weight, stats = make_unit(experts=experts)
+        common, own = make_unit()[0], weight[..., :4] @ weight[:, :4]
+        return common + 0.1 * own + 1e-3 * weight, stats
+
+    return make
+
+
+def test_base_is_the_mean_by_tokens_and_lies_there_once(make_alike):
+    weight, stats = make_alike()
+    stats.sums["tokens"] = torch.tensor([0, 1, 0, 3])
+    bank = run("delta_moe", weight, stats, rank=2).members["w"]
+    base, deltas = delta.members(bank)
+    assert torch.allclose(base.dense(), weight[1] / 4 + weight[3] * 3 / 4, rtol=1e-14)
+    assert bank.nbytes == 8 * (OUT * IN + 4 * 2 * (OUT + IN)) == base.nbytes + deltas.nbytes
+    assert [bank[2].format, bank[2].shape] == ["residual", (OUT, IN)]
+    assert bank[2].parts["base_dense"].data_ptr() == base.dense().data_ptr()
+    stats.sums["tokens"] = torch.zeros(4, dtype=torch.int64)
+    base, _ = delta.members(run("delta_moe", weight, stats, rank=2).members["w"])
+    assert torch.allclose(base.dense(), weight.mean(0), rtol=1e-12)
+
+
+def test_deltas_are_optimal_nested_and_exact_at_full_rank(make_alike):
+    weight, stats = make_alike()
+    largest = run("delta_moe", weight, stats, rank=OUT).members["w"]
+    assert (largest.dense() - weight).norm() < 1e-14 * weight.norm()
+    base = delta.members(largest)[0].dense()
+    for rank in (1, 3, 8):
+        bank = run("delta_moe", weight, stats, rank=rank).members["w"]
+        assert is_ranked("delta_moe") and same(largest.cut(rank), bank)
+        for expert, hessian in enumerate(stats["hessian"]):
+            least = best_error(weight[expert] - base, hessian, rank)
+            found = error(weight[expert], bank[expert].dense(), hessian)
+            assert found == pytest.approx(least, rel=1e-5)
+
+
+def test_shared_base_beats_factors_of_the_same_bytes_where_experts_are_alike(make_alike):
+    weight, stats = make_alike()
+    shared = run("delta_moe", weight, stats, rank=4).members["w"]
+    apart = run("svd_llm", weight, stats, rank=8).members["w"]
+    assert shared.nbytes <= apart.nbytes
+    errors = [
+        sum(error(w, t.dense(), h) for w, t, h in zip(weight, bank, stats["hessian"], strict=True))
+        for bank in ([shared[e] for e in range(4)], [apart[e] for e in range(4)])
+    ]
+    assert errors[0] < 0.05 * errors[1]
+
+
+def test_experts_taken_from_a_shared_base_bring_all_of_it(make_alike):
+    weight, stats = make_alike()
+    bank = run("delta_moe", weight, stats, rank=4).members["w"]
+    repaired = eora.repair({"w": weight}, {"w": bank}, {"w": stats}, eora.Options(rank=2))
+    for whole in (bank, repaired.members["w"]):
+        some, rest = mosaic.take(whole, [3, 0]), mosaic.take(whole, [1, 2])
+        assert torch.equal(some.dense(), whole.dense()[[3, 0]])
+        assert some.nbytes + rest.nbytes == whole.nbytes + 8 * OUT * IN
+        joined = mosaic.pack([(some, [3, 0]), (rest, [1, 2])])
+        assert torch.equal(joined.dense(), whole.dense())
+        assert torch.equal(joined.effective(), whole.effective())
+    assert is_whole("delta_moe") and not is_whole("svd")
+
+
 # Formats
 
 
@@ -369,12 +439,12 @@ def test_factors_that_cannot_be_cut_say_why(make_unit):
     tensor = run("svd", weight.half(), stats, rank=8).members["w"]
     for rank in (0, 9):
         with pytest.raises(ValueError, match=f"rank {rank}"):
-            low_rank.cut(tensor, rank)
+            tensor.cut(rank)
     quantized = quantize_factors("rtn", {"w": tensor}, {"w": stats}, rtn.Options(group_size=8))
     with pytest.raises(ValueError, match="int_group"):
-        low_rank.cut(quantized.members["w"], 4)
+        quantized.members["w"].cut(4)
     with pytest.raises(ValueError, match="dense"):
-        low_rank.cut(dense.pack(weight), 4)
+        dense.pack(weight).cut(4)
 
 
 # Quantized factors
