@@ -139,6 +139,39 @@ def _zero_points(zero, row, group, inside, groups, BITS: tl.constexpr):
 
 
 @triton.jit
+def weight_tile(
+    packed,
+    scale,
+    zero,
+    row,  # outputs [N, 1, 1]
+    start,  # first input, a multiple of 32
+    outputs,
+    words,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # 0: one group
+    SPAN: tl.constexpr,  # inputs that surely share a scale, 1 to 32
+    SYMMETRIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights float32 [N, BLOCK_K]; zero beyond the last row, anything beyond the last input."""
+    BLOCK_N: tl.constexpr = row.shape[0]
+    chunk = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None]
+    code = _chunks(packed, row, chunk, outputs, words, BITS).to(tl.int32)  # [N, C, 32]
+    code = code.reshape(BLOCK_N, BLOCK_K // SPAN, SPAN)
+
+    first = start + tl.arange(0, BLOCK_K // SPAN)[None, :, None] * SPAN
+    group = first // GROUP_SIZE if GROUP_SIZE > 0 else first * 0
+    inside = (row < outputs) & (group < groups)
+    if SYMMETRIC:
+        code -= 1 << (BITS - 1)
+    else:
+        code -= _zero_points(zero, row, group, inside, groups, BITS)
+    step = tl.load(scale + row * groups + group, mask=inside, other=0)
+    return (code.to(tl.float32) * step.to(tl.float32)).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def int_group_matmul(
     x,
     packed,
@@ -167,20 +200,21 @@ def int_group_matmul(
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(0, inputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        chunk = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None]
-        code = _chunks(packed, row, chunk, outputs, words, BITS).to(tl.int32)  # [N, C, 32]
-        code = code.reshape(BLOCK_N, BLOCK_K // SPAN, SPAN)
-
-        first = start + tl.arange(0, BLOCK_K // SPAN)[None, :, None] * SPAN
-        group = first // GROUP_SIZE if GROUP_SIZE > 0 else first * 0
-        inside = (row < outputs) & (group < groups)
-        if SYMMETRIC:
-            code -= 1 << (BITS - 1)
-        else:
-            code -= _zero_points(zero, row, group, inside, groups, BITS)
-        step = tl.load(scale + row * groups + group, mask=inside, other=0)
-        weight = code.to(tl.float32) * step.to(tl.float32)
-        weight = weight.to(compute).reshape(BLOCK_N, BLOCK_K)
+        weight = weight_tile(
+            packed,
+            scale,
+            zero,
+            row,
+            start,
+            outputs,
+            words,
+            groups,
+            BITS,
+            GROUP_SIZE,
+            SPAN,
+            SYMMETRIC,
+            BLOCK_K,
+        ).to(compute)
 
         # Inputs beyond the last are zeros, whatever the weight there.
         inside = (m < rows)[None, :] & (k < inputs)[:, None]

@@ -66,11 +66,14 @@ def compiled(
     # What Triton finds out when it is called: which addresses and sizes are multiples of 16.
     aligned = [*pointers] if name == "odd" else [*pointers, "inputs"]
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
-    binary = triton.compile(
-        ASTSource(kernel.int_group_matmul, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    source = ASTSource(kernel.int_group_matmul, signature, constants, attributes)
+    return resources(source, options, capability)
+
+
+def resources(source: ASTSource, options: dict[str, int], capability: int) -> dict[str, object]:
+    """Compiles, and says what a program takes."""
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
