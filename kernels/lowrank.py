@@ -6,6 +6,7 @@ its own, dense or quantized, whose parts are named ``left_{part}`` and ``right_{
 """
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -120,12 +121,29 @@ def matmul_reference(x: Tensor, tensor: CompressedTensor) -> Tensor:
 
 
 def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
-    """The same on a GPU: two products, each by its format's kernel; between them is ``x.dtype``."""
+    """The same on a GPU; what lies between the factors is ``x.dtype``.
+
+    Dense factors in 16 bits: one Triton kernel or two products, as measured for the shape
+    (``_lowrank_triton``). Others: two products, each by its format's kernel.
+    """
     check_matrix(tensor)
-    if not x.is_cuda:
+    kernel = _triton()
+    if not (x.is_cuda or (kernel and kernel.INTERPRETED)):
         raise RuntimeError(f"lowrank.matmul needs a GPU, x is on {x.device}: matmul_reference")
     left, right = factors(tensor)
+    if kernel and x.dtype in kernel.DTYPES and left.format == right.format == "dense":
+        result: Tensor = kernel.matmul(x, right.dense().to(x.dtype), left.dense().to(x.dtype))
+        return result
     return format_module(left.format).matmul(format_module(right.format).matmul(x, right), left)
+
+
+def _triton() -> ModuleType | None:
+    """The Triton kernel's module; None where Triton is not installed."""
+    try:
+        from moesaic.kernels import _lowrank_triton
+    except ModuleNotFoundError:
+        return None
+    return _lowrank_triton
 
 
 def check_matrix(tensor: CompressedTensor) -> None:

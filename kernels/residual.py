@@ -87,9 +87,19 @@ def matmul_reference(x: Tensor, tensor: CompressedTensor) -> Tensor:
 
 
 def matmul(x: Tensor, tensor: CompressedTensor) -> Tensor:
-    """The same on a GPU by the formats' kernels; the products are added in ``x.dtype``."""
+    """The same on a GPU.
+
+    A base in ``int_group`` and dense factors: one Triton kernel or a launch for each summand, as
+    measured for the shape (``_residual_triton``). Others by the formats' kernels, added in
+    ``x.dtype``.
+    """
     lowrank.check_matrix(tensor)
-    if not x.is_cuda:
-        raise RuntimeError(f"residual.matmul needs a GPU, x is on {x.device}: matmul_reference")
     base, correction = members(tensor)
+    left, right = lowrank.factors(correction)
+    if (base.format, left.format, right.format) == ("int_group", "dense", "dense"):
+        try:
+            from moesaic.kernels import _residual_triton as kernel
+        except ModuleNotFoundError as error:
+            raise RuntimeError("install triton for residual.matmul, or matmul_reference") from error
+        return kernel.matmul(x, base, right.dense().to(x.dtype), left.dense().to(x.dtype))
     return format_module(base.format).matmul(x, base) + lowrank.matmul(x, correction)

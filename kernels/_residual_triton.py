@@ -1,0 +1,236 @@
+"""A quantized weight and its low-rank correction in one kernel launch.
+
+``out = x @ dequantized(base)ᵀ + (x @ rightᵀ) @ leftᵀ``: the loop over the inputs that dequantizes
+tiles of ``base`` also sums ``t = right @ xᵀ``, from the tile of ``x`` that is there anyway; after
+it ``left @ t`` joins the sum. As in ``_int_group_triton``, everything is transposed.
+
+Every block of outputs reads ``right`` and sums ``t`` anew: with few rows and a large rank two
+launches may win, and for ranks above ``MAX_RANK`` they are the only way. ``plan`` measures.
+"""
+# Triton's decorators and kernel arguments, and torch.cuda.device_of, carry no Python types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.kernels import _lowrank_triton as low_rank
+from moesaic.kernels import _plan, int_group
+from moesaic.kernels._int_group_triton import Config, group_span, weight_tile
+from moesaic.kernels.tensor import CompressedTensor
+
+MAX_RANK = 128
+
+# Every configuration that ships: what _int_group_triton has, with room for the factors.
+CONFIGS = {
+    "decode": Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3),
+    "prefill": Config(block_m=64, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    "odd": Config(block_m=32, block_n=32, block_k=32, num_warps=8, num_stages=2),
+}
+
+
+def config_for(rows: int, inputs: int, span: int, rank: int) -> Config:
+    """The configuration for x ``[rows, inputs]`` when ``span`` inputs in a row share a scale."""
+    if span < 16 or inputs % 16 or rank % 16:
+        return CONFIGS["odd"]
+    return CONFIGS["decode" if rows <= CONFIGS["decode"].block_m else "prefill"]
+
+
+def matmul_reference(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor) -> Tensor:
+    """``x [*, in] @ baseᵀ + (x @ right [r, in]ᵀ) @ left [out, r]ᵀ -> [*, out]``."""
+    return F.linear(x, base.dense().to(x.dtype)) + low_rank.matmul_reference(x, right, left)
+
+
+def matmul(
+    x: Tensor,
+    base: CompressedTensor,
+    right: Tensor,
+    left: Tensor,
+    path: low_rank.Path | None = None,
+) -> Tensor:
+    """``x [*, in] @ baseᵀ + (x @ rightᵀ) @ leftᵀ -> [*, out]``, the fastest way that was measured.
+
+    Args:
+        x: float16 or bfloat16, on a GPU (or on the CPU when Triton was imported under
+            ``TRITON_INTERPRET=1``).
+        base: one weight ``[out, in]`` in the format ``int_group``.
+        right: ``[r, in]`` of the dtype and on the device of ``x``.
+        left: ``[out, r]``, likewise.
+        path: ``fused`` or ``products``, one launch for each of the summands, instead of measuring.
+
+    Raises:
+        ValueError: formats, shapes, dtypes or devices that do not fit, or ``fused`` beyond
+            ``MAX_RANK``.
+        RuntimeError: no GPU.
+    """
+    if base.format != int_group.FORMAT:
+        raise ValueError(f"the base is in the format {base.format}, not {int_group.FORMAT}")
+    low_rank.check(x, right=right, left=left)
+    low_rank.check_factors("correction", x.shape[-1], right, left)
+    if base.shape != (len(left), right.shape[1]):
+        raise ValueError(f"base is {base.shape}, its correction {len(left), right.shape[1]}")
+    held_on = base.parts["weight_packed"].device
+    if held_on != x.device:
+        raise ValueError(f"x is on {x.device}, the base on {held_on}")
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    if plan(len(rows), base, len(right), x.dtype, path) == "products":
+        return int_group.matmul(x, base).add_(low_rank.matmul(x, right, left))
+    out = low_rank.empty_output(x, (len(rows), len(left)))
+    launch(rows, base, right.contiguous(), left.contiguous(), out)
+    return out.to(x.dtype).view(*x.shape[:-1], len(left))
+
+
+def plan(
+    rows: int,
+    base: CompressedTensor,
+    rank: int,
+    dtype: torch.dtype,
+    path: low_rank.Path | None = None,
+) -> low_rank.Path:
+    """The fastest way for ``rows`` rows in ``dtype``, measured the first time a shape is met.
+
+    ``base`` itself takes part in measuring. ``path`` decides instead; so does the interpreter,
+    which has nothing to measure, for ``fused``.
+
+    Raises:
+        ValueError: ``path`` is unknown, or ``fused`` and the rank exceeds ``MAX_RANK``.
+    """
+    low_rank.check_path(path, rank, MAX_RANK)
+    if path == "products" or rank > MAX_RANK or rows == 0:
+        return "products"
+    if path == "fused" or low_rank.INTERPRETED:
+        return "fused"
+    bucket = _plan.row_bucket(rows)
+    device = base.parts["weight_packed"].device
+
+    def ways() -> _plan.Ways:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=dtype, device=device)
+
+        outputs, inputs = base.shape
+        x, right, left = random(bucket, inputs), random(rank, inputs), random(outputs, rank)
+        out = random(bucket, outputs)
+        return {
+            "products": lambda: int_group.matmul(x, base).add_(low_rank.matmul(x, right, left)),
+            "fused": lambda: launch(x, base, right, left, out),
+        }
+
+    params = tuple(sorted(base.params.items()))
+    key = ("residual", bucket, base.shape, params, rank, dtype, device)
+    return "fused" if _plan.fastest(key, ways, "products") == "fused" else "products"
+
+
+def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: Tensor) -> None:
+    """Writes ``x @ baseᵀ + (x @ rightᵀ) @ leftᵀ`` into ``out``.
+
+    Args:
+        x: float16 or bfloat16 ``[M, K]``, contiguous like the others.
+        base: ``[N, K]`` in the format ``int_group``, on the device of ``x``.
+        right: ``[r, K]`` with r at most ``MAX_RANK``.
+        left: ``[N, r]``.
+        out: ``[M, N]`` of any floating dtype.
+    """
+    outputs, inputs = base.shape
+    group_size = max(0, int(base.params["group_size"]))
+    span = group_span(group_size)
+    config = config_for(len(x), inputs, span, len(right))
+    packed = base.parts["weight_packed"].contiguous()
+    scale = base.parts["weight_scale"].contiguous()
+    symmetric = bool(base.params["symmetric"])
+    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        residual_matmul[grid](
+            x,
+            packed,
+            scale,
+            packed if symmetric else base.parts["weight_zero_point"].contiguous(),
+            right,
+            left,
+            out,
+            len(x),
+            outputs,
+            inputs,
+            packed.shape[1],
+            scale.shape[1],
+            len(right),
+            BITS=int(base.params["bits"]),
+            GROUP_SIZE=group_size,
+            SPAN=span,
+            SYMMETRIC=symmetric,
+            UPCAST=low_rank.INTERPRETED and x.dtype == torch.bfloat16,
+            RANK=low_rank.padded_rank(len(right)),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+@triton.jit
+def residual_matmul(
+    x,
+    packed,
+    scale,
+    zero,
+    right,
+    left,
+    out,
+    rows,
+    outputs,
+    inputs,
+    words,
+    groups,
+    rank,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # 0: one group
+    SPAN: tl.constexpr,  # inputs that surely share a scale, 1 to 32
+    SYMMETRIC: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 is wrong
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # int64: a row number times a row length passes 2^31 for long prompts and large vocabularies.
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, RANK)
+    compute: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
+    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    t = tl.zeros([RANK, BLOCK_M], dtype=tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        weight = weight_tile(
+            packed,
+            scale,
+            zero,
+            n[:, None, None],
+            start,
+            outputs,
+            words,
+            groups,
+            BITS,
+            GROUP_SIZE,
+            SPAN,
+            SYMMETRIC,
+            BLOCK_K,
+        ).to(compute)
+        inside = (r < rank)[:, None] & (k < inputs)[None, :]
+        factor = tl.load(right + r[:, None] * inputs + k[None, :], mask=inside, other=0)
+
+        # Inputs beyond the last are zeros, whatever the weight there.
+        inside = (m < rows)[None, :] & (k < inputs)[:, None]
+        xt = tl.load(x + m[None, :] * inputs + k[:, None], mask=inside, other=0).to(compute)
+        total = tl.dot(weight, xt, total, input_precision="ieee")
+        t = tl.dot(factor.to(compute), xt, t, input_precision="ieee")
+    inside = (n < outputs)[:, None] & (r < rank)[None, :]
+    factor = tl.load(left + n[:, None] * rank + r[None, :], mask=inside, other=0)  # [N, RANK]
+    total = tl.dot(factor.to(compute), t.to(compute), total, input_precision="ieee")
+    inside = (m < rows)[None, :] & (n < outputs)[:, None]
+    target = out + m[None, :] * outputs + n[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,184 @@
+"""Runs the low-rank kernels on odd shapes and prints what came out, as JSON.
+
+A program of its own because Triton reads TRITON_INTERPRET once, when it is imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/run_lowrank_triton.py cpu
+    TRITON_INTERPRET=0 python tests/kernels/run_lowrank_triton.py cuda
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from run_triton import exact_weight
+from torch import Tensor
+
+from moesaic.kernels import _lowrank_triton as low_rank
+from moesaic.kernels import _residual_triton as residual
+from moesaic.kernels import dense, int_group, lowrank
+from moesaic.kernels import residual as residual_format
+from moesaic.kernels.tensor import CompressedTensor
+
+GUARD = 512  # poisoned elements before and behind every operand and the output
+# rows, inputs, outputs, rank, sections, activations
+LOW_RANK = [
+    (1, 48, 33, 16, 1, "float16"),
+    (5, 272, 70, 48, 3, "bfloat16"),
+    (16, 80, 65, 80, 2, "float16"),
+    (17, 144, 130, 64, 1, "bfloat16"),
+    (130, 80, 67, 112, 2, "float16"),
+    (67, 96, 1, 144, 1, "bfloat16"),
+    (3, 64, 129, 272, 2, "float16"),
+    (35, 37, 41, 3, 2, "float16"),
+    (2, 1, 5, 1, 1, "bfloat16"),
+    (33, 65, 35, 131, 1, "bfloat16"),
+]
+# bits, group size, symmetric, (rows of x, outputs, inputs), rank, activations
+RESIDUAL = [
+    (2, -1, False, (3, 5, 31), 1, "bfloat16"),
+    (3, 64, True, (17, 65, 320), 32, "bfloat16"),
+    (3, 128, False, (5, 70, 384), 48, "float16"),
+    (4, 16, False, (2, 37, 112), 16, "float16"),
+    (4, 128, True, (70, 129, 128), 128, "float16"),
+    (5, 11, False, (7, 39, 77), 19, "bfloat16"),
+    (6, 96, True, (1, 1, 96), 80, "float16"),
+    (6, 48, False, (66, 34, 144), 96, "bfloat16"),
+    (7, 7, False, (35, 61, 35), 128, "float16"),
+    (8, 64, False, (4, 45, 192), 127, "bfloat16"),
+]
+
+
+class Draw:
+    """Random operands in the middle of poisoned memory."""
+
+    def __init__(self, seed: int, dtype: str, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = getattr(torch, dtype), device
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=self.generator) * scale
+        return guarded(values.to(self.dtype).to(self.device))
+
+    def factors(self, outputs: int, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
+        """right ``[rank, inputs]`` and left ``[outputs, rank]``; the product keeps magnitudes."""
+        right = self.normal(rank, inputs, scale=inputs**-0.5)
+        return right, self.normal(outputs, rank, scale=rank**-0.5)
+
+
+def guarded(values: Tensor) -> Tensor:
+    """The same values, NaN before and behind them."""
+    buffer = values.new_full((values.numel() + 2 * GUARD,), float("nan"))
+    inner = buffer[GUARD:-GUARD].view(values.shape)
+    return inner.copy_(values)
+
+
+class Output:
+    """Room for a result, full of NaN, and more NaN around it."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype, device: str) -> None:
+        kind = torch.float32 if device == "cpu" else dtype  # as the kernels' callers do
+        self.value = guarded(torch.full(shape, float("nan"), dtype=kind, device=device))
+        self.activations = str(dtype).removeprefix("torch.")
+
+    def compared(self, exact: Tensor) -> dict[str, object]:
+        """Largest error over largest output, and what became of the poison."""
+        buffer = self.value.new_empty(0).set_(self.value.untyped_storage())
+        return {
+            "activations": self.activations,
+            "finite": bool(self.value.isfinite().all()),
+            "guard_intact": bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()),
+            "error": float((self.value.double() - exact).abs().max() / exact.abs().max()),
+        }
+
+
+def name_of(config: object, configs: dict[str, Any]) -> str:
+    return next(name for name, known in configs.items() if known is config)
+
+
+def run_low_rank(index: int, device: str) -> dict[str, object]:
+    rows, inputs, outputs, rank, sections, dtype = LOW_RANK[index]
+    draw = Draw(index, dtype, device)
+    x = draw.normal(rows, inputs)
+    right, left = draw.factors(outputs, inputs, rank)
+    out = Output(rows, outputs, dtype=x.dtype, device=device)
+    low_rank.launch(x, right, left, out.value, sections)
+    exact = x.double() @ right.double().T @ left.double().T
+    fused = low_rank.matmul(x.view(1, rows, inputs), right, left, path="fused")
+    plain = low_rank.matmul(x, right, left, path="products")
+    weight = lowrank.pack(dense.pack(left), dense.pack(right))
+    return {
+        "kernel": "low_rank",
+        "config": name_of(low_rank.config_for(rows, inputs, rank), low_rank.CONFIGS),
+        **out.compared(exact),
+        "fused_differs": distance(fused[0], exact),
+        "products_differ": distance(plain, exact),
+        "format_differs": distance(lowrank.matmul(x, weight), exact),
+        "shape_without_rows": list(low_rank.matmul(x[:0], right, left).shape) == [0, outputs],
+    }
+
+
+def run_residual(index: int, device: str) -> dict[str, object]:
+    bits, group_size, symmetric, (rows, outputs, inputs), rank, dtype = RESIDUAL[index]
+    draw = Draw(index, dtype, device)
+    base = quantized(draw, bits, group_size, symmetric, outputs, inputs)
+    x = draw.normal(rows, inputs)
+    right, left = draw.factors(outputs, inputs, rank)
+    out = Output(rows, outputs, dtype=x.dtype, device=device)
+    residual.launch(x, base, right, left, out.value)
+    exact = x.double() @ (exact_weight(base) + left.double() @ right.double()).T
+    fused = residual.matmul(x.view(1, rows, inputs), base, right, left, path="fused")
+    plain = residual.matmul(x, base, right, left, path="products")
+    weight = residual_format.pack(base, lowrank.pack(dense.pack(left), dense.pack(right)))
+    span = residual.group_span(max(0, group_size))
+    empty = residual.matmul(x[:0], base, right, left)
+    return {
+        "kernel": "residual",
+        "config": name_of(residual.config_for(rows, inputs, span, rank), residual.CONFIGS),
+        **out.compared(exact),
+        "fused_differs": distance(fused[0], exact),
+        "products_differ": distance(plain, exact),
+        "format_differs": distance(residual_format.matmul(x, weight), exact),
+        "shape_without_rows": list(empty.shape) == [0, outputs],
+    }
+
+
+def quantized(
+    draw: Draw, bits: int, group_size: int, symmetric: bool, outputs: int, inputs: int
+) -> CompressedTensor:
+    """Random codes, scales and zero points, weights of about the size of the correction."""
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    groups = int_group.group_count(inputs, group_size)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=draw.generator).to(draw.device)
+
+    scale = torch.rand(outputs, groups, generator=draw.generator) * 2 / (high * inputs**0.5)
+    tensor = int_group.pack(
+        integers(outputs, inputs),
+        scale.to(draw.dtype).to(draw.device),
+        None if symmetric else integers(outputs, groups),
+        bits=bits,
+        group_size=group_size,
+        dtype=draw.dtype,
+    )
+    parts = {**tensor.parts, "weight_scale": guarded(tensor.parts["weight_scale"])}
+    return CompressedTensor(tensor.format, parts, tensor.shape, tensor.dtype, tensor.params)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Largest error over largest output."""
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+def results(device: str) -> Iterator[dict[str, object]]:
+    runs = {run_low_rank: LOW_RANK, run_residual: RESIDUAL}
+    return itertools.chain.from_iterable(
+        (run(index, device) for index in range(len(cases))) for run, cases in runs.items()
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(results(sys.argv[1]))))

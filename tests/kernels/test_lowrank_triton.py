@@ -1,0 +1,155 @@
+"""The low-rank Triton kernels, in Triton's interpreter and compiled ahead of time.
+
+Both need a process of their own, since Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.kernels import _lowrank_triton as low_rank
+from moesaic.kernels import _plan, dense
+from moesaic.kernels import _residual_triton as residual
+from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE, answer, run_script
+
+# Every one must run, and must compile.
+CONFIGS = {
+    "low_rank": {
+        "decode_64",
+        "decode_256",
+        "prefill_64",
+        "prefill_128",
+        "prefill_256",
+        "wide_512",
+        "odd",
+    },
+    "residual": {"decode", "prefill", "odd"},
+}
+# Largest error over largest output of what is rounded to the activations' dtype.
+ROUNDED = {"float16": 2**-10, "bfloat16": 2**-7}
+
+
+def by_kernel(cases: list[dict[str, Any]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for case in cases:
+        found.setdefault(case["kernel"], set()).add(case["config"])
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_are_close_to_float64_on_odd_shapes(device: str) -> None:
+    cases = answer(run_script("run_lowrank_triton.py", device, interpret=device == "cpu"))
+    for case in cases:
+        assert case["finite"], case
+        assert case["guard_intact"], case
+        assert case["error"] <= TOLERANCE[device, case["activations"]], case
+        for name in ("fused_differs", "products_differ", "format_differs"):
+            assert case.get(name, 0) <= ROUNDED[case["activations"]], case
+        assert case.get("shape_without_rows", True), case
+    assert by_kernel(cases) == CONFIGS
+
+
+def test_every_configuration_compiles_within_the_limits() -> None:
+    running = {
+        capability: run_script("compile_lowrank_triton.py", str(capability), interpret=False)
+        for capability in SHARED_LIMIT
+    }
+    for capability, process in running.items():
+        cases = answer(process)
+        for case in cases:
+            assert case["stack_bytes"] == 0, case  # registers spill to the stack
+            assert case["shared_bytes"] <= SHARED_LIMIT[capability], case
+            assert case["tensor_cores"], case
+        assert by_kernel(cases) == CONFIGS
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list of the times that will be measured next, instead of a GPU with ten processors."""
+    times: list[float] = []
+    monkeypatch.setattr(_plan, "milliseconds", lambda way: times.pop(0))
+    monkeypatch.setattr(_plan, "_table", {})
+    monkeypatch.setattr(low_rank, "processors", lambda device: 10)
+    return times
+
+
+def planned(rows: int, rank: int = 32, path: low_rank.Path | None = None) -> low_rank.Plan:
+    return low_rank.plan(rows, 64, 1024, rank, torch.float16, torch.device("cpu"), path)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([1.0, 2.0, 3.0], low_rank.Plan("products")),
+        ([2.0, 1.0, 3.0], low_rank.Plan("fused", 1)),
+        ([3.0, 2.0, 1.0], low_rank.Plan("fused", 5)),  # two blocks of rows, ten processors
+    ],
+)
+def test_plan_is_the_fastest_that_was_measured(
+    clock: list[float], times: list[float], expected: low_rank.Plan
+) -> None:
+    clock += times
+    assert planned(200) == expected
+    assert planned(150) == expected  # in the same bucket of rows: nothing more is measured
+    assert not clock
+    assert list(_plan.measurements().values()) == [
+        dict(zip(("products", "whole", "spread"), times, strict=True))
+    ]
+
+
+def test_plan_measures_nothing_when_there_is_no_choice(clock: list[float]) -> None:
+    assert planned(16, path="products") == low_rank.Plan("products")
+    assert planned(16, path="fused") == low_rank.Plan("fused", 10)
+    assert planned(16, rank=low_rank.MAX_RANK + 16) == low_rank.Plan("products")
+    assert planned(0) == low_rank.Plan("products")
+
+
+def test_row_buckets_are_powers_of_two_up_to_a_limit() -> None:
+    rows = (1, 2, 3, 64, 65, 10**6)
+    assert [_plan.row_bucket(n) for n in rows] == [1, 2, 4, 64, 128, _plan.LARGEST_BUCKET]
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("operands", "match"),
+    [
+        ((ones(2, 8, dtype=torch.float32), ones(3, 8), ones(5, 3)), "x is torch.float32"),
+        ((ones(2, 8), ones(3, 8, dtype=torch.bfloat16), ones(5, 3)), "right is torch.bfloat16"),
+        ((ones(2, 8), ones(3, 8), ones(5, 3, device="meta")), "left is torch.float16 on meta"),
+        ((ones(2, 9), ones(3, 8), ones(5, 3)), r"\(5, 3\) times \(3, 8\), x has 9 inputs"),
+        ((ones(2, 8), ones(3, 8), ones(5, 4)), r"left \[out, r\] times right \[r, in\]"),
+        ((ones(2, 8), ones(0, 8), ones(5, 0)), "r at least 1"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, operands: tuple[torch.Tensor, ...], match: str
+) -> None:
+    monkeypatch.setattr(low_rank, "INTERPRETED", True)  # the CPU would be fine
+    with pytest.raises(ValueError, match=match):
+        low_rank.matmul(*operands)
+
+
+def test_base_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="in the format dense, not int_group"):
+        residual.matmul(ones(2, 8), dense.pack(ones(5, 8)), ones(3, 8), ones(5, 3))
+
+
+def test_cpu_is_refused_without_the_interpreter() -> None:
+    with pytest.raises(RuntimeError, match="need a GPU, x is on cpu: matmul_reference"):
+        low_rank.matmul(ones(2, 8), ones(3, 8), ones(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("rank", "path", "match"),
+    [
+        (300, "fused", "rank is 300, the fused kernel takes up to 256"),
+        (3, "fast", "path is 'fast'"),
+    ],
+)
+def test_paths_that_cannot_be_gone_are_refused(rank: int, path: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        planned(16, rank, path)
