@@ -36,6 +36,7 @@ def make_stats() -> MakeStats:
                 "tokens": torch.full(batch, tokens),
                 "hessian": x.mT @ x,
                 "abs": x.abs().sum(-2),
+                "fisher": torch.rand(*batch, inputs, generator=generator) * x.abs().mean(-2),
             }
         )
 

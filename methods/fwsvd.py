@@ -1,0 +1,62 @@
+"""FWSVD: the SVD of a weight whose inputs are scaled by the Fisher information of their weights.
+
+Hsu et al., 2207.00112: F is the mean over sequences of the squared gradients of the loss with
+respect to the weight, labels being the next tokens of the text, and T = diag(√Î) with Î_i the sum
+of F over the outputs of input i. Where Î_i is zero, no weight of that input changes the loss, and
+whatever factors make of them will do: it counts very little.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moesaic.methods.base import Result, Stats
+from moesaic.methods.low_rank import (
+    LowRankOptions,
+    Root,
+    diagonal_root,
+    low_rank,
+    predicted_bytes,
+    rank_problem,
+)
+
+SCOPE = frozenset({"linear", "bank"})
+ROWWISE = False
+RANKED = True
+NEEDS = frozenset({"fisher"})
+
+NO_GRADIENTS = Root(None, ("no_gradients", "its Fisher information is zero, plain SVD"))
+
+
+class Options(LowRankOptions):
+    """Options of FWSVD."""
+
+
+def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
+    """Factors members ``[*batch, out, in]``, expert by expert.
+
+    Events: ``no_gradients`` (no sequence of the reverse pass reached it), ``above_break_even``.
+
+    Raises:
+        ValueError: a weight or a statistic is NaN or infinite, or a member has no such rank.
+    """
+
+    def root(name: str, expert: int) -> Root:
+        total = stats[name]["fisher"]
+        importance = total.reshape(-1, total.shape[-1])[expert].double()  # [in]
+        return diagonal_root(importance.sqrt()) if importance.any() else NO_GRADIENTS
+
+    return low_rank(weights, options.rank, root)
+
+
+def predict_bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
+) -> int:
+    """Bytes of both factors."""
+    return predicted_bytes(shapes, dtype, options.rank)
+
+
+def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
+    """The rank must be one that a member can have."""
+    return rank_problem(shapes, options.rank)
