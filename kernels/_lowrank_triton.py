@@ -48,9 +48,7 @@ class Config:
 # Every configuration that ships, by the largest rank it takes. The tests compile each one ahead of
 # time for sm_80 and sm_90; the sizes were chosen by registers and shared memory, not by timing.
 CONFIGS = {
-    "decode_64": Config(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
-    "decode_256": Config(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=3),
-    "prefill_64": Config(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    "decode_256": Config(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=4),
     "prefill_128": Config(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
     "prefill_256": Config(block_m=64, block_n=64, block_k=64, num_warps=8, num_stages=3),
     "wide_512": Config(block_m=32, block_n=64, block_k=32, num_warps=8, num_stages=2),
@@ -83,9 +81,9 @@ def config_for(rows: int, inputs: int, rank: int) -> Config:
     tile = padded_rank(rank)
     if tile > 256:
         return CONFIGS["wide_512"]
-    if rows <= CONFIGS["decode_64"].block_m:
-        return CONFIGS["decode_64" if tile <= 64 else "decode_256"]
-    return CONFIGS[f"prefill_{max(64, tile)}"]
+    if rows <= CONFIGS["decode_256"].block_m:
+        return CONFIGS["decode_256"]
+    return CONFIGS["prefill_128" if tile <= 128 else "prefill_256"]
 
 
 def matmul_reference(x: Tensor, right: Tensor, left: Tensor) -> Tensor:

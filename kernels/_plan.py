@@ -49,12 +49,16 @@ def fastest(
     Args:
         key: what decides the time: operation, shape, dtype, device.
         ways: makes the ways, with operands of their own; called only if ``key`` is new.
-        default: the way to go while a CUDA graph is captured, which allows no measuring.
+        default: the way to go where nothing can be measured: while a CUDA graph is captured, and
+            without memory for the operands.
     """
     if key not in _table:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return default
-        _table[key] = {name: milliseconds(way) for name, way in ways().items()}
+        try:
+            _table[key] = {name: milliseconds(way) for name, way in ways().items()}
+        except torch.OutOfMemoryError:  # no room for operands: another time
+            return default
     times = _table[key]
     return min(times, key=lambda name: times[name])
 

@@ -13,17 +13,20 @@ from typing import Any
 from compile_triton import WIDTHS, resources
 from triton.compiler import ASTSource
 
+from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
 
-# The largest rank of each configuration needs the most registers; the two dtypes take the same.
-RANKS = {name: int(name.partition("_")[2] or low_rank.MAX_ODD_RANK) for name in low_rank.CONFIGS}
 # bits, symmetric, group size (0: one group): see compile_triton.py.
 RESIDUAL = {
     "decode": [(3, False, 128)],
     "prefill": [(7, False, 16)],
     "odd": [(7, False, 7)],
 }
+# Activation and whether it is gated.
+LAYERS = ("gate", "up", "down")
+MLP = {name: [("silu", True)] for name in mlp.CONFIGS}
+MLP["rank_64"].append(("gelu", False))
 Found = tuple[str, str, dict[str, object]]  # kernel, configuration, what it takes
 
 
@@ -46,11 +49,15 @@ def compiled(
     return resources(ASTSource(kernel, signature, constants, attributes), options, capability)
 
 
+def ranks(name: str, largest_odd: int, everything: bool) -> list[int]:
+    """The largest rank of a configuration, which needs the most registers, or every one."""
+    largest = int(name.partition("_")[2] or largest_odd)
+    return [r for r in (16, 32, 64, 128, 256, 512) if r <= largest and (everything or r == largest)]
+
+
 def low_rank_results(capability: int, everything: bool) -> Iterator[Found]:
     for name, config in low_rank.CONFIGS.items():
-        largest = RANKS[name]
-        ranks = [rank for rank in (16, 32, 64, 128, 256, 512) if rank <= largest]
-        for rank in ranks if everything else [largest]:
+        for rank in ranks(name, low_rank.MAX_ODD_RANK, everything):
             even = name != "odd"
             found = compiled(
                 low_rank.low_rank_matmul,
@@ -102,10 +109,38 @@ def residual_results(capability: int, everything: bool) -> Iterator[Found]:
             yield "residual", name, found
 
 
+def mlp_results(capability: int, everything: bool) -> Iterator[Found]:
+    for name, config in mlp.CONFIGS.items():
+        even = name != "odd"
+        every = itertools.product(("silu", "gelu", "gelu_tanh"), (True, False))
+        cases = every if everything else MLP[name]
+        all_ranks = ranks(name, mlp.MAX_ODD_RANK, everything)
+        for (activation, gated), rank in itertools.product(cases, all_ranks):
+            layers = [f"{layer}_{side}" for layer in LAYERS for side in ("right", "left")]
+            pointers = ["x", *layers, "up_bias", "down_bias", "out"]
+            sizes = ["inputs", "width", "outputs", *(f"{layer}_rank" for layer in LAYERS)]
+            found = compiled(
+                mlp.low_rank_mlp,
+                config,
+                capability,
+                dict.fromkeys(pointers, "bf16" if even else "fp16"),
+                {"rows": False, **dict.fromkeys(sizes, even)},
+                {
+                    "ACTIVATION": activation,
+                    "GATED": gated,
+                    "UP_BIAS": not gated,
+                    "DOWN_BIAS": not gated,
+                    "UPCAST": False,
+                    "RANK": rank,
+                    "DOWN_RANK": rank,
+                },
+            )
+            yield "mlp", name, found
+
+
 def main(capability: int, everything: bool) -> None:
-    results = itertools.chain(
-        low_rank_results(capability, everything), residual_results(capability, everything)
-    )
+    kernels = (low_rank_results, residual_results, mlp_results)
+    results = itertools.chain.from_iterable(of(capability, everything) for of in kernels)
     print(json.dumps([{"kernel": k, "config": c, **found} for k, c, found in results]))
 
 

@@ -16,6 +16,7 @@ import torch
 from run_triton import exact_weight
 from torch import Tensor
 
+from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels import dense, int_group, lowrank
@@ -48,6 +49,16 @@ RESIDUAL = [
     (6, 48, False, (66, 34, 144), 96, "bfloat16"),
     (7, 7, False, (35, 61, 35), 128, "float16"),
     (8, 64, False, (4, 45, 192), 127, "bfloat16"),
+]
+# rows, inputs, width, outputs, ranks of gate (0: none), up and down, activation, biases, dtype
+MLP = [
+    (5, 48, 80, 35, (16, 32, 48), "silu", False, "float16"),
+    (130, 32, 144, 80, (0, 48, 64), "gelu", True, "bfloat16"),
+    (67, 96, 112, 33, (80, 16, 112), "silu", False, "bfloat16"),
+    (9, 64, 48, 65, (0, 272, 16), "gelu_tanh", True, "float16"),
+    (17, 37, 65, 41, (7, 19, 3), "silu", False, "float16"),
+    (18, 33, 35, 1, (0, 1, 131), "gelu", False, "bfloat16"),
+    (1, 48, 37, 5, (0, 16, 16), "gelu_tanh", True, "bfloat16"),
 ]
 
 
@@ -145,6 +156,58 @@ def run_residual(index: int, device: str) -> dict[str, object]:
     }
 
 
+def run_mlp(index: int, device: str) -> dict[str, object]:
+    rows, inputs, width, outputs, ranks, activation, biased, dtype = MLP[index]
+    gate_rank, up_rank, down_rank = ranks
+    draw = Draw(index, dtype, device)
+    x = draw.normal(rows, inputs)
+    layer = mlp.Layer(
+        mlp.Factors(*draw.factors(width, inputs, up_rank)),
+        mlp.Factors(*draw.factors(outputs, width, down_rank)),
+        mlp.Factors(*draw.factors(width, inputs, gate_rank)) if gate_rank else None,
+        draw.normal(width) if biased else None,
+        draw.normal(outputs) if biased else None,
+        activation,
+    )
+    out = Output(rows, outputs, dtype=x.dtype, device=device)
+    mlp.launch(x, layer, out.value)
+    exact = exact_mlp(x, layer)
+
+    def public(x: Tensor, path: Any) -> Tensor:
+        if layer.gate:
+            return mlp.swiglu(x, layer.gate, layer.up, layer.down, path)
+        tanh = "tanh" if activation == "gelu_tanh" else "none"
+        return mlp.gelu(x, layer.up, layer.up_bias, layer.down, layer.down_bias, tanh, path)
+
+    mlp.PRODUCT_ROWS = 64  # so that there are several blocks
+    return {
+        "kernel": "mlp",
+        "config": name_of(mlp.config_for(inputs, layer), mlp.CONFIGS),
+        **out.compared(exact),
+        "fused_differs": distance(public(x.view(1, rows, inputs), "fused")[0], exact),
+        "products_differ": distance(public(x, "products"), exact),
+        "shape_without_rows": list(public(x[:0], None).shape) == [0, outputs],
+    }
+
+
+def exact_mlp(x: Tensor, layer: mlp.Layer) -> Tensor:
+    """The layer in float64, of dense weights."""
+
+    def apply(values: Tensor, factors: mlp.Factors, bias: Tensor | None = None) -> Tensor:
+        product = values @ (factors.left.double() @ factors.right.double()).T
+        return product if bias is None else product + bias.double()
+
+    hidden = apply(x.double(), layer.up, layer.up_bias)
+    gate = apply(x.double(), layer.gate) if layer.gate else hidden
+    if layer.activation == "silu":
+        active = gate / (1 + (-gate).exp())
+    elif layer.activation == "gelu":
+        active = gate * (1 + torch.special.erf(gate / 2**0.5)) / 2
+    else:
+        active = gate * (1 + ((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)).tanh()) / 2
+    return apply(active * hidden if layer.gate else active, layer.down, layer.down_bias)
+
+
 def quantized(
     draw: Draw, bits: int, group_size: int, symmetric: bool, outputs: int, inputs: int
 ) -> CompressedTensor:
@@ -174,7 +237,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def results(device: str) -> Iterator[dict[str, object]]:
-    runs = {run_low_rank: LOW_RANK, run_residual: RESIDUAL}
+    runs = {run_low_rank: LOW_RANK, run_residual: RESIDUAL, run_mlp: MLP}
     return itertools.chain.from_iterable(
         (run(index, device) for index in range(len(cases))) for run, cases in runs.items()
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, dense
 from moesaic.kernels import _residual_triton as residual
@@ -15,15 +16,8 @@ from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE
 
 # Every one must run, and must compile.
 CONFIGS = {
-    "low_rank": {
-        "decode_64",
-        "decode_256",
-        "prefill_64",
-        "prefill_128",
-        "prefill_256",
-        "wide_512",
-        "odd",
-    },
+    "low_rank": {"decode_256", "prefill_128", "prefill_256", "wide_512", "odd"},
+    "mlp": {"rank_64", "rank_256", "rank_512", "odd"},
     "residual": {"decode", "prefill", "odd"},
 }
 # Largest error over largest output of what is rounded to the activations' dtype.
@@ -136,6 +130,28 @@ def test_operands_that_do_not_fit_are_refused(
 def test_base_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="in the format dense, not int_group"):
         residual.matmul(ones(2, 8), dense.pack(ones(5, 8)), ones(3, 8), ones(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"gate": mlp.Factors(ones(3, 8), ones(5, 3))}, "gate has 5 outputs, up has 7"),
+        ({"down": mlp.Factors(ones(2, 8), ones(5, 2))}, r"down is .*, x has 7 inputs"),
+        ({"gate": None, "up_bias": ones(8)}, r"up_bias is \(8,\), not \(7,\)"),
+        ({"down_bias": ones(7)}, r"down_bias is \(7,\), not \(5,\)"),
+        ({"down_bias": ones(5, dtype=torch.bfloat16)}, "down_bias is torch.bfloat16"),
+        ({"up_bias": ones(7)}, "a gated layer has no bias"),
+    ],
+)
+def test_layer_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], match: str
+) -> None:
+    monkeypatch.setattr(low_rank, "INTERPRETED", True)  # the CPU would be fine
+    up = mlp.Factors(ones(3, 8), ones(7, 3))
+    layer = mlp.Layer(up, mlp.Factors(ones(2, 7), ones(5, 2)), gate=up)
+    mlp.check(ones(2, 8), layer)
+    with pytest.raises(ValueError, match=match):
+        mlp.check(ones(2, 8), layer._replace(**changes))
 
 
 def test_cpu_is_refused_without_the_interpreter() -> None:
