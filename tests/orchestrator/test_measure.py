@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from moesaic.methods.base import Chain, Spec, Stats, Unit, method_module
-from moesaic.orchestrator import measure
+from moesaic.orchestrator import compression
 from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.compression import row_errors
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import Experiment, plain
@@ -22,7 +23,6 @@ from moesaic.orchestrator.measure import (
     needs,
     piece_key,
     predicted_losses,
-    row_errors,
     to_measurements,
 )
 from moesaic.orchestrator.pieces import read_piece
@@ -60,7 +60,7 @@ def measured(tmp_path: Path, model: Path) -> Experiment:
 def test_row_errors_are_those_of_the_outputs(
     batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "ERROR_BYTES", 1)  # one expert at a time
+    monkeypatch.setattr(compression, "ERROR_BYTES", 1)  # one expert at a time
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(*batch, 5, 7, generator=generator)
     other = weight + 0.1 * torch.randn(*batch, 5, 7, generator=generator)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from moesaic.methods.base import Spec, chain_text, reducers
 from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
-from moesaic.orchestrator import measure, run
+from moesaic.orchestrator import run
+from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.listing import read_run
 from moesaic.orchestrator.recipe import load_recipe
@@ -241,15 +242,15 @@ def test_other_bits_after_a_reduction_do_not_reduce_again(
 def test_a_reduction_is_not_made_again_where_a_run_died_after_it(
     project: Project, reductions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = measure._write
+    write = Bench._write
 
-    def die(job: Any, unit: Any, key: str, members: Any, side: Any, *rest: Any) -> None:
-        if side:
+    def die(bench: Bench, *rest: Any) -> None:
+        if bench.side:
             raise Killed
-        write(job, unit, key, members, side, *rest)
+        write(bench, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_write", die)
+        patch.setattr(Bench, "_write", die)
         with pytest.raises(Killed):
             project.run(stages=("measure",))
     assert reductions == ["reap"]
