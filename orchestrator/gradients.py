@@ -6,8 +6,8 @@ them, now with gradients. Labels are drawn from the model's own distribution, so
 Fisher information and not an error of the model.
 
 Where a method wants the empirical Fisher information, whose labels are the next tokens of the text,
-a second gradient goes back beside the first through the same computation of each block. It costs
-half the time again: a block forward and back twice instead of once.
+a second gradient goes back beside the first through the same computation of each block. Measured on
+one core, that takes 1.7 times as long for a dense model, 1.5 times for a Mixture of Experts.
 """
 
 import time

@@ -133,6 +133,17 @@ class Sizes:
         stats = GradientObserver(self.block_units(block), _META, self.walk.fisher).stats
         return sum(entry.nbytes for entry in stats.values())
 
+    def squares(self, block: int) -> int:
+        """What squared gradients of weights take: a sequence's inputs, and the largest product."""
+        kept, products, tokens = 0, [0], self.length
+        for unit in self.block_units(block) if self.walk.fisher else ():
+            reach = self._per_token(unit) if unit.kind == "bank" else 1
+            kept += sum({s: unit.shapes[m][-1] for m, s in unit.sites.items()}.values()) * reach
+            for *_, out, width in unit.shapes.values():
+                least = min(tokens * (tokens + width), 2 * out * width)
+                products.append(4 * (tokens * (out + width) + least))
+        return kept * tokens * self.item + max(products)
+
     def weights(self, block: int) -> int:
         """Peak while a block is loaded: all of it, and one tensor twice where the dtype changes."""
         layout, checkpoint = self.model.layouts[block], self.model.checkpoint
@@ -276,12 +287,14 @@ def _calibrate(sizes: Sizes, block: int) -> Parts:
 
 def _reverse(sizes: Sizes, block: int) -> Parts:
     last = block == sizes.model.blocks - 1
-    rows = 3 * sizes.walk.gradients * sizes.length  # hidden states, gradients behind and before
+    # Hidden states, and gradients behind and before, of one or two losses.
+    rows = (1 + 2 * (1 + sizes.walk.fisher)) * sizes.walk.gradients * sizes.length
     return {
         "weights": sizes.weights(block) + (sizes.outer() if last else 0),
         "statistics": sizes.gradients(block) * held_walking(sizes.walk.shards, sizes.crew.workers),
         "hidden states": sizes.hidden() + rows * sizes.model.hidden_size * sizes.item,
         "activations": sizes.activations(block, sizes.length, keep_all=True)
+        + sizes.squares(block)
         + (sizes.logits(sizes.length) if last else 0),
     }
 

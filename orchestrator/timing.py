@@ -133,15 +133,20 @@ class Clock:
         return min(self.crew.workers, self.experiment.walk.shards)
 
     def gradients(self, lacking: int) -> float:
-        """Forward and back through the blocks for a few sequences, and labels from the head."""
+        """Forward and back through the blocks for a few sequences, and labels from the head.
+
+        With a second loss it goes back twice, and multiplies gradients and inputs.
+        """
         walk = self.experiment.walk
         if not lacking or not walk.gradients:
             return 0.0
         tokens = self.experiment.gradient_tokens()
         sequences = tokens // self.sizes.length
-        seconds = 3 * tokens * self.speeds.head
+        again = int(walk.fisher)
+        seconds = (3 + again) * tokens * self.speeds.head
         for block in range(self.model.blocks):
-            seconds += 2 * self.linears(block, tokens) + 3 * self.calls(block, sequences)
+            seconds += (2 + 2 * again) * self.linears(block, tokens)
+            seconds += (3 + again) * self.calls(block, sequences)
             seconds += self.load(block) * self.walkers + walk.shards * self.speeds.write
         return seconds
 

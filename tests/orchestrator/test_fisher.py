@@ -19,6 +19,8 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import crew
+from moesaic.orchestrator.memory import Sizes, predict_memory
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.reductions import ReducedBank
@@ -331,6 +333,18 @@ def test_it_goes_with_propagation_and_after_a_reduction(
     )
     project.run(stages=("evaluate",))
     assert project.json("scores.json")["plan"]["kl"] > 0
+
+
+def test_a_forecast_reckons_with_the_second_loss(make_project: Callable[..., Project]) -> None:
+    found = []
+    for name, candidates in (("one", [{**FWSVD, "method": "svd"}]), ("two", [FWSVD])):
+        project = make_project(name, candidates=candidates)
+        experiment = Experiment(load_recipe(project.folder / "recipe.yaml"), project.output)
+        sizes = Sizes(experiment, crew(experiment.recipe.compute))
+        found.append(predict_memory(sizes))
+    for part in ("statistics", "hidden states", "activations"):
+        assert found[1]["gradients"][part] > found[0]["gradients"][part]
+    assert found[1]["calibrate"] == found[0]["calibrate"]
 
 
 def test_no_reverse_pass_is_told_in_one_line(make_project: Callable[..., Project]) -> None:
