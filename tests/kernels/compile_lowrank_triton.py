@@ -7,12 +7,13 @@ TRITON_INTERPRET=0 python tests/kernels/compile_lowrank_triton.py 90 --all    # 
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compile_triton import WIDTHS, resources
 from triton.compiler import ASTSource
 
+from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
@@ -27,6 +28,11 @@ RESIDUAL = {
 LAYERS = ("gate", "up", "down")
 MLP = {name: [("silu", True)] for name in mlp.CONFIGS}
 MLP["rank_64"].append(("gelu", False))
+# Whether attention is causal, biased, rotates, has lengths: all, as Llama, as BERT, nothing.
+SWITCHES = [(True,) * 4, (True, False, True, False), (False, True, False, True), (False,) * 4]
+# Features of a head.
+ATTENTION = {"head_64": [64], "head_128": [128], "head_256": [256], "odd": [256]}
+ALL_ATTENTION = {"head_64": [32, 64], "head_128": [80, 96, 128], "head_256": [192, 256]}
 Found = tuple[str, str, dict[str, object]]  # kernel, configuration, what it takes
 
 
@@ -37,12 +43,14 @@ def compiled(
     pointers: Mapping[str, str],
     sizes: Mapping[str, bool],
     constants: Mapping[str, Any],
+    floats: Sequence[str] = (),
 ) -> dict[str, object]:
     """What a program takes when pointers, and the sizes marked so, are multiples of 16."""
     blocks = {name.upper(): size for name, size in vars(config).items() if "block" in name}
     constants = {**constants, **blocks}
     signature = {name: f"*{element}" for name, element in pointers.items()}
-    signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+    signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(floats, "fp32")
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = [*pointers, *(name for name, multiple in sizes.items() if multiple)]
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -138,8 +146,46 @@ def mlp_results(capability: int, everything: bool) -> Iterator[Found]:
             yield "mlp", name, found
 
 
+def attention_results(capability: int, everything: bool) -> Iterator[Found]:
+    every = {**ALL_ATTENTION, "odd": [34, 64, 80, 128, 256]} if everything else ATTENTION
+    for causal, biased, rotary, lengths in SWITCHES if everything else SWITCHES[:1]:
+        for name, size in ((name, size) for name, sizes in every.items() for size in sizes):
+            even = name != "odd"
+            dtype = "bf16" if even else "fp16"
+            operands = [f"{part}_{what}" for what in ("states", "left", "bias") for part in "qkv"]
+            found = compiled(
+                attention.low_rank_attention,
+                attention.CONFIGS[name],
+                capability,
+                {
+                    **dict.fromkeys(operands, dtype),
+                    "cos": "fp32",
+                    "sin": "fp32",
+                    "lengths": "i64",
+                    "out": dtype,
+                },
+                {
+                    **dict.fromkeys(("queries", "keys", "group"), False),
+                    **dict.fromkeys(("q_rank", "k_rank", "v_rank"), even),
+                },
+                {
+                    "HEAD_DIM": size,
+                    "CAUSAL": causal,
+                    "Q_BIAS": biased,
+                    "K_BIAS": biased,
+                    "V_BIAS": biased,
+                    "ROTARY": rotary,
+                    "LENGTHS": lengths,
+                    "UPCAST": False,
+                    "HALF": attention.half_tile(size),
+                },
+                ("scale",),
+            )
+            yield "attention", name, found
+
+
 def main(capability: int, everything: bool) -> None:
-    kernels = (low_rank_results, residual_results, mlp_results)
+    kernels = (low_rank_results, residual_results, mlp_results, attention_results)
     results = itertools.chain.from_iterable(of(capability, everything) for of in kernels)
     print(json.dumps([{"kernel": k, "config": c, **found} for k, c, found in results]))
 

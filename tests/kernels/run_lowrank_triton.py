@@ -16,6 +16,7 @@ import torch
 from run_triton import exact_weight
 from torch import Tensor
 
+from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
@@ -59,6 +60,16 @@ MLP = [
     (17, 37, 65, 41, (7, 19, 3), "silu", False, "float16"),
     (18, 33, 35, 1, (0, 1, 131), "gelu", False, "bfloat16"),
     (1, 48, 37, 5, (0, 16, 16), "gelu_tanh", True, "bfloat16"),
+]
+# heads of queries, of keys and values; features of a head; sequences, queries, keys; ranks of
+# queries, keys, values; causal, biases, rotary, lengths; dtype
+ATTENTION = [
+    (2, 2, 64, (2, 130, 130), (48, 80, 64), True, False, True, None, "float16"),
+    (4, 2, 32, (2, 5, 70), (16, 48, 32), False, True, False, [70, 33], "bfloat16"),
+    (2, 1, 96, (3, 67, 67), (32, 16, 112), True, True, True, [67, 0, 1], "bfloat16"),
+    (1, 1, 160, (1, 33, 65), (16, 16, 32), True, False, False, None, "float16"),
+    (3, 1, 6, (2, 17, 35), (7, 3, 19), True, True, True, [35, 20], "float16"),
+    (2, 2, 34, (1, 1, 40), (16, 16, 16), False, False, True, None, "bfloat16"),
 ]
 
 
@@ -208,6 +219,86 @@ def exact_mlp(x: Tensor, layer: mlp.Layer) -> Tensor:
     return apply(active * hidden if layer.gate else active, layer.down, layer.down_bias)
 
 
+def run_attention(index: int, device: str) -> dict[str, object]:
+    heads, kv_heads, size, (batch, queries, keys), ranks, *flags, dtype = ATTENTION[index]
+    causal, biased, rotates, lengths = flags
+    draw = Draw(index, dtype, device)
+    counts, tokens = (heads, kv_heads, kv_heads), (queries, keys, keys)
+    q, k, v = (
+        attention.Lifted(
+            draw.normal(batch, token, rank),
+            draw.normal(count * size, rank, scale=rank**-0.5),
+            draw.normal(count * size) if biased else None,
+        )
+        for count, token, rank in zip(counts, tokens, ranks, strict=True)
+    )
+    angle = torch.arange(keys)[:, None] / 100 ** (torch.arange(size // 2) * 2 / size)
+    cos, sin = (guarded(table.to(device)) for table in (angle.cos(), angle.sin()))
+    if lengths is not None:
+        lengths = torch.tensor(lengths, device=device)
+        for part, sequence in itertools.product((k, v), range(batch)):
+            part.states[sequence, int(lengths[sequence]) :] = float("nan")
+    rotary = (cos, sin) if rotates else (None, None)
+    options = attention.Options(size, causal, 0.7 * size**-0.5, *rotary, lengths)
+    out = Output(batch, queries, heads, size, dtype=q.states.dtype, device=device)
+    attention.launch(q, k, v, options, out.value)
+    exact = exact_attention(q, k, v, options)
+
+    def public(path: Any) -> Tensor:
+        return attention.attention(
+            q,
+            k,
+            v,
+            size,
+            causal=causal,
+            rotary=(cos, sin) if rotates else None,
+            lengths=lengths,
+            scale=options.scale,
+            path=path,
+        )
+
+    config = attention.config_for(size, ranks)
+    return {
+        "kernel": "attention",
+        "config": name_of(config, attention.CONFIGS),
+        **out.compared(exact),
+        "fused_differs": distance(public("fused"), exact),
+        "products_differ": distance(public("products"), exact),
+    }
+
+
+def exact_attention(
+    q: attention.Lifted,
+    k: attention.Lifted,
+    v: attention.Lifted,
+    options: attention.Options,
+) -> Tensor:
+    """One query after another in float64; rotation is by complex numbers."""
+    size, half = options.head_dim, options.head_dim // 2
+
+    def lifted(part: attention.Lifted, first: int | None) -> Tensor:
+        """[B, S, heads, d]; ``first``: position of the first token, None if nothing turns."""
+        product = part.states.double() @ part.left.double().T
+        product = product if part.bias is None else product + part.bias.double()
+        product = product.unflatten(-1, (-1, size))
+        if options.cos is None or first is None:
+            return product
+        turn = torch.complex(options.cos.double(), options.sin.double())[first:, None]
+        turned = torch.complex(product[..., :half], product[..., half:]) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    (batch, queries, _), keys = q.states.shape, k.states.shape[1]
+    all_q, all_k, all_v = lifted(q, keys - queries), lifted(k, 0), lifted(v, None)
+    group = all_q.shape[2] // all_k.shape[2]
+    out = torch.zeros_like(all_q)
+    for b, i, head in itertools.product(range(batch), range(queries), range(all_q.shape[2])):
+        last = keys if options.lengths is None else int(options.lengths[b])
+        last = min(last, keys - queries + i + 1) if options.causal else last
+        scores = all_k[b, :last, head // group] @ all_q[b, i, head] * options.scale
+        out[b, i, head] = scores.softmax(0) @ all_v[b, :last, head // group]
+    return out
+
+
 def quantized(
     draw: Draw, bits: int, group_size: int, symmetric: bool, outputs: int, inputs: int
 ) -> CompressedTensor:
@@ -237,7 +328,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def results(device: str) -> Iterator[dict[str, object]]:
-    runs = {run_low_rank: LOW_RANK, run_residual: RESIDUAL, run_mlp: MLP}
+    runs = {run_low_rank: LOW_RANK, run_residual: RESIDUAL, run_mlp: MLP, run_attention: ATTENTION}
     return itertools.chain.from_iterable(
         (run(index, device) for index in range(len(cases))) for run, cases in runs.items()
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, dense
@@ -17,6 +18,7 @@ from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE
 # Every one must run, and must compile.
 CONFIGS = {
     "low_rank": {"decode_256", "prefill_128", "prefill_256", "wide_512", "odd"},
+    "attention": {"head_64", "head_128", "head_256", "odd"},
     "mlp": {"rank_64", "rank_256", "rank_512", "odd"},
     "residual": {"decode", "prefill", "odd"},
 }
@@ -152,6 +154,41 @@ def test_layer_that_does_not_fit_is_refused(
     mlp.check(ones(2, 8), layer)
     with pytest.raises(ValueError, match=match):
         mlp.check(ones(2, 8), layer._replace(**changes))
+
+
+LIFTED = attention.Lifted(ones(2, 5, 3), ones(8, 3))  # two sequences of 5, two heads of 4
+
+TABLE = ones(5, 2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"q": LIFTED._replace(left=ones(8, 4))}, r"q: states are \(2, 5, 3\), left is \(8, 4\)"),
+        ({"k": LIFTED._replace(left=ones(6, 3))}, "k: 6 features are no heads of 4"),
+        ({"v": LIFTED._replace(bias=ones(4))}, r"v: bias is \(4,\), not \(8,\)"),
+        ({"v": LIFTED._replace(left=ones(4, 3))}, r"heads of q, k, v are \(2, 2, 1\)"),
+        ({"q": LIFTED._replace(states=ones(2, 6, 3))}, "q, k, v have .* sequences and tokens"),
+        ({"k": LIFTED._replace(states=ones(2, 5, 3).double())}, "k.states is torch.float64"),
+        (
+            {"rotary": (ones(4, 2).float(), ones(5, 2).float())},
+            r"cos is \(4, 2\), at least \(5, 2\)",
+        ),
+        ({"rotary": (ones(5, 2).float(), ones(5, 2))}, "sin is torch.float16 on cpu: float32"),
+        ({"lengths": ones(2)}, "lengths are torch.float16"),
+        ({"head_dim": 7}, "head_dim is 7, it must be even"),
+        ({"path": "fast"}, "path is 'fast'"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], match: str
+) -> None:
+    monkeypatch.setattr(low_rank, "INTERPRETED", True)  # the CPU would be fine
+    fine: dict[str, Any] = {"q": LIFTED, "k": LIFTED, "v": LIFTED, "head_dim": 4, "causal": True}
+    attended = attention.attention(**{**fine, "path": "products"})
+    assert attended.shape == (2, 5, 2, 4)
+    with pytest.raises(ValueError, match=match):
+        attention.attention(**{**fine, **changes})
 
 
 def test_cpu_is_refused_without_the_interpreter() -> None:
