@@ -221,7 +221,8 @@ def plan(q: Lifted, k: Lifted, v: Lifted, options: Options, path: Path | None = 
     shapes = tuple((tuple(each.left.shape), each.bias is not None) for each in (q, k, v))
     kind = (options.head_dim, options.causal, options.cos is None, options.lengths is None)
     key = ("attention", batch, queries, keys, shapes, kind, states.dtype, states.device)
-    return "fused" if _plan.fastest(key, ways, "products") == "fused" else "products"
+    best = _plan.fastest(key, ways, "products", states.device)
+    return "fused" if best == "fused" else "products"
 
 
 def check(q: Lifted, k: Lifted, v: Lifted, options: Options) -> None:

@@ -172,7 +172,8 @@ def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path
     biased = layer.up_bias is not None, layer.down_bias is not None
     shape = (bucket, inputs, layer.width, len(weight), layer.ranks)
     key = ("mlp", layer.activation, *biased, shape, weight.dtype, weight.device)
-    return "fused" if _plan.fastest(key, ways, "products") == "fused" else "products"
+    best = _plan.fastest(key, ways, "products", weight.device)
+    return "fused" if best == "fused" else "products"
 
 
 def _feed_forward(x: Tensor, layer: Layer, path: Path | None) -> Tensor:

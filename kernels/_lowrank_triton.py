@@ -160,7 +160,7 @@ def plan(
         return found
 
     key = ("low_rank", bucket, inputs, outputs, rank, dtype, device)
-    best = _plan.fastest(key, ways, "products")
+    best = _plan.fastest(key, ways, "products", device)
     if best == "products":
         return Plan("products")
     return Plan("fused", spread if best == "spread" else 1)

@@ -7,6 +7,7 @@ every way on the card, later ones look the answer up.
 
 import math
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -43,6 +44,7 @@ def fastest(
     key: Hashable,
     ways: Callable[[], Ways],
     default: str,
+    device: torch.device,
 ) -> str:
     """Name of the fastest way for ``key``.
 
@@ -51,12 +53,14 @@ def fastest(
         ways: makes the ways, with operands of their own; called only if ``key`` is new.
         default: the way to go where nothing can be measured: while a CUDA graph is captured, and
             without memory for the operands.
+        device: where the ways run, which need not be the current device.
     """
     if key not in _table:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return default
         try:
-            _table[key] = {name: milliseconds(way) for name, way in ways().items()}
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                _table[key] = {name: milliseconds(way) for name, way in ways().items()}
         except torch.OutOfMemoryError:  # no room for operands: another time
             return default
     times = _table[key]

@@ -121,7 +121,8 @@ def plan(
 
     params = tuple(sorted(base.params.items()))
     key = ("residual", bucket, base.shape, params, rank, dtype, device)
-    return "fused" if _plan.fastest(key, ways, "products") == "fused" else "products"
+    best = _plan.fastest(key, ways, "products", device)
+    return "fused" if best == "fused" else "products"
 
 
 def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: Tensor) -> None:

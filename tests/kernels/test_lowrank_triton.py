@@ -3,6 +3,7 @@
 Both need a process of their own, since Triton reads TRITON_INTERPRET when it is imported.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
-from moesaic.kernels import _plan, dense
+from moesaic.kernels import _plan, dense, int_group
 from moesaic.kernels import _residual_triton as residual
 from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE, answer, run_script
 
@@ -60,6 +61,10 @@ def test_every_configuration_compiles_within_the_limits() -> None:
         assert by_kernel(cases) == CONFIGS
 
 
+def ones(*shape: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A list of the times that will be measured next, instead of a GPU with ten processors."""
@@ -101,13 +106,37 @@ def test_plan_measures_nothing_when_there_is_no_choice(clock: list[float]) -> No
     assert planned(0) == low_rank.Plan("products")
 
 
+def plans() -> dict[str, Callable[[], str]]:
+    """What every other kernel would do with 60 rows, or a sequence of 60 tokens."""
+    codes = torch.zeros((8, 16), dtype=torch.int8)
+    dtype = torch.float16
+    base = int_group.pack(codes, ones(8, 1), None, bits=4, group_size=-1, dtype=dtype)
+    up = mlp.Factors(ones(3, 16), ones(8, 3))
+    layer = mlp.Layer(up, mlp.Factors(ones(2, 8), ones(5, 2)), gate=up)
+    lifted = attention.Lifted(ones(1, 60, 3), ones(8, 3))
+    table = ones(60, 2, dtype=torch.float32)
+    options = attention.Options(4, True, 0.5, table, table, torch.tensor([9]))
+    return {
+        "residual": lambda: residual.plan(60, base, 3, dtype),
+        "mlp": lambda: mlp.plan(60, 16, layer),
+        "attention": lambda: attention.plan(lifted, lifted, lifted, options),
+    }
+
+
+@pytest.mark.parametrize("kernel", ["residual", "mlp", "attention"])
+@pytest.mark.parametrize(("times", "expected"), [([1.0, 2.0], "products"), ([2.0, 1.0], "fused")])
+def test_every_plan_is_the_faster_way(
+    clock: list[float], kernel: str, times: list[float], expected: str
+) -> None:
+    clock += times
+    plan = plans()[kernel]
+    assert [plan(), plan()] == [expected, expected]
+    assert not clock
+
+
 def test_row_buckets_are_powers_of_two_up_to_a_limit() -> None:
     rows = (1, 2, 3, 64, 65, 10**6)
     assert [_plan.row_bucket(n) for n in rows] == [1, 2, 4, 64, 128, _plan.LARGEST_BUCKET]
-
-
-def ones(*shape: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> torch.Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(
