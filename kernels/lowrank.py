@@ -37,6 +37,12 @@ def pack(left: CompressedTensor, right: CompressedTensor) -> CompressedTensor:
     return nesting.nested("lowrank", members, (*batch, out, inputs), left.dtype, {_RANK: rank})
 
 
+def factor_params(format_name: str, params: Mapping[str, Param], rank: int) -> dict[str, Param]:
+    """The params of a tensor whose factors both have this format and these params."""
+    both = dict.fromkeys(("left", "right"), (format_name, params))
+    return {_RANK: rank, **nesting.nested_params(both)}
+
+
 def factors(tensor: CompressedTensor) -> tuple[CompressedTensor, CompressedTensor]:
     """The factors ``[*batch, out, rank]`` and ``[*batch, rank, in]``; parts are shared."""
     shapes = _shapes(tensor.shape, tensor.params)

@@ -28,12 +28,21 @@ def nested(
     Args:
         params: what the format must know besides its members.
     """
-    described = {name: describe(member) for name, member in members.items()}
+    described = {name: (member.format, member.params) for name, member in members.items()}
     parts: dict[str, Tensor] = {}
     for name, member in members.items():
         parts |= prefixed(f"{name}_", member)
-    params = {**params, _MEMBERS: json.dumps(described, sort_keys=True)}
-    return CompressedTensor(format_name, parts, shape, dtype, params)
+    return CompressedTensor(
+        format_name, parts, shape, dtype, {**params, **nested_params(described)}
+    )
+
+
+def nested_params(members: Mapping[str, tuple[str, Mapping[str, Param]]]) -> dict[str, Param]:
+    """What :func:`nested` puts into the params, from format and params of every member."""
+    described = {
+        name: {"format": inner, "params": dict(params)} for name, (inner, params) in members.items()
+    }
+    return {_MEMBERS: json.dumps(described, sort_keys=True)}
 
 
 def member(tensor: CompressedTensor, name: str, shape: tuple[int, ...]) -> CompressedTensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.kernels import dense, lowrank, residual
+from moesaic.kernels import delta, dense, lowrank, residual
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import (
     Chain,
@@ -30,6 +30,7 @@ from moesaic.methods.base import (
     is_repair,
     link_module,
     method_module,
+    options_of,
     reducing,
     repair_module,
 )
@@ -89,6 +90,12 @@ def needs(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(link_module(spec.method).NEEDS for spec in chain))
 
 
+def for_banks(chain: Chain) -> bool:
+    """Whether a chain that reduces nothing has a link that works on banks alone."""
+    rest = reducing(chain)[1]
+    return rest == chain and any({"bank"} == link_module(s.method).SCOPE for s in rest)
+
+
 def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
     """Why a unit of this kind and shape cannot be compressed so, in one line; None if it can."""
     for index, spec in enumerate(chain):
@@ -103,6 +110,11 @@ def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def has_rank(spec: Spec) -> bool:
+    """Whether the result of a link is, or holds, factors of low rank."""
+    return "rank" in options_of(spec.method).model_fields
 
 
 def predict_bytes(shapes: Shapes, dtype: torch.dtype, chain: Chain) -> int:
@@ -198,7 +210,7 @@ def families(chains: Iterable[Chain], shapes: Shapes) -> list[Family]:
 
 def cut_events(events: Iterable[Event], chain: Chain, shapes: Shapes) -> list[Event]:
     """What there is to tell of a chain, given what was told of the largest of its family."""
-    if is_repair(chain[-1].method):
+    if not is_factoring(chain[-1].method):
         return list(events)
     found = [event for event in events if event.kind != ABOVE_BREAK_EVEN]
     return found + above_break_even(shapes, _rank(chain[-1]))
@@ -211,15 +223,15 @@ def cut_errors(
 
     Args:
         weight: ``[*batch, out, in]``.
-        made: factors of low rank, or a correction of low rank on a base.
+        made: factors of low rank, or corrections of low rank on a base.
         hessian: Σ x xᵀ ``[*batch, in, in]``.
 
     Returns:
         float64 ``[len(ranks), *batch, out]``.
     """
     base = None
-    if made.format == "residual":
-        inner, made = residual.members(made)
-        base = inner.effective()
+    if made.format in ("residual", "delta"):
+        inner, made = (residual if made.format == "residual" else delta).members(made)
+        base = inner.effective().expand(weight.shape)
     left, right = (factor.dense() for factor in lowrank.factors(made))
     return rank_errors(weight, left, right, hessian, ranks, base)

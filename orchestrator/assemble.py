@@ -40,7 +40,7 @@ from moesaic.orchestrator.tensorfile import Blob, file_bytes, read_file, write_f
 
 MAX_SHARD_BYTES = 5_000_000_000
 # A part of a mosaic is called group{number}_{part}; integer groups have at most four parts.
-_GROUP_NAME_BYTES, _MOST_PARTS = 10, 4
+_GROUP_NAME_BYTES = 10
 # Map and constants of a reduced bank, names of the bank aside.
 _STAND_IN_BYTES = 2 * 128
 _METADATA = {"format": "pt"}
@@ -100,6 +100,7 @@ def header_bytes_bound(
     serve: Serve,
     schemes: int = 1,
     stand_ins: bool = False,
+    chained: bool = False,
 ) -> int:
     """What the headers of the model's files take at most, in bytes.
 
@@ -107,6 +108,7 @@ def header_bytes_bound(
         units: those that may be compressed; the others are left as they are.
         schemes: how many different choices a bank may mix, where ``serve`` loads that.
         stand_ins: whether banks may come with a map and constants.
+        chained: whether weights may be factors, or have corrections.
     """
     checkpoint = model.checkpoint
     compressible = {unit.name for unit in units}
@@ -122,10 +124,12 @@ def header_bytes_bound(
         dense = size(originals[name] for name in names)
         packed = 0
         if unit.name in compressible and can_be_packed(unit, serve, model.family):
-            packed = size(unit_tensors(model, unit, largest_piece(unit, serve), serve))
+            largest = largest_piece(unit, serve, chained)
+            packed = size(unit_tensors(model, unit, largest, serve))
             if serve == "moesaic" and unit.kind == "bank" and schemes > 1:
                 groups = min(schemes, unit.shapes["gate"][0])
-                packed = groups * (packed + _GROUP_NAME_BYTES * len(unit.shapes) * _MOST_PARTS)
+                parts = sum(len(member.parts) for member in largest.values())
+                packed = groups * (packed + _GROUP_NAME_BYTES * parts)
         if stand_ins and unit.kind == "bank":
             packed += _STAND_IN_BYTES + 2 * len(unit.name)
         total += max(dense, packed)

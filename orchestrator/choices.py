@@ -41,6 +41,14 @@ def choices(unit: Unit) -> list[Choice]:
     ]
 
 
+def member_choices(unit: Unit) -> list[list[str]]:
+    """The names of the choices of a bank, member by member; [] for a linear."""
+    if unit.kind == "linear":
+        return []
+    found = choices(unit)
+    return [[c.name for c in found if c.member == member] for member in unit.shapes]
+
+
 def choices_in(unit: Unit, chosen: Chosen) -> list[Choice]:
     """The choices of a unit under a plan, which may leave it fewer experts; [] if not chosen."""
     return [choice for choice in choices(unit) if choice.name in chosen]

@@ -22,6 +22,7 @@ from moesaic.methods.base import (
     Unit,
     chain_text,
     is_reducer,
+    is_whole,
     reducing,
     reverse_needs,
 )
@@ -30,7 +31,7 @@ from moesaic.orchestrator.allotment import Allotted, allotted
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.choices import Chosen, choices, tied_choices
+from moesaic.orchestrator.choices import Chosen, choices, member_choices, tied_choices
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
@@ -252,8 +253,15 @@ class Experiment:
             )
 
     def _check_reductions(self) -> None:
-        """Raises a RecipeError for reductions that nothing can use."""
+        """Raises a RecipeError for reductions, and methods for banks, that nothing can use."""
         reductions = {c[0]: c for c in self.recipe.chains() if reducing(c)[0]}
+        banks = [unit for unit in self.model.units() if unit.kind == "bank"]
+        meant = {spec.method for c in self.recipe.chains() if chains.for_banks(c) for spec in c}
+        if meant and not banks:
+            raise RecipeError(
+                f"candidates: {', '.join(sorted(meant))}: for experts only, and"
+                f" {self.model.family.model_type} has none: take it out"
+            )
         names = ", ".join(map(str, reductions))
         tried = any(reducing(chain)[0] for chain in self.recipe.candidates)
         key = "candidates" if tried else "baselines"
@@ -264,7 +272,6 @@ class Experiment:
             )
         if not reductions:
             return
-        banks = [unit for unit in self.model.units() if unit.kind == "bank"]
         if not banks:
             raise RecipeError(
                 f"{key}: {names}: for experts only, and {self.model.family.model_type} has"
@@ -281,13 +288,15 @@ class Experiment:
         """The chains of the recipe that are meant for a unit.
 
         Linears have no experts: a baseline that reduces some gives them what comes after that.
+        Methods for banks alone are not meant for linears.
         """
-        chains = self.recipe.chains()
+        found = self.recipe.chains()
         if unit.kind == "bank":
-            return chains
-        candidates = [c for c in chains if not reducing(c)[0]]
+            return found
+        candidates = [c for c in found if not reducing(c)[0]]
         rest = [reducing(chain)[1] for chain in self.recipe.baselines.values()]
-        return list(dict.fromkeys([*candidates, *filter(None, rest)]))
+        wanted = dict.fromkeys([*candidates, *filter(None, rest)])
+        return [chain for chain in wanted if not chains.for_banks(chain)]
 
     def open_specs(self) -> list[Spec]:
         """Reducers whose layers are still to share out how many experts each keeps."""
@@ -315,7 +324,8 @@ class Experiment:
         chosen: dict[str, Chain] = {}
         for unit in self.units:
             own = self.closed(unit.name, chain)
-            own = own if own in self.offers[unit.name] else reducing(own)[1]
+            offered = [own, reducing(own)[1]]
+            own = next((chain for chain in offered if chain in self.offers[unit.name]), ())
             prefix = reducing(own)[0]
             names = (choice.name for choice in choices(self.reduced(unit, prefix)))
             chosen |= dict.fromkeys(names, own)
@@ -381,8 +391,11 @@ class Experiment:
             if unit.name not in self.by_name:
                 fixed += self.dense_bytes(unit)
         serve, candidates = self.recipe.serve, self.recipe.candidates
-        reduced = serve == "moesaic" and any(reducing(chain)[0] for chain in candidates)
-        fixed += header_bytes_bound(self.model, self.units, serve, len(candidates), reduced)
+        split = [reducing(chain) for chain in candidates] if serve == "moesaic" else []
+        reduced = any(prefix for prefix, _ in split)
+        chained = any(len(rest) > 1 or any(map(chains.has_rank, rest)) for _, rest in split)
+        schemes = len(candidates)
+        fixed += header_bytes_bound(self.model, self.units, serve, schemes, reduced, chained)
         return Size(
             fixed_bytes=fixed,
             weights=sum(unit.parameters for unit in self.units),
@@ -509,7 +522,13 @@ class Experiment:
 
     def ties(self) -> list[list[str]]:
         """Choices that must take the same chain so that the target can load the result."""
-        return tied_choices(self.units, ties(self.units, self.recipe.serve), self.mixed_banks)
+        tied = tied_choices(self.units, ties(self.units, self.recipe.serve), self.mixed_banks)
+        inside = {name for group in tied for name in group}
+        for unit in self.units:
+            if any(is_whole(spec.method) for chain in self.offers[unit.name] for spec in chain):
+                by_member = member_choices(unit)
+                tied += [group for group in by_member if inside.isdisjoint(group)]
+        return tied
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.kernels.int_group import MAX_BITS, part_shapes, quantization_args
-from moesaic.kernels.tensor import Param
+from moesaic.kernels.int_group import MAX_BITS, quantization_args
+from moesaic.kernels.lowrank import factor_params
+from moesaic.kernels.nesting import nested_params
+from moesaic.kernels.tensor import Param, format_module
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import (
     BIAS,
@@ -220,25 +222,33 @@ def _read(member: Member) -> Tensor:
     return torch.frombuffer(data, dtype=member.dtype).view(member.shape)
 
 
-def largest_piece(unit: Unit, serve: Serve) -> Piece:
-    """A piece whose parts are as many and as large as any that ``serve`` can load, or larger."""
+def largest_piece(unit: Unit, serve: Serve, chained: bool = False) -> Piece:
+    """A piece whose parts are as many and as large as any that ``serve`` can load, or larger.
+
+    Args:
+        chained: whether there may be factors, rounded ones too, and corrections on top.
+    """
     params: dict[str, Param] = {
         "bits": MAX_BITS,
         "group_size": 1,
         "symmetric": serve == "transformers" or (serve == "vllm" and unit.kind == "bank"),
     }
-    return {
-        member: Member(FORMAT, shape, torch.float32, params, _nowhere(shape, params))
-        for member, shape in unit.shapes.items()
-    }
-
-
-def _nowhere(shape: tuple[int, ...], params: Mapping[str, Param]) -> dict[str, Stored]:
-    shapes = part_shapes(shape, torch.float32, params)
-    return {
-        part: Stored(Path(), 0, DTYPE_NAMES[dtype], extent)
-        for part, (extent, dtype) in shapes.items()
-    }
+    format_name, widest = FORMAT, params
+    piece: dict[str, Member] = {}
+    for member, shape in unit.shapes.items():
+        if chained:
+            rank = min(shape[-2:])
+            rounded = factor_params(FORMAT, params, rank)
+            plain = factor_params("dense", {}, rank)
+            inner = {"base": ("lowrank", rounded), "residual": ("lowrank", plain)}
+            format_name, widest = "residual", nested_params(inner)
+        parts = format_module(format_name).part_shapes(shape, torch.float32, widest)
+        nowhere = {
+            part: Stored(Path(), 0, DTYPE_NAMES[dtype], extent)
+            for part, (extent, dtype) in parts.items()
+        }
+        piece[member] = Member(format_name, shape, torch.float32, widest, nowhere)
+    return piece
 
 
 def quantization_config(

@@ -246,15 +246,18 @@ def to_measurements(
         index = () if choice.expert is None else choice.expert
         error, norm, loss = losses[choice.member]
         slices = 1 if choice.expert is None else unit.shapes[choice.member][0]
+        share, over = divmod(int(piece.metadata["bytes"][choice.member]), slices)
         found.append(
             Measurement(
                 unit=choice.name,
                 chain=chain,
-                bytes=int(piece.metadata["bytes"][choice.member]) // slices,
+                # What the experts of a bank share is no multiple of them.
+                bytes=share + ((choice.expert or 0) < over),
                 error=float(error[index]) / max(float(norm[index]), 1e-30),
                 score=None if loss is None else float(loss[index]),
                 seconds=float(piece.metadata["seconds"]) / len(wanted),
                 events={} if found else counts,
+                norm=float(norm[index]),
             )
         )
     return found

@@ -40,7 +40,7 @@ from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
-from moesaic.search.alternatives import solve, uniform_plan
+from moesaic.search.alternatives import solve
 from moesaic.search.base import Infeasible, Measurement, Plan, Problem
 
 # Tokens that the written folder is compared on.
@@ -129,17 +129,11 @@ class Pipeline:
         experiment = self.experiment
         everything = results.problem(experiment, self.table, candidates_only=False)
         found = {
-            name: self._everywhere(everything, chain)
+            name: everything.plan(experiment.everywhere(chain))
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()
         return {name: replace(p, bytes=self._file_bytes(p)) for name, p in found.items()}
-
-    def _everywhere(self, problem: Problem, chain: Chain) -> Plan:
-        """A baseline: one chain for every unit, as far as it is meant for it."""
-        prefix, rest = reducing(chain)
-        prefixes = {bank: self.experiment.closed(bank, prefix) for bank in problem.banks}
-        return uniform_plan(problem, prefixes, rest)
 
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesaic.methods.base import Chain, chain_text
-from moesaic.search import base, knapsack, uniform
+from moesaic.search import base, knapsack
 from moesaic.search.base import (
     Alternative,
     Budget,
@@ -141,25 +141,6 @@ def same_prefix(problem: Problem) -> list[Picks]:
         if len(picks) == len(tables) and (len(forms) == 1 or not problem.one_form):
             found.append(picks)
     return found
-
-
-def uniform_plan(problem: Problem, prefixes: Mapping[str, Chain], chain: Chain) -> Plan:
-    """The plan with a given prefix in each bank and one chain after it everywhere, whatever the
-    budget.
-
-    A bank that lacks the prefix stays as it is.
-
-    Raises:
-        ValueError: a bank has neither, or a unit was not measured with the chain.
-    """
-    picks = {}
-    for bank, alternatives in problem.banks.items():
-        table = {a.prefix: a for a in alternatives}
-        found = table.get(prefixes[bank], table.get(()))
-        if found is None:
-            raise ValueError(f"bank {bank} has no alternative {chain_text(prefixes[bank])}")
-        picks[bank] = found
-    return problem.whole(picks, uniform.uniform_plan(problem.settled(picks), chain))
 
 
 def _mixes(strategy: str) -> bool:

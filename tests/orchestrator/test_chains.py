@@ -12,6 +12,7 @@ from moesaic.methods.base import Chain, Spec, Unit, method_module, reducing
 from moesaic.methods.chains import predict_bytes
 from moesaic.orchestrator import compression
 from moesaic.orchestrator.compression import row_errors
+from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import is_cut, read_piece
 from moesaic.orchestrator.recipe import load_recipe
@@ -223,3 +224,68 @@ def test_bytes_of_chains_are_told_before_any_work(project: Project) -> None:
     assert Spec.of("rtn", {"bits": 4, "group_size": 8}) in {
         c[-1] for c in experiment.recipe.chains()
     }
+
+
+DELTA: dict[str, Any] = {
+    "candidates": [{**GPTQ, "bits": 8}, {"method": "delta_moe", "rank": [1, 0.2, 4]}],
+    "baselines": {"shared": {"method": "delta_moe", "rank": 4}},
+    "budget": {"bits_per_weight": 6.5},
+}
+
+
+def test_experts_that_share_a_base_take_it_together(project: Project) -> None:
+    project.write(**DELTA)
+    project.run()
+    experiment = _open(project)
+    table = measurements(experiment).measurements
+    chosen = project.json("plan.json")["units"]
+    found = set()
+    for unit in experiment.units:
+        offered = experiment.offers[unit.name]
+        assert any(c[-1].method == "delta_moe" for c in offered) == (unit.kind == "bank")
+        for chain in offered:
+            own = [m for m in table if m.unit.startswith(unit.name) and m.chain == chain]
+            assert sum(m.bytes for m in own) == experiment.predicted_bytes(unit, chain)
+        for member in unit.shapes if unit.kind == "bank" else ():
+            links = [chosen[f"{unit.name}.{e}.{member}"] for e in range(unit.shapes[member][0])]
+            assert links.count(links[0]) == len(links)
+            found.add(links[0][0]["method"])
+    assert "delta_moe" in found
+    # A baseline for banks alone leaves the rest as it is.
+    scores = project.json("scores.json")
+    assert scores["shared"]["bytes"] < scores["dense"]["bytes"]
+
+
+def test_the_smallest_plan_of_chains_fits_its_own_bytes(project: Project) -> None:
+    """Names of nested parts are longer; the bound on the headers must hold for them, too."""
+    smallest = _open(project).size.smallest_bytes
+    project.write(**{**MIXED, "budget": {"bits_per_weight": None, "bytes": smallest}})
+    result, _ = project.run()
+    assert result["scores"]["plan"]["bytes"] <= smallest
+
+
+def test_methods_for_experts_are_refused_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = Project(tmp_path, make_model_folder(tmp_path / "model", "llama"), monkeypatch)
+    dense.write(**{**DELTA, "baselines": {}})
+    with pytest.raises(UserError, match="delta_moe: for experts only, and llama has none"):
+        dense.run()
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        ([EORA], "eora corrects what a compression left: put it after one"),
+        ([GPTQ, {"method": "rtn", "bits": 4}], "rtn cannot follow gptq"),
+        ([GPTQ, EORA, EORA], "eora comes last in a chain"),
+        ([SVD_LLM, {"method": "asvd", "rank": 0.5}], "asvd cannot follow svd_llm"),
+        ([{"method": "svd_llm", "rank": 0}], "rank"),
+        ([{"method": "svd_llm", "rank": 1.5}], "a share is above 0 and at most 1"),
+        ([{"method": "svd_llm", "rank": 4000}], "above"),
+    ],
+)
+def test_what_cannot_follow_is_told(project: Project, chain: list[Any], reason: str) -> None:
+    project.write(**{**MIXED, "candidates": [chain], "baselines": {}})
+    with pytest.raises(UserError, match=reason):
+        project.run()

@@ -11,7 +11,7 @@ from scipy.sparse import lil_matrix
 
 from moesaic.methods.base import Chain, Spec
 from moesaic.search import alternatives, base
-from moesaic.search.alternatives import Picks, same_prefix, smallest_bytes, solve, uniform_plan
+from moesaic.search.alternatives import Picks, same_prefix, smallest_bytes, solve
 from moesaic.search.base import (
     Alternative,
     Budget,
@@ -223,9 +223,9 @@ def lower_bound(given: Problem) -> float:
 
 def test_solve_is_fast_and_near_the_bound_when_large() -> None:
     given = layers(banks=48, experts=64, linears=192, share=0.4)
-    started = time.monotonic()
+    started = time.process_time()
     plan = solve(given, "knapsack")
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert plan.bytes <= given.budget.total_bytes
     bound = lower_bound(given)
     assert bound <= plan.loss < 1.001 * bound
@@ -362,10 +362,10 @@ def test_uniform_takes_one_prefix_and_leaves_a_bank_that_lacks_it() -> None:
     plan = solve(given, "uniform")
     assert plan.units["b0.2.up"] == PREFIXES[1] + chain(1)
     assert plan.units["b1.3.up"] == plan.units["u0"] == chain(1)
-    assert plan == uniform_plan(given, dict.fromkeys(given.banks, PREFIXES[1]), chain(1))
+    assert plan == given.plan(plan.units)
     # One form for all: the second bank cannot follow.
     plan = solve(dataclasses.replace(given, one_form=True), "uniform")
-    assert plan == uniform_plan(given, dict.fromkeys(given.banks, ()), chain(0))
+    assert set(plan.units.values()) == {chain(0)}
 
 
 def test_uniform_says_so_when_no_prefix_is_there_for_all() -> None:
@@ -392,9 +392,11 @@ def test_solve_returns_one_chain_everywhere_when_a_strategy_is_worse(
         alternatives, "search_module", lambda name: Wasteful if name == "wasteful" else known(name)
     )
     given = small([alternative(0, 0, 0.0), alternative(0, 1, 0.5)])
-    assert solve(given, "wasteful") == uniform_plan(
-        given, dict.fromkeys(given.banks, PREFIXES[1]), chain(1)
-    )
+    found = solve(given, "wasteful").units
+    assert {name: found[name] for name in found if name[0] == "b"} == {
+        name: PREFIXES[1] + chain(1) for name in given.banks["b0"][1].choices
+    }
+    assert found["u0"] == chain(1)
 
 
 def test_problem_without_banks_goes_to_the_strategy() -> None:
