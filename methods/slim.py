@@ -2,7 +2,8 @@
 section 3), without its training.
 
 Channels of least importance go, an expert's on its own: E[a_c²]·‖W_D[:,c]‖², with a the input of
-the down projection W_D. What is left of W_D is refitted by least squares, as MoDeGPT does for an
+the down projection W_D, or, as MoDeGPT does, their ridge leverage: what the others cannot make up
+for. What is left of W_D is refitted by least squares, as MoDeGPT does for an
 MLP (Lin et al., 2408.09632, section 3.2), on the sampled tokens:
 
     min_Δ ‖A_R W_Rᵀ − A_S Δᵀ‖² + λ‖Δ‖²,   W_D' = W_S + Δ,   Δᵀ = (C_SS + λI)⁻¹ C_SR W_Rᵀ
@@ -17,6 +18,7 @@ experts.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,15 +55,24 @@ class Options(MethodOptions):
         " groups still divide it",
         ge=1,
     )
+    channels: Literal["energy", "leverage"] = option(
+        "energy",
+        "which channels stay: those that add most to the output, or those of the largest ridge"
+        " leverage score (MoDeGPT)",
+        ["energy", "leverage"],
+    )
     spread: float = option(
         0.01,
         "weight of a token that is not routed to the expert, where one that is has 1 on average",
         [0.01, 0.1],
         ge=0,
     )
-    # C_SS + λI has a condition number of at most 1 + channels / ridge: float64 always solves it.
+    # C + λI has a condition number of at most 1 + channels / ridge: float64 always solves it.
     ridge: float = option(
-        0.1, "ridge of the refit, relative to the mean of diag C_SS", [1e-2, 1e-1], ge=1e-8
+        0.1,
+        "ridge of the refit and of leverage scores, relative to the mean of diag C",
+        [1e-2, 1e-1],
+        ge=1e-8,
     )
 
 
@@ -108,7 +119,7 @@ def reduce(layer: ExpertLayer, options: Options) -> Reduction:
         a = layer.middle(expert, x).double()  # [T, I]
         covariance = a.T @ (a * token_weights(gate[:, expert], options.spread)[:, None])
         down = layer.weights["down"][expert].double()
-        kept = top_channels(covariance, down, width)
+        kept = top_channels(importance(covariance, down, options), width)
         fitted = refit(covariance, down, kept, options.ridge)
         weights["gate"][expert] = layer.weights["gate"][expert][kept]
         weights["up"][expert] = layer.weights["up"][expert][kept]
@@ -138,14 +149,25 @@ def token_weights(gate: Tensor, spread: float) -> Tensor:
     return square * (routed / square.sum()) + spread
 
 
-def top_channels(covariance: Tensor, down: Tensor, count: int) -> Tensor:
-    """The ``count`` most important channels, in their order, int64 ``[J]``.
+def importance(covariance: Tensor, down: Tensor, options: Options) -> Tensor:
+    """Of every channel, float64 ``[I]``.
+
+    The ridge leverage score is diag(C(C + λI)⁻¹) (MoDeGPT, 2408.09632, algorithm 1): near 0 for a
+    channel without activations or that others can stand in for, near 1 for one on its own.
 
     Args:
-        covariance: C ``[I, I]``, of which the diagonal counts.
+        covariance: C, float64 ``[I, I]``.
         down: ``[H, I]``.
     """
-    importance = covariance.diagonal() * down.square().sum(0)
+    damping = options.ridge * covariance.diagonal().mean()
+    if options.channels == "energy" or damping <= 0:
+        return covariance.diagonal() * down.square().sum(0)
+    damped = covariance + damping * torch.eye(len(covariance)).to(covariance)
+    return torch.cholesky_solve(covariance, torch.linalg.cholesky(damped)).diagonal()
+
+
+def top_channels(importance: Tensor, count: int) -> Tensor:
+    """The ``count`` most important channels, in their order, int64 ``[J]``."""
     order = importance.sort(descending=True, stable=True).indices
     return order[:count].sort().values
 

@@ -69,7 +69,7 @@ def test_links_and_test_folders_of_the_page_exist() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links and all((ROOT / "docs" / link).is_file() for link in links)
     suites = re.findall(r"`pytest (\S+)`", PAGE)
-    assert len(suites) == 5
+    assert len(suites) == 6
     for suite in suites:
         assert list((ROOT / suite).glob("test_*.py")), f"no tests in {suite}"
 
