@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import delta, dense, int_group, lowrank, mosaic, residual
+from moesaic.kernels import delta, dense, int_group, lowrank, mosaic, residual, sparse
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -78,6 +78,15 @@ def residual_example(
     return residual.pack(base, lowrank_example(shape, dtype, generator))
 
 
+def sparse_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """2 of every 6 weights."""
+    order = torch.rand((*shape[:-1], shape[-1] // 6, 6), generator=generator).argsort(-1)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    return sparse.pack(weight, (order < 2).view(shape), block=6)
+
+
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
 EXAMPLES: dict[str, Example] = {
     "delta": delta_example,
@@ -86,6 +95,7 @@ EXAMPLES: dict[str, Example] = {
     "lowrank": lowrank_example,
     "mosaic": mosaic_example,
     "residual": residual_example,
+    "sparse": sparse_example,
 }
 
 
