@@ -181,11 +181,11 @@ def low_rank(
             dense.pack(left.view(*batch, out, columns)),
             dense.pack(right.view(*batch, columns, inputs)),
         )
-        result.events += _told(name, roots)
+        result.events += root_events(name, roots)
     return result
 
 
-def _told(name: str, roots: Sequence[Root]) -> list[Event]:
+def root_events(name: str, roots: Sequence[Root]) -> list[Event]:
     """One event per kind of note, with the text of the first expert that has it."""
     found: dict[str, list[int]] = {}
     for expert, root in enumerate(roots):
