@@ -14,7 +14,7 @@ from moesaic.orchestrator.measure import to_measurements
 from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
 from moesaic.orchestrator.stages import finished_entries, finished_pieces
 from moesaic.orchestrator.statistics import SiteStats, load_stats
-from moesaic.search.base import Alternative, Budget, Measurement, Problem
+from moesaic.search.base import Alternative, Budget, Layer, Measurement, Problem
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,20 @@ def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Meas
     """
     if unit.kind == "bank" and experiment.mixed_banks:
         return []
-    size = {m: math.prod(shape) * experiment.dtype.itemsize for m, shape in unit.shapes.items()}
     return [
-        Measurement(
-            choice.name,
-            (),
-            size[choice.member] // (unit.shapes[choice.member][0] if unit.kind == "bank" else 1),
-            0.0,
-            score,
-            0.0,
-        )
-        for choice in choices(unit)
+        Measurement(name, (), size, 0.0, score, 0.0)
+        for name, size in _dense_bytes(experiment, unit).items()
     ]
+
+
+def _dense_bytes(experiment: Experiment, unit: Unit) -> dict[str, int]:
+    """Choice of a unit → what it holds as it is."""
+    size = {m: math.prod(shape) * experiment.dtype.itemsize for m, shape in unit.shapes.items()}
+    return {
+        choice.name: size[choice.member]
+        // (unit.shapes[choice.member][0] if unit.kind == "bank" else 1)
+        for choice in choices(unit)
+    }
 
 
 def expert_load(experiment: Experiment, walk: Walk) -> tuple[dict[int, list[int]], list[Event]]:
@@ -190,6 +192,11 @@ def problem(
         budget or experiment.budget,
         banks,
         one_form=not experiment.mixed_banks,
+        layers={
+            name: Layer(size)
+            for unit in experiment.units
+            for name, size in _dense_bytes(experiment, unit).items()
+        },
     )
 
 

@@ -25,6 +25,7 @@ class Measurement:
             were collected.
         seconds: time that the compression took.
         events: how often each kind of event happened.
+        norm: ‖WX‖² over the calibration tokens, of which ``error`` is a part; None if not known.
     """
 
     unit: str
@@ -34,11 +35,23 @@ class Measurement:
     score: float | None
     seconds: float
     events: Mapping[str, int] = field(default_factory=dict)
+    norm: float | None = None
 
     @property
     def loss(self) -> float:
         """What a search minimises: the predicted loss, or the error where there is none."""
         return self.error if self.score is None else self.score
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a unit before it is compressed; strategies that share out ratios need it.
+
+    Attributes:
+        bytes: of the unit as the original has it.
+    """
+
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,8 @@ class Problem:
         budget: the limit.
         banks: bank → its alternatives, no two of one prefix; their choices are not in ``choices``.
         one_form: whether all banks must take alternatives of one form.
+        layers: choice → what is known of it before it is compressed, if that is known; of the
+            experts of a bank as they are before any reduction.
     """
 
     choices: Mapping[str, Sequence[Measurement]]
@@ -122,6 +137,7 @@ class Problem:
     budget: Budget
     banks: Mapping[str, Sequence[Alternative]] = field(default_factory=dict)
     one_form: bool = False
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
     def settled(self, picks: Mapping[str, Alternative]) -> "Problem":
         """The problem that is left when every bank takes its alternative; chains lack prefixes.
@@ -141,6 +157,7 @@ class Problem:
             offers,
             [tie for tie in ties if len(tie) > 1],
             replace(self.budget, fixed_bytes=fixed),
+            layers=self.layers,
         )
 
     def whole(self, picks: Mapping[str, Alternative], plan: Plan) -> Plan:

@@ -27,7 +27,7 @@ from moesaic.orchestrator.measure import (
 )
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.recipe import load_recipe
-from moesaic.orchestrator.results import measurements
+from moesaic.orchestrator.results import measurements, problem
 from moesaic.orchestrator.stages import Calibration, measuring_jobs, missing_pairs
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Entry
@@ -114,6 +114,7 @@ def test_predicted_losses_are_the_formula_expert_by_expert(tmp_path: Path) -> No
         assert measurement.score == pytest.approx(loss, rel=1e-6)
         assert float(losses[member][2][expert]) == pytest.approx(loss, rel=1e-6)  # type: ignore[index]
         assert measurement.error == pytest.approx(sum(error) / sum(norm), rel=1e-6)
+        assert measurement.norm == pytest.approx(sum(norm), rel=1e-6)
         assert measurement.bytes == {"gate": 10, "up": 11, "down": 12}[member]
         assert measurement.seconds == 2.0
     assert [dict(m.events) for m in found] == [{"dead_inputs": 2}, *[{}] * 5]
@@ -141,6 +142,14 @@ def test_choices_of_a_bank_share_its_bytes_exactly(measured: Experiment) -> None
             own = [m for m in table if m.unit in names and m.chain == chain]
             assert len(own) == len(names)
             assert sum(m.bytes for m in own) == measured.predicted_bytes(unit, chain)
+
+
+def test_searches_learn_what_units_hold_as_they_are(measured: Experiment) -> None:
+    given = problem(measured, measurements(measured))
+    for unit in measured.units:
+        known = [given.layers[choice.name].bytes for choice in choices(unit)]
+        assert sum(known) == measured.dense_bytes(unit)
+    assert given.layers.keys() == given.choices.keys()
 
 
 def test_pieces_hold_what_the_method_gives_alone(measured: Experiment) -> None:
