@@ -22,7 +22,6 @@ from common import (
     median,
     progress,
     report,
-    scratch,
     table,
     write_recipe,
 )
@@ -31,6 +30,7 @@ from plans import (
     Outcome,
     add_run_options,
     figure,
+    folder,
     measured,
     recipe_sections,
     setting,
@@ -108,17 +108,17 @@ def uniform_ranks(arguments: argparse.Namespace, name: str) -> dict[float, float
 
 
 def run(
-    arguments: argparse.Namespace, folder: Path, seed: int, names: Sequence[str]
+    arguments: argparse.Namespace, place: Path, seed: int, names: Sequence[str]
 ) -> tuple[float, dict[Case, Outcome]]:
     """Dense perplexity, and every case of one seed and some methods."""
     candidates: list[dict[str, Any]] = []
     for name in names:
         ranks = [*arguments.ranks, *uniform_ranks(arguments, name).values()]
         candidates.append({"method": name, "rank": list(dict.fromkeys(ranks))})
-    file = folder / str(seed) / f"{'-'.join(names)}.yaml"
+    file = place / str(seed) / f"{'-'.join(names)}.yaml"
     sections = recipe_sections(arguments, seed)
     recipe = write_recipe(file, arguments, candidates, search="knapsack", **sections)
-    with measured(recipe, folder / str(seed) / file.stem) as bench:
+    with measured(recipe, place / str(seed) / file.stem) as bench:
         return bench.dense_perplexity(), plans_of(bench, arguments, names)
 
 
@@ -213,12 +213,12 @@ def main() -> None:
     check_inputs(arguments)
     found: dict[Case, list[Outcome]] = {}
     dense, left_out = 0.0, dict[str, str]()
-    with scratch("low-rank") as folder:
+    with folder(arguments, "low-rank") as place:
         for seed in range(arguments.seeds):
             for names in in_groups([n for n in arguments.methods if n not in left_out]):
                 progress(f"{', '.join(names)}: seed {seed + 1} of {arguments.seeds}")
                 try:
-                    dense, outcomes = run(arguments, Path(folder), seed, names)
+                    dense, outcomes = run(arguments, Path(place), seed, names)
                 except UserError as error:
                     reason = str(error).rpartition(".yaml: ")[2]  # without the recipe's path
                     left_out |= dict.fromkeys(names, reason)

@@ -7,12 +7,12 @@ that is stored for them; headers of files are not counted.
 
 import argparse
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import median
+from common import median, scratch
 
 from moesaic.methods.base import Chain, is_whole
 from moesaic.orchestrator import results, stages
@@ -137,12 +137,23 @@ def measured(recipe: Path, output: Path) -> Iterator[Measured]:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--seeds``, ``--workers`` and how much text."""
+    """``--seeds``, ``--workers``, how much text, what stays dense, where measurements are kept."""
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--heldout-sequences", type=int, default=48)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="units left dense")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="keep measurements there; the same command then goes on with them",
+    )
+
+
+def folder(arguments: argparse.Namespace, name: str) -> AbstractContextManager[str]:
+    """``--folder``, or one under build/ that goes in the end."""
+    return nullcontext(str(arguments.folder)) if arguments.folder else scratch(name)
 
 
 def recipe_sections(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -160,6 +171,7 @@ def recipe_sections(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             "length": arguments.length,
         },
         "compute": {"dtype": "float32", "workers": arguments.workers},
+        "keep": arguments.keep,
     }
 
 
@@ -171,7 +183,8 @@ def setting(arguments: argparse.Namespace, seeds: int) -> str:
     heldout = f"{arguments.heldout_sequences} × {arguments.length} held-out tokens"
     done = "1 seed" if seeds == 1 else f"{seeds} seeds"
     asked = "" if seeds == arguments.seeds else f" of {arguments.seeds} that were asked for"
-    return f"{name}: {tokens} (half of them for gradients), {heldout}, float32, {done}{asked}"
+    kept = f", dense and not counted: {', '.join(arguments.keep)}" if arguments.keep else ""
+    return f"{name}: {tokens} (half of them for gradients), {heldout}, float32, {done}{asked}{kept}"
 
 
 def figure(values: Sequence[float]) -> str:

@@ -19,7 +19,6 @@ from common import (
     check_inputs,
     progress,
     report,
-    scratch,
     table,
     write_recipe,
 )
@@ -28,6 +27,7 @@ from plans import (
     Outcome,
     add_run_options,
     figure,
+    folder,
     measured,
     recipe_sections,
     setting,
@@ -93,12 +93,12 @@ def plans_of(bench: Measured, arguments: argparse.Namespace) -> dict[Case, Plan]
     return {case: plan for case, plan in found.items() if plan is not None}
 
 
-def run(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[Case, Outcome]:
+def run(arguments: argparse.Namespace, place: Path, seed: int) -> dict[Case, Outcome]:
     """Every case of one seed."""
     sections = recipe_sections(arguments, seed)
-    file = folder / str(seed) / "residual.yaml"
+    file = place / str(seed) / "residual.yaml"
     recipe = write_recipe(file, arguments, candidates(arguments), search="knapsack", **sections)
-    with measured(recipe, folder / str(seed) / "run") as bench:
+    with measured(recipe, place / str(seed) / "run") as bench:
         plans = plans_of(bench, arguments)
         outcomes = bench.outcomes({" ".join(case): plan for case, plan in plans.items()})
         return {case: outcomes[" ".join(case)] for case in plans}
@@ -179,10 +179,10 @@ def main() -> None:
     arguments = parser.parse_args()
     check_inputs(arguments)
     found: dict[Case, list[Outcome]] = {}
-    with scratch("residual") as folder:
+    with folder(arguments, "residual") as place:
         for seed in range(arguments.seeds):
             progress(f"seed {seed + 1} of {arguments.seeds}")
-            for case, outcome in run(arguments, Path(folder), seed).items():
+            for case, outcome in run(arguments, Path(place), seed).items():
                 found.setdefault(case, []).append(outcome)
             # After each seed: what is done is not lost if the rest takes too long.
             text = body(arguments, found, seed + 1)
