@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.methods.base import Unit
+from moesaic.methods.base import Stats, Unit
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.expert_statistics import (
     ExpertStatistics,
@@ -35,6 +35,8 @@ from moesaic.orchestrator.expert_statistics import (
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.statistics import (
+    BLOCK,
+    InfluenceObserver,
     Node,
     SiteStats,
     StatisticsObserver,
@@ -217,30 +219,30 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
         )
     for index in range(start, block):
         module = model.load_block(index)
-        hidden = torch.cat(
-            [
-                model.run_block(index, module, x.to(model.device)).cpu()
-                for x in _batches(walk, hidden)
-            ]
-        )
+        hidden = _passed(walk, model, index, module, hidden)
     return hidden
 
 
 @contextmanager
 def _collecting(
     walk: Walk, model: StreamedModel, block: int, shard: int, module: torch.nn.Module
-) -> Iterator[SiteStats]:
-    """While this is open the block is run on a shard; what is given is filled when it ends."""
+) -> Iterator[tuple[SiteStats, InfluenceObserver]]:
+    """While this is open the block is run on a shard; what is given is filled when it ends.
+
+    What the block makes of hidden states is told to the second thing given.
+    """
     units = block_units(model, block)
     bank = next((unit for unit in units if unit.kind == "bank"), None)
     layer = None
     if bank is not None and walk.sources:
         layer = ExpertStatistics(bank, walk.needs, _tokens(walk, shard), model.device)
     observer = StatisticsObserver(units, walk.needs, model.device)
+    influence = InfluenceObserver(model.device)
     stats: SiteStats = {}
     with observing(model, block, module, observer, experts=walk.experts, layer=layer):
-        yield stats
+        yield stats, influence
     stats.update(observer.finish())
+    stats[BLOCK] = Stats(influence.sums)
     if bank is not None and layer is not None:
         stats[expert_site(bank.name)] = layer.finish()
 
@@ -276,8 +278,8 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:
-            with _collecting(plan, model, block, shard, module) as stats:
-                _advance(state, plan, block, shard, module)
+            with _collecting(plan, model, block, shard, module) as (stats, influence):
+                _advance(state, plan, block, shard, module, influence)
             return stats
 
         sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -297,9 +299,10 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         def shard_stats(shard: int) -> SiteStats:
             hidden = _hidden(state, plan, block, shard)
             save_tensor(hidden_path(plan, block, shard), hidden)
-            with _collecting(plan, model, block, shard, module) as stats:
-                for x in _batches(plan, hidden):
-                    model.run_block(block, module, x.to(model.device))
+            with _collecting(plan, model, block, shard, module) as (stats, influence):
+                for part in _batches(plan, hidden):
+                    x = part.to(model.device)
+                    influence.add(x, model.run_block(block, module, x))
             return stats
 
         sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -351,16 +354,38 @@ def sum_nodes(
         write_atomically(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
 
 
+def _passed(
+    walk: Walk,
+    model: StreamedModel,
+    block: int,
+    module: torch.nn.Module,
+    hidden: Tensor,
+    influence: InfluenceObserver | None = None,
+) -> Tensor:
+    """Hidden states after a block, like ``hidden`` ``[sequences, length, hidden]`` on the CPU."""
+    after = []
+    for part in _batches(walk, hidden):
+        x = part.to(model.device)
+        y = model.run_block(block, module, x)
+        if influence is not None:
+            influence.add(x, y)
+        after.append(y.cpu())
+    return torch.cat(after)
+
+
 def _advance(
-    state: WorkerState, walk: Walk, block: int, shard: int, module: torch.nn.Module
+    state: WorkerState,
+    walk: Walk,
+    block: int,
+    shard: int,
+    module: torch.nn.Module,
+    influence: InfluenceObserver | None = None,
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
     model = opened(state, walk)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
-    after = torch.cat(
-        [model.run_block(block, module, x.to(model.device)).cpu() for x in _batches(walk, hidden)]
-    )
+    after = _passed(walk, model, block, module, hidden, influence)
     if not torch.isfinite(after).all():
         raise RunError(
             f"block {block}: its output has NaN or Inf values in {model.dtype};"

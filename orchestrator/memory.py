@@ -22,6 +22,7 @@ from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
     GradientObserver,
+    InfluenceObserver,
     Node,
     StatisticsObserver,
     covered,
@@ -114,6 +115,12 @@ class Sizes:
                 size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in sums.values())
                 found[expert_site(unit.name)] = size
         return found
+
+    def sums(self, block: int) -> int:
+        """Statistics of all sites of a block, and its own."""
+        own = InfluenceObserver(_META).sums.values()
+        sites = self.statistics(self.block_units(block)).values()
+        return sum(sites) + sum(value.nbytes for value in own)
 
     def sampled(self) -> int:
         """Tokens that every expert is run on; 0 where no recipe reduces experts."""
@@ -268,7 +275,7 @@ def _largest(candidates: Iterable[Parts]) -> Parts:
 
 
 def _calibrate(sizes: Sizes, block: int) -> Parts:
-    one = sum(sizes.statistics(sizes.block_units(block)).values())
+    one = sizes.sums(block)
     shards, workers = sizes.walk.shards, sizes.crew.workers
     outer = sizes.outer() if block == 0 else 0  # the embedding goes when block 1 is loaded
     walking = {
@@ -387,7 +394,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     """What the store will hold in the end, kind → bytes of tensors, and its unfinished work."""
     experiment, walk = sizes.experiment, sizes.walk
     blocks = range(sizes.model.blocks)
-    stats = [sum(sizes.statistics(sizes.block_units(block)).values()) for block in blocks]
+    stats = [sizes.sums(block) for block in blocks]
     gradients = [sizes.gradients(block) for block in blocks] if walk.gradients else [0]
     pairs = [(unit, chain) for unit in experiment.units for chain in experiment.offers[unit.name]]
     token = sizes.model.hidden_size * sizes.item

@@ -13,7 +13,7 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
 from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
 from moesaic.orchestrator.stages import finished_entries, finished_pieces
-from moesaic.orchestrator.statistics import SiteStats, load_stats
+from moesaic.orchestrator.statistics import BLOCK, SiteStats, load_stats
 from moesaic.search.base import Alternative, Budget, Layer, Measurement, Problem
 
 
@@ -27,12 +27,14 @@ class Table:
             it holds besides its members, against the bank as it is.
         load: block → tokens routed to each expert.
         events: in order of time.
+        influence: block → mean of 1 − cos between hidden states before and after it.
     """
 
     measurements: list[Measurement]
     reductions: dict[tuple[str, Chain], Measurement]
     load: dict[int, list[int]]
     events: list[Event]
+    influence: dict[int, float]
 
 
 def measurements(experiment: Experiment) -> Table:
@@ -67,7 +69,16 @@ def measurements(experiment: Experiment) -> Table:
                 reductions[unit.name, prefix] = _reduction(experiment, unit, prefix, bank, loss)
             found += _dense(experiment, unit, None if gradients is None else 0.0)
     load, events = expert_load(experiment, walk)
-    return Table(found, reductions, load, events)
+    return Table(found, reductions, load, events, _influence(experiment, walk))
+
+
+def _influence(experiment: Experiment, walk: Walk) -> dict[int, float]:
+    found = {}
+    for block in range(experiment.model.blocks):
+        path = experiment.store.path("stats", walk.stats_key(block))
+        sums = load_stats(path, BLOCK.__eq__)[BLOCK]
+        found[block] = float(sums["turn"] / sums["tokens"])
+    return found
 
 
 def _shaped(
@@ -193,7 +204,7 @@ def problem(
         banks,
         one_form=not experiment.mixed_banks,
         layers={
-            name: Layer(size)
+            name: Layer(size, table.influence[unit.block])
             for unit in experiment.units
             for name, size in _dense_bytes(experiment, unit).items()
         },

@@ -99,6 +99,30 @@ def _row_spans(total: Tensor) -> Iterator[Node]:
         yield low, min(low + step, inputs)
 
 
+# Name under which a block's own sums stand among those of its sites.
+BLOCK = "block"
+
+
+class InfluenceObserver:
+    """Sums how far a block turns its hidden states: 1 − cos between before and after, per token.
+
+    ``tokens``  int64 [].
+    ``turn``    float64 [].
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = {
+            "tokens": torch.zeros((), dtype=torch.int64, device=device),
+            "turn": torch.zeros((), dtype=torch.float64, device=device),
+        }
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Takes hidden states ``[*, hidden]`` of the same tokens."""
+        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [*]
+        self.sums["tokens"] += cosine.numel()
+        self.sums["turn"] += (1 - cosine.double()).sum()
+
+
 class StatisticsObserver:
     """Sums what is wanted of every site's inputs; :meth:`finish` hands them out."""
 

@@ -119,7 +119,7 @@ class Clock:
         )
         seconds = 0.0
         for block in range(min(blocks), self.model.blocks) if blocks else ():
-            size = sum(sizes.statistics(sizes.block_units(block)).values())
+            size = sizes.sums(block)
             seconds += self.linears(block, tokens) + self.statistics(block, tokens)
             seconds += self.every_expert(block)
             # Every shard's sums are zeroed and added; the last are written, read and written.

@@ -31,11 +31,6 @@ class Ladder:
     loss: list[float]
     dense_bytes: int
 
-    def below(self, limit: float) -> int:
-        """Position of the largest choice of at most so many bytes; the last one if none is."""
-        fitting = (step for step, size in enumerate(self.bytes) if size <= limit)
-        return next(fitting, len(self.bytes) - 1)
-
     def removed(self, step: int) -> float:
         """Share of the dense bytes that the choice at a position does without."""
         return 1 - self.bytes[step] / max(self.dense_bytes, 1)

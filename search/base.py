@@ -49,9 +49,11 @@ class Layer:
 
     Attributes:
         bytes: of the unit as the original has it.
+        influence: of its block: mean of 1 − cos between hidden states before and after it.
     """
 
     bytes: int
+    influence: float | None = None
 
 
 @dataclass(frozen=True)

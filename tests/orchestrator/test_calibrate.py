@@ -16,7 +16,7 @@ from moesaic.orchestrator import calibrate, gradients
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
-from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges
+from moesaic.orchestrator.statistics import BLOCK, SiteStats, load_stats, ranges
 from moesaic.orchestrator.store import Store, digest, remove_scratch
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState
@@ -186,6 +186,29 @@ def test_sums_are_those_of_the_whole_model_in_transformers(
                 x = x.double()
                 assert torch.allclose(sums["hessian"][index].double(), x.T @ x, **CLOSE)
                 assert torch.allclose(sums["abs"][index].double(), x.abs().sum(0), **CLOSE)
+
+
+def test_influence_of_a_block_is_that_of_the_whole_model_in_transformers(
+    walk: Walk, folder: Path, ids: Tensor
+) -> None:
+    forward(walk)
+    model = full_model(folder)
+    turns: list[float] = []
+
+    def hook(_: Any, args: Any, y: Any) -> None:
+        x, y = args[0].double(), (y if isinstance(y, Tensor) else y[0]).double()
+        cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+        turns.append(float((1 - cosine).sum()))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(hook)
+    with torch.no_grad():
+        model(ids)
+    assert len(turns) == BLOCKS and min(turns) > 0
+    for block, turn in enumerate(turns):
+        sums = stats_of(walk, block)[BLOCK]
+        assert int(sums["tokens"]) == SEQUENCES * LENGTH
+        assert float(sums["turn"]) == pytest.approx(turn, rel=1e-4)
 
 
 def test_all_tokens_teach_every_expert_when_the_recipe_says_so(

@@ -145,10 +145,15 @@ def test_choices_of_a_bank_share_its_bytes_exactly(measured: Experiment) -> None
 
 
 def test_searches_learn_what_units_hold_as_they_are(measured: Experiment) -> None:
-    given = problem(measured, measurements(measured))
+    table = measurements(measured)
+    given = problem(measured, table)
     for unit in measured.units:
         known = [given.layers[choice.name].bytes for choice in choices(unit)]
         assert sum(known) == measured.dense_bytes(unit)
+        assert {given.layers[choice.name].influence for choice in choices(unit)} == {
+            table.influence[unit.block]
+        }
+    assert all(0 < influence < 2 for influence in table.influence.values())
     assert given.layers.keys() == given.choices.keys()
 
 

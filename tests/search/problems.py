@@ -1,11 +1,12 @@
 """Problems made of numbers alone, and the best plan found by looking at every one."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 
 from moesaic.methods.base import Chain, Spec
-from moesaic.search.base import Budget, Measurement, Plan, Problem
+from moesaic.search.base import Budget, Layer, Measurement, Plan, Problem
 
 FIXED = 1000
 Table = list[tuple[int, float]]
@@ -16,7 +17,10 @@ def chain(number: int) -> Chain:
 
 
 def problem(tables: list[Table], unit_bytes: int, ties: list[list[int]] | None = None) -> Problem:
-    """Unit ``u0``, ``u1`` … with a table of (bytes, loss) per chain each."""
+    """Unit ``u0``, ``u1`` … with a table of (bytes, loss) per chain each.
+
+    Their blocks have one of three influences.
+    """
     choices = {
         f"u{unit}": [
             Measurement(f"u{unit}", chain(number), size, loss, None, 0.0)
@@ -25,7 +29,11 @@ def problem(tables: list[Table], unit_bytes: int, ties: list[list[int]] | None =
         for unit, table in enumerate(tables)
     }
     named = [[f"u{unit}" for unit in tie] for tie in ties or []]
-    return Problem(choices, named, Budget(FIXED + unit_bytes, FIXED))
+    layers = {
+        f"u{unit}": Layer(max(size for size, _ in table), influence=0.1 * (1 + unit % 3))
+        for unit, table in enumerate(tables)
+    }
+    return Problem(choices, named, Budget(FIXED + unit_bytes, FIXED), layers=layers)
 
 
 def extremes(given: Problem) -> tuple[int, int]:
@@ -64,4 +72,4 @@ def realistic(units: int, choices: int, share: float, seed: int = 0) -> Problem:
     given = problem(tables, 0)
     low, high = extremes(given)
     budget = Budget(FIXED + int(low + share * (high - low)), FIXED)
-    return Problem(given.choices, given.ties, budget)
+    return dataclasses.replace(given, budget=budget)

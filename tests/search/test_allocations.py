@@ -9,7 +9,7 @@ from hypothesis import given as for_all
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from moesaic.search import alternatives, strs, svd_llm_v2
+from moesaic.search import alternatives, modegpt, strs, svd_llm_v2
 from moesaic.search.base import (
     Budget,
     Infeasible,
@@ -22,7 +22,7 @@ from moesaic.search.base import (
 from tests.search.problems import FIXED, Table, chain, extremes, problem, realistic
 from tests.search.test_alternatives import layers
 
-ALLOCATIONS = ["strs", "svd_llm_v2"]
+ALLOCATIONS = ["modegpt", "strs", "svd_llm_v2"]
 
 
 def named(tables: dict[str, Table], unit_bytes: int, dense: dict[str, int]) -> Problem:
@@ -164,6 +164,54 @@ def test_svd_llm_v2_refuses_an_error_that_is_not_finite() -> None:
         svd_llm_v2.search(dataclasses.replace(given, choices={"u0": bad}))
 
 
+def influenced(tables: dict[str, Table], unit_bytes: int, influence: list[float]) -> Problem:
+    given = named(tables, unit_bytes, {})
+    known = {u: Layer(100, s) for u, s in zip(tables, influence, strict=True)}
+    return dataclasses.replace(given, layers=known)
+
+
+STEPS = [(size, 1.0 - size / 100) for size in range(100, 0, -5)]
+
+
+def share(plan: Plan) -> list[int]:
+    """What is removed of every unit of 100 bytes."""
+    return [5 * step for step in picked(plan)]
+
+
+def test_modegpt_removes_by_the_softmax_of_the_influence() -> None:
+    # Twice the share for a block whose influence is lower by ε log 2.
+    influence = [0.3, 0.3 - modegpt.EPSILON * math.log(2), 0.3 - modegpt.EPSILON * math.log(4)]
+    tables = {f"layers.{n}.q": STEPS for n in range(3)}
+    plan = modegpt.search(influenced(tables, 300 - 68, influence))
+    assert share(plan) == [10, 20, 40]
+    plan = modegpt.search(influenced(tables, 300 - 82, influence))
+    assert share(plan) == [15, 25, 45]  # just above 10, 20 and 40; without the first it is 80
+
+
+def test_modegpt_removes_more_than_the_most_only_where_the_budget_wants_it() -> None:
+    tables = {f"layers.{n}.q": STEPS for n in range(2)}
+    influence = [0.9, 0.1]
+    assert share(modegpt.search(influenced(tables, 200 - 85, influence))) == [5, 80]
+    assert share(modegpt.search(influenced(tables, 200 - 160, influence))) == [80, 80]
+    assert share(modegpt.search(influenced(tables, 200 - 165, influence))) == [80, 85]
+    assert share(modegpt.search(influenced(tables, 10, influence))) == [95, 95]
+
+
+def test_modegpt_gives_all_layers_of_a_block_one_share() -> None:
+    tables = {f"layers.{n}.{m}": STEPS for n in range(2) for m in ("q", "up")}
+    plan = modegpt.search(influenced(tables, 400 - 160, [0.2, 0.2, 0.1, 0.1]))
+    found = share(plan)
+    assert abs(found[0] - found[1]) <= 5 and abs(found[2] - found[3]) <= 5
+    assert found[0] < found[2]
+
+
+def test_modegpt_says_whose_influence_is_missing() -> None:
+    given = influenced({"layers.0.q": STEPS, "layers.1.q": STEPS}, 150, [0.1, 0.2])
+    given = dataclasses.replace(given, layers={"layers.0.q": given.layers["layers.0.q"]})
+    with pytest.raises(ValueError, match="unit layers.1.q: the influence of its block"):
+        modegpt.search(given)
+
+
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_a_loss_that_is_not_finite_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unit u1: the loss of rtn.* is nan"):
@@ -189,7 +237,7 @@ def test_plans_shrink_with_the_budget(name: str) -> None:
     for unit_bytes in np.linspace(low, high, 40).astype(int):
         budget = Budget(FIXED + int(unit_bytes), FIXED)
         sizes.append(search_module(name).search(dataclasses.replace(given, budget=budget)).bytes)
-    if name == "strs":  # the others' weights depend on the budget
+    if name != "svd_llm_v2":  # whose weights depend on the budget
         assert sizes == sorted(sizes)
     assert sizes[0] == FIXED + low and sizes[-1] == FIXED + high
 
@@ -198,6 +246,8 @@ def test_plans_shrink_with_the_budget(name: str) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_banks_that_may_be_reduced_are_no_obstacle(name: str, share: float) -> None:
     given = layers(banks=3, experts=4, linears=4, share=share)
+    names = [*given.choices, *(n for bank in given.banks.values() for n in bank[0].choices)]
+    given = dataclasses.replace(given, layers={n: Layer(2048 * 768 * 2, 0.1) for n in names})
     plan = alternatives.solve(given, name)
     assert plan.bytes <= given.budget.total_bytes
     assert given.plan(plan.units) == plan == alternatives.solve(given, name)
