@@ -24,10 +24,9 @@ RESIDUAL = {
     "prefill": [(7, False, 16)],
     "odd": [(7, False, 7)],
 }
-# Activation and whether it is gated.
 LAYERS = ("gate", "up", "down")
-MLP = {name: [("silu", True)] for name in mlp.CONFIGS}
-MLP["rank_64"].append(("gelu", False))
+# Activation and whether it is gated: two factors before the activation need more than one.
+MLP = [("silu", True)]
 # Whether attention is causal, biased, rotates, has lengths: all, as Llama, as BERT, nothing.
 SWITCHES = [(True,) * 4, (True, False, True, False), (False, True, False, True), (False,) * 4]
 # Features of a head.
@@ -121,7 +120,7 @@ def mlp_results(capability: int, everything: bool) -> Iterator[Found]:
     for name, config in mlp.CONFIGS.items():
         even = name != "odd"
         every = itertools.product(("silu", "gelu", "gelu_tanh"), (True, False))
-        cases = every if everything else MLP[name]
+        cases = every if everything else MLP
         all_ranks = ranks(name, mlp.MAX_ODD_RANK, everything)
         for (activation, gated), rank in itertools.product(cases, all_ranks):
             layers = [f"{layer}_{side}" for layer in LAYERS for side in ("right", "left")]

@@ -35,8 +35,8 @@ def run_script(name: str, *arguments: str, interpret: bool) -> subprocess.Popen[
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def answer(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    output, _ = process.communicate(timeout=240)
+def answer(process: subprocess.Popen[str], seconds: int = 240) -> list[dict[str, Any]]:
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, process.args
     found = json.loads(output)
     assert found
