@@ -159,7 +159,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, P
             {"candidates": [RTN, [{"method": "reap"}, {"method": "slim"}, RTN]]},
             "entry 2: a chain reduces experts once, not twice",
         ),
-        ("", {"candidates": [RTN, [{"method": "reap"}, RTN, RTN]]}, "entry 2: rtn cannot follow rtn"),
+        ("", {"candidates": [RTN, [{"method": "reap"}, RTN, RTN]]}, "rtn cannot follow rtn"),
         ("", {"candidates": [RTN, []]}, "entry 2: a chain needs at least one method"),
         ("", {"calibration": {"expert_tokens": 0}}, "calibration.expert_tokens: .* equal to 1"),
         ("", {"router_calibration": {"epochs": 1}}, "router_calibration: nothing .* reduces"),
