@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -220,7 +221,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
 
 def report(title: str, body: str, write: Path | None) -> None:
     """Prints the report, with command, machine and date, and writes it where asked."""
-    command = " ".join(["python", *(os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:])])
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     versions = f"Python {platform.python_version()}"
     head = f"# {title}\n\n`{command}`\n\n{machine()}, {versions}, {date.today().isoformat()}\n"
     text = f"{head}\n{body.strip()}\n"
