@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/moesaic run recipes/demo.yaml --output runs/demo
 
+# Two processes of one thread each; a file stays in one, which makes its fixtures once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types layering
 

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -20,7 +23,13 @@ from mlflow import MlflowClient
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 MOESAIC = [sys.executable, "-m", "moesaic.orchestrator.cli"]
-TIMEOUT = 280
+TIMEOUT = 280  # for every wait; a test has several
+pytestmark = pytest.mark.timeout(900)
+# Most of a start is importing. Drivers that are to be killed are forked from a process that has
+# imported everything already, once for all of them.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["moesaic.orchestrator.cli", "moesaic.orchestrator.run"])
+Driver = subprocess.Popen[str] | BaseProcess
 
 
 def start(recipe: Path, output: Path) -> subprocess.Popen[str]:
@@ -28,6 +37,33 @@ def start(recipe: Path, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=output.parent
     )
+
+
+def _drive(recipe: Path, output: Path) -> None:
+    """In a process of its own: the command that :func:`start` starts."""
+    from moesaic.orchestrator import cli
+
+    os.chdir(output.parent)
+    with (output.parent / "said.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    sys.argv = ["moesaic", "run", str(recipe), "--output", str(output), "--json"]
+    cli.main()
+
+
+@contextlib.contextmanager
+def doomed(recipe: Path, output: Path) -> Iterator[BaseProcess]:
+    """A driver that runs until the block ends, which is when ``kill -9`` comes."""
+    process = FORKED.Process(target=_drive, args=(recipe, output))
+    process.start()
+    try:
+        yield process
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert "Traceback" not in (output.parent / "said.log").read_text()
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -44,20 +80,23 @@ def contents(output: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_until(happened: Callable[[], object], process: Driver) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not happened():
-        assert process.poll() is None, process.communicate()[1]
+        if isinstance(process, subprocess.Popen):
+            assert process.poll() is None, process.communicate()[1]
+        else:
+            assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def wait_for_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def wait_for_workers(process: Driver) -> list[psutil.Process]:
     wait_until(lambda: len(children(process, "ray::Worker")) == 2, process)
     return children(process, "ray::Worker")
 
 
-def wait_for_entries(store: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_entries(store: Path, count: int, process: Driver) -> None:
     """Until workers have put ``count`` more entries into the store; they take a moment each."""
     before = len(entries(store))
     wait_until(lambda: len(entries(store)) >= before + count, process)
@@ -67,8 +106,9 @@ def entries(store: Path) -> list[Path]:
     return list(store.rglob("*.seal.json"))
 
 
-def children(process: subprocess.Popen[str], name: str = "") -> list[psutil.Process]:
+def children(process: Driver, name: str = "") -> list[psutil.Process]:
     found = []
+    assert process.pid is not None
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             if name in " ".join(child.cmdline()):
@@ -105,17 +145,72 @@ def project(folder: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets lie below it, and a socket's path has at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below those that Ray gives to workers (from 10002 on) and the system to clients."""
+    free = []
+    for port in range(6390, 10000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_folder: Path) -> Path:
+    """What a job leaves that is submitted to a local head."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = finish(start(project(folder, model), folder / "run"))
-    scores = result["scores"]
-    assert isinstance(scores, dict)
-    assert {"dense", "plan", "rtn 4", "merged"} == set(scores)
-    assert "before_router_calibration" in scores["merged"]
-    return folder / "run"
+    ray = str(Path(sys.executable).with_name("ray"))
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TMPDIR": str(short_folder),
+    }
+    # Where another Ray of this machine has the agent's usual port, this one's would take no jobs.
+    port, dashboard, agent, grpc, client = free_ports(5)
+    head = [ray, "start", "--head", "--port", str(port), "--num-cpus", "2", "--block"]
+    head += ["--dashboard-port", str(dashboard), "--disable-usage-stats"]
+    head += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
+    head += ["--ray-client-server-port", str(client)]
+    recipe = project(folder, model)
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
+    try:
+        command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+        command += [*MOESAIC, "run", str(recipe), "--output", str(folder / "run"), "--json"]
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+            )
+            assert process.poll() is None, (folder / "head.log").read_text()
+            # The head listens before it can take jobs.
+            answer = done.stdout + done.stderr
+            early = "Failed to connect" in answer or "No available agent" in answer
+            if not early or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder / "run"
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
+        process.wait()
 
 
-def test_run_leaves_the_files_of_the_contract(undisturbed: Path) -> None:
+def test_job_leaves_the_files_of_the_contract(undisturbed: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
     wanted = {"recipe.yaml", "measurements.parquet", "plan.json", "scores.json", "report.html"}
     assert wanted | {"model"} <= names
@@ -123,6 +218,8 @@ def test_run_leaves_the_files_of_the_contract(undisturbed: Path) -> None:
     weights = sum(file.stat().st_size for file in (undisturbed / "model").glob("*.safetensors"))
     assert plan["bytes"] == weights <= plan["budget_bytes"]
     scores = json.loads((undisturbed / "scores.json").read_text())
+    assert {"dense", "plan", "rtn 4", "merged"} == set(scores)
+    assert "before_router_calibration" in scores["merged"]
     assert scores["plan"]["bytes"] == weights
     assert {"bytes", "bits_per_weight", "perplexity", "kl"} <= scores["dense"].keys()
     assert (undisturbed.parent / "mlflow.db").exists()
@@ -152,22 +249,17 @@ def record(database: Path) -> dict[str, object]:
 def test_run_killed_in_every_phase_ends_byte_identical(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
-    """One run, killed in turn and started again; nothing finished is done twice."""
+    """One run, killed in turn and started again; nothing finished is done twice.
+
+    The undisturbed one was on a cluster, this one starts a Ray of its own every time.
+    """
     recipe = project(tmp_path, model)
     output, store = tmp_path / "run", recipe.parent / "store"
 
-    def ended(process: subprocess.Popen[str]) -> str:
-        stdout, stderr = process.communicate(timeout=TIMEOUT)
-        assert "Traceback" not in stderr
-        assert process.returncode != 0
-        return stdout + stderr
-
     def kill_driver_at(file: Path) -> None:
-        process = start(recipe, output)
         pattern = str(file.relative_to(tmp_path))
-        wait_until(lambda: list(tmp_path.glob(pattern)), process)
-        process.kill()
-        ended(process)
+        with doomed(recipe, output) as process:
+            wait_until(lambda: list(tmp_path.glob(pattern)), process)
 
     kill_driver_at(tmp_path / "mlflow.db")
 
@@ -179,23 +271,24 @@ def test_run_killed_in_every_phase_ends_byte_identical(
     below = children(process)
     wait_for_entries(store, 3, process)
     process.terminate()
-    said = ended(process)
+    stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
-    assert said.count("stopped; run the same command to go on from here") == 2  # and in the JSON
-    assert "SIGTERM" not in said  # Ray would print the stack of its C++
+    assert stdout.count("\n") == 1  # the JSON; Ray was there and printed nothing
+    for said in (stdout, stderr):
+        assert said.count("stopped; run the same command to go on from here") == 1
+        assert "Traceback" not in said
+        assert "SIGTERM" not in said  # Ray would print the stack of its C++
     assert gone(below)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
         assert connection.execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
 
     # Workers go on for a while without their raylet.
-    process = start(recipe, output)
-    workers = wait_for_workers(process)
-    (raylet,) = children(process, "raylet/raylet ")
-    wait_for_entries(store, 3, process)
-    raylet.kill()
-    wait_for_entries(store, 3, process)
-    process.kill()
-    ended(process)
+    with doomed(recipe, output) as process:
+        workers = wait_for_workers(process)
+        (raylet,) = children(process, "raylet/raylet ")
+        wait_for_entries(store, 3, process)
+        raylet.kill()
+        wait_for_entries(store, 3, process)
     assert gone(workers)  # until then they may still end what they were at
     finished = {
         seal: seal.stat().st_mtime_ns
@@ -211,7 +304,8 @@ def test_run_killed_in_every_phase_ends_byte_identical(
     assert not (output / "model").exists()
     kill_driver_at(output / "report.html")
 
-    finish(start(recipe, output))
+    result = finish(start(recipe, output))
+    assert result["scores"] == json.loads((output / "scores.json").read_text())
     assert all(seal.stat().st_mtime_ns == when for seal, when in finished.items())
     theirs, ours = contents(undisturbed), contents(output)
     # The card holds the recipe, and the recipe the folder that the test happens to lie in.
@@ -221,68 +315,3 @@ def test_run_killed_in_every_phase_ends_byte_identical(
     kept = record(tmp_path / "mlflow.db")
     assert (kept["status"], kept["failure"]) == ({"FINISHED"}, None)
     assert kept == record(undisturbed.parent / "mlflow.db")
-
-
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """Ray's sockets lie below it, and a socket's path has at most 107 characters."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as name:
-        yield Path(name)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below those that Ray gives to workers (from 10002 on) and the system to clients."""
-    free = []
-    for port in range(6390, 10000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            free.append(port)
-        if len(free) == count:
-            return free
-    raise AssertionError("no free ports")
-
-
-def test_job_submitted_to_a_local_head_runs_the_recipe(
-    model: Path, tmp_path: Path, short_folder: Path
-) -> None:
-    ray = str(Path(sys.executable).with_name("ray"))
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TMPDIR": str(short_folder),
-    }
-    # Where another Ray of this machine has the agent's usual port, this one's would take no jobs.
-    port, dashboard, agent, grpc, client = free_ports(5)
-    head = [ray, "start", "--head", "--port", str(port), "--num-cpus", "2", "--block"]
-    head += ["--dashboard-port", str(dashboard), "--disable-usage-stats"]
-    head += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
-    head += ["--ray-client-server-port", str(client)]
-    recipe = project(tmp_path, model)
-    with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
-    try:
-        command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
-        command += [*MOESAIC, "run", str(recipe), "--output", str(tmp_path / "run"), "--json"]
-        deadline = time.monotonic() + TIMEOUT
-        while True:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-            )
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
-            # The head listens before it can take jobs.
-            answer = done.stdout + done.stderr
-            early = "Failed to connect" in answer or "No available agent" in answer
-            if not early or time.monotonic() > deadline:
-                break
-            time.sleep(1)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (tmp_path / "run" / "model" / "config.json").exists()
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        process.kill()
-        process.wait()

@@ -85,9 +85,9 @@ def test_knapsack_equals_mixed_integer_programming(share: float) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_knapsack_is_fast_when_large(share: float) -> None:
     given = realistic(units=400, choices=12, share=share)
-    started = time.monotonic()
+    started = time.process_time()
     plan = knapsack.search(given)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     assert plan.bytes > 0.999 * given.budget.total_bytes
 
 

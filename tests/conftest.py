@@ -1,0 +1,11 @@
+"""The order of the test files for ``make test``, where two processes take file after file."""
+
+import pytest
+
+# What takes longest comes first, so that nothing waits for it in the end; the other file with a
+# real Ray comes last, so that there is one at a time.
+ORDER = {"test_end_to_end.py": 0, "test_pool.py": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.get(item.path.name, 1))
