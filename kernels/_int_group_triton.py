@@ -39,6 +39,17 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As the launch of a kernel takes them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 # Every configuration that ships. The tests compile each one ahead of time for sm_80 and sm_90 and
 # look at spills, shared memory and tensor cores; the sizes were chosen by these, not by timing.
@@ -66,6 +77,27 @@ def group_span(group_size: int) -> int:
     return math.gcd(group_size, 32)
 
 
+def operands(weight: CompressedTensor) -> tuple[list[Tensor], dict[str, int | bool]]:
+    """What kernels that read a weight in the format ``int_group`` are launched with.
+
+    Returns:
+        ``packed``, ``scale`` and ``zero`` (``packed`` again where there are no zero points), each
+        contiguous, and the constants ``BITS``, ``GROUP_SIZE``, ``SPAN``, ``SYMMETRIC``.
+    """
+    group_size = max(0, int(weight.params["group_size"]))
+    symmetric = bool(weight.params["symmetric"])
+    packed = weight.parts["weight_packed"].contiguous()
+    scale = weight.parts["weight_scale"].contiguous()
+    zero = packed if symmetric else weight.parts["weight_zero_point"].contiguous()
+    constants = {
+        "BITS": int(weight.params["bits"]),
+        "GROUP_SIZE": group_size,
+        "SPAN": group_span(group_size),
+        "SYMMETRIC": symmetric,
+    }
+    return [packed, scale, zero], constants
+
+
 def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
     """Writes ``x @ weightᵀ`` into ``out``.
 
@@ -75,35 +107,23 @@ def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
         out: ``[M, N]``, contiguous, of any floating dtype.
     """
     outputs, inputs = weight.shape
-    group_size = max(0, int(weight.params["group_size"]))
-    span = group_span(group_size)
-    config = config_for(len(x), inputs, span)
-    packed = weight.parts["weight_packed"].contiguous()
-    scale = weight.parts["weight_scale"].contiguous()
-    symmetric = bool(weight.params["symmetric"])
+    parts, constants = operands(weight)
+    packed, scale, _ = parts
+    config = config_for(len(x), inputs, constants["SPAN"])
     grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         int_group_matmul[grid](
             x,
-            packed,
-            scale,
-            packed if symmetric else weight.parts["weight_zero_point"].contiguous(),
+            *parts,
             out,
             len(x),
             outputs,
             inputs,
             packed.shape[1],
             scale.shape[1],
-            BITS=int(weight.params["bits"]),
-            GROUP_SIZE=group_size,
-            SPAN=span,
-            SYMMETRIC=symmetric,
+            **constants,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.arguments,
         )
 
 

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan
-from moesaic.kernels._lowrank_triton import Config, Path, factor_tile, project
+from moesaic.kernels._int_group_triton import Config
+from moesaic.kernels._lowrank_triton import Path, factor_tile, project
 
 # As in _lowrank_triton.
 MAX_RANK, MAX_ODD_RANK = 512, 256
@@ -244,11 +245,7 @@ def launch(x: Tensor, layer: Layer, out: Tensor) -> None:
             UPCAST=low_rank.INTERPRETED and x.dtype == torch.bfloat16,
             RANK=low_rank.padded_rank(max(gate_rank, up_rank)),
             DOWN_RANK=low_rank.padded_rank(down_rank),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.arguments,
         )
 
 

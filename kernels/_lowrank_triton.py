@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.kernels import _plan
+from moesaic.kernels._int_group_triton import Config
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Largest rank whose tile fits the registers; above, two products. The second is for inputs or ranks
@@ -32,18 +33,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_RANK, MAX_ODD_RANK = 512, 256
 INTERPRETED: bool = triton.knobs.runtime.interpret
 Path = Literal["fused", "products"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes (rows of x, outputs, inputs) and how a program is laid out."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
 
 # Every configuration that ships, by the largest rank it takes. The tests compile each one ahead of
 # time for sm_80 and sm_90; the sizes were chosen by registers and shared memory, not by timing.
@@ -204,11 +193,7 @@ def launch(x: Tensor, right: Tensor, left: Tensor, out: Tensor, sections: int = 
             len(right),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             RANK=padded_rank(len(right)),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.arguments,
         )
 
 

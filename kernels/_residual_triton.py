@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, int_group
-from moesaic.kernels._int_group_triton import Config, group_span, weight_tile
+from moesaic.kernels._int_group_triton import Config, operands, weight_tile
 from moesaic.kernels.tensor import CompressedTensor
 
 MAX_RANK = 128
@@ -136,19 +136,14 @@ def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: 
         out: ``[M, N]`` of any floating dtype.
     """
     outputs, inputs = base.shape
-    group_size = max(0, int(base.params["group_size"]))
-    span = group_span(group_size)
-    config = config_for(len(x), inputs, span, len(right))
-    packed = base.parts["weight_packed"].contiguous()
-    scale = base.parts["weight_scale"].contiguous()
-    symmetric = bool(base.params["symmetric"])
+    parts, constants = operands(base)
+    packed, scale, _ = parts
+    config = config_for(len(x), inputs, constants["SPAN"], len(right))
     grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         residual_matmul[grid](
             x,
-            packed,
-            scale,
-            packed if symmetric else base.parts["weight_zero_point"].contiguous(),
+            *parts,
             right,
             left,
             out,
@@ -158,17 +153,10 @@ def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: 
             packed.shape[1],
             scale.shape[1],
             len(right),
-            BITS=int(base.params["bits"]),
-            GROUP_SIZE=group_size,
-            SPAN=span,
-            SYMMETRIC=symmetric,
+            **constants,
             UPCAST=low_rank.INTERPRETED and x.dtype == torch.bfloat16,
             RANK=low_rank.padded_rank(len(right)),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.arguments,
         )
 
 

@@ -22,6 +22,7 @@ from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels import dense, int_group, lowrank
 from moesaic.kernels import residual as residual_format
+from moesaic.kernels._int_group_triton import group_span
 from moesaic.kernels.tensor import CompressedTensor
 
 GUARD = 512  # poisoned elements before and behind every operand and the output
@@ -154,7 +155,7 @@ def run_residual(index: int, device: str) -> dict[str, object]:
     fused = residual.matmul(x.view(1, rows, inputs), base, right, left, path="fused")
     plain = residual.matmul(x, base, right, left, path="products")
     weight = residual_format.pack(base, lowrank.pack(dense.pack(left), dense.pack(right)))
-    span = residual.group_span(max(0, group_size))
+    span = group_span(max(0, group_size))
     empty = residual.matmul(x[:0], base, right, left)
     return {
         "kernel": "residual",
