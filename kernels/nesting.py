@@ -61,6 +61,12 @@ def member_shapes(
     return found
 
 
+def member_format(params: Mapping[str, Param], name: str) -> tuple[str, Mapping[str, Param]]:
+    """Format and params of a member of :func:`nested`."""
+    described = _described(params)[name]
+    return described["format"], described["params"]
+
+
 def _described(params: Mapping[str, Param]) -> dict[str, Any]:
     described: dict[str, Any] = json.loads(str(params[_MEMBERS]))
     return described

@@ -3,14 +3,7 @@ section 3), without its training.
 
 Channels of least importance go, an expert's on its own: E[a_c²]·‖W_D[:,c]‖², with a the input of
 the down projection W_D, or, as MoDeGPT does, their ridge leverage: what the others cannot make up
-for. What is left of W_D is refitted by least squares, as MoDeGPT does for an
-MLP (Lin et al., 2408.09632, section 3.2), on the sampled tokens:
-
-    min_Δ ‖A_R W_Rᵀ − A_S Δᵀ‖² + λ‖Δ‖²,   W_D' = W_S + Δ,   Δᵀ = (C_SS + λI)⁻¹ C_SR W_Rᵀ
-
-with S the channels that stay, R the rest, C = AᵀA. At λ = 0 this is (SᵀCS)⁺SᵀC·W_Dᵀ. The ridge
-draws W_D' to W_S, not to 0, so that the error on the sample is at most that of plain selection,
-whatever λ is, and nothing moves where nothing is cut.
+for. What is left of W_D is refitted on the sampled tokens: see :mod:`moesaic.methods.nystrom`.
 
 Every expert runs on all sampled tokens. A token counts g² / mean of g² over those routed to the
 expert, g its gate, plus a small share for being a token at all: few are routed to one of many
@@ -23,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moesaic.methods import nystrom
 from moesaic.methods.base import Event, MethodOptions, option
 from moesaic.methods.reduction import (
     ExpertLayer,
@@ -78,16 +72,9 @@ class Options(MethodOptions):
 
 def kept_width(shape: LayerShape, options: Options) -> int:
     """The new width; raises ValueError, in one line, where there is none such."""
-    step = math.gcd(options.multiple, shape.width)
     if isinstance(options.width, float):
-        if options.width > 1:
-            raise ValueError(f"width: {options.width:g} is no share of the channels: at most 1.0")
-        count = step * int(options.width * shape.width / step + 0.5)
-        if not count:
-            raise ValueError(
-                f"width: {options.width:g} of {shape.width} channels is none, in steps of {step}"
-            )
-        return count
+        return nystrom.kept_channels(shape.width, options.width, options.multiple, "width")
+    step = math.gcd(options.multiple, shape.width)
     if options.width > shape.width:
         raise ValueError(f"width: {options.width} channels are more than the {shape.width}")
     if options.width % step:
@@ -119,8 +106,12 @@ def reduce(layer: ExpertLayer, options: Options) -> Reduction:
         a = layer.middle(expert, x).double()  # [T, I]
         covariance = a.T @ (a * token_weights(gate[:, expert], options.spread)[:, None])
         down = layer.weights["down"][expert].double()
-        kept = top_channels(importance(covariance, down, options), width)
-        fitted = refit(covariance, down, kept, options.ridge)
+        if options.channels == "energy":
+            scores = nystrom.energy(covariance, down)
+        else:
+            scores = nystrom.leverage(covariance, down, options.ridge)
+        kept = nystrom.top_channels(scores, width)
+        fitted = nystrom.refit(covariance, down, kept, options.ridge)
         weights["gate"][expert] = layer.weights["gate"][expert][kept]
         weights["up"][expert] = layer.weights["up"][expert][kept]
         weights["down"][expert] = fitted.to(weights["down"].dtype)
@@ -147,50 +138,6 @@ def token_weights(gate: Tensor, spread: float) -> Tensor:
     if not routed:
         return torch.ones_like(square)
     return square * (routed / square.sum()) + spread
-
-
-def importance(covariance: Tensor, down: Tensor, options: Options) -> Tensor:
-    """Of every channel, float64 ``[I]``.
-
-    The ridge leverage score is diag(C(C + λI)⁻¹) (MoDeGPT, 2408.09632, algorithm 1): near 0 for a
-    channel without activations or that others can stand in for, near 1 for one on its own.
-
-    Args:
-        covariance: C, float64 ``[I, I]``.
-        down: ``[H, I]``.
-    """
-    damping = options.ridge * covariance.diagonal().mean()
-    if options.channels == "energy" or damping <= 0:
-        return covariance.diagonal() * down.square().sum(0)
-    damped = covariance + damping * torch.eye(len(covariance)).to(covariance)
-    return torch.cholesky_solve(covariance, torch.linalg.cholesky(damped)).diagonal()
-
-
-def top_channels(importance: Tensor, count: int) -> Tensor:
-    """The ``count`` most important channels, in their order, int64 ``[J]``."""
-    order = importance.sort(descending=True, stable=True).indices
-    return order[:count].sort().values
-
-
-def refit(covariance: Tensor, down: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The refitted down projection, float64 ``[H, J]``.
-
-    Args:
-        covariance: C, float64 ``[I, I]``.
-        down: W_D, float64 ``[H, I]``.
-        kept: channels S, ``[J]``.
-        ridge: λ relative to the mean of diag C_SS.
-    """
-    plain = down[:, kept]
-    cut = torch.ones(down.shape[1], dtype=torch.bool, device=kept.device)
-    cut[kept] = False
-    block = covariance[kept][:, kept]
-    damping = ridge * block.diagonal().mean()
-    if not cut.any() or damping <= 0:  # nothing to make up for, or nothing to do it with
-        return plain
-    factor = torch.linalg.cholesky(block + damping * torch.eye(len(block)).to(block))
-    target = covariance[kept][:, cut] @ down[:, cut].T  # [J, H]
-    return plain + torch.cholesky_solve(target, factor).T
 
 
 def _few_tokens(gate: Tensor, shape: LayerShape, width: int) -> list[Event]:

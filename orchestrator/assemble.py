@@ -31,6 +31,7 @@ from moesaic.orchestrator.export import (
     replaced_names,
     resized_config,
     unit_tensors,
+    unplaced,
 )
 from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import disk_errors
@@ -77,7 +78,7 @@ def assemble(
     Raises:
         RunError: the plan cannot be loaded by ``serve``, a piece is damaged, or the disk is full.
     """
-    pieces = _read_headers(model, chosen)
+    pieces = _read_headers(model, chosen, serve)
     check_plan(model, pieces, serve)
     tensors = _tensors(model, pieces, serve)
     with disk_errors(output), _new_folder(output) as folder:
@@ -101,6 +102,7 @@ def header_bytes_bound(
     schemes: int = 1,
     stand_ins: bool = False,
     chained: bool = False,
+    narrowed: bool = False,
 ) -> int:
     """What the headers of the model's files take at most, in bytes.
 
@@ -109,6 +111,7 @@ def header_bytes_bound(
         schemes: how many different choices a bank may mix, where ``serve`` loads that.
         stand_ins: whether banks may come with a map and constants.
         chained: whether weights may be factors, or have corrections.
+        narrowed: whether linears may have lost some of their channels.
     """
     checkpoint = model.checkpoint
     compressible = {unit.name for unit in units}
@@ -124,7 +127,7 @@ def header_bytes_bound(
         dense = size(originals[name] for name in names)
         packed = 0
         if unit.name in compressible and can_be_packed(unit, serve, model.family):
-            largest = largest_piece(unit, serve, chained)
+            largest = largest_piece(unit, serve, chained, narrowed)
             packed = size(unit_tensors(model, unit, largest, serve))
             if serve == "moesaic" and unit.kind == "bank" and schemes > 1:
                 groups = min(schemes, unit.shapes["gate"][0])
@@ -144,7 +147,9 @@ def _header_entry_bytes(blob: Blob, digits: int) -> int:
     return len(json.dumps(entry, separators=(",", ":"))) - 1  # braces go, a comma comes
 
 
-def _read_headers(model: StreamedModel, chosen: Mapping[str, Path | None]) -> dict[str, Piece]:
+def _read_headers(
+    model: StreamedModel, chosen: Mapping[str, Path | None], serve: Serve
+) -> dict[str, Piece]:
     units = {unit.name: unit for unit in model.units()}
     unknown = next((name for name in chosen if name not in units), None)
     if unknown is not None:
@@ -158,7 +163,7 @@ def _read_headers(model: StreamedModel, chosen: Mapping[str, Path | None]) -> di
         shapes = {member: piece[member].shape for member in unit.shapes if member in piece}
         if shapes != dict(_expected(unit, piece)):
             raise RunError(f"{path}: holds shapes {shapes}, unit {name} has {dict(unit.shapes)}")
-        pieces[name] = piece
+        pieces[name] = piece if serve == "moesaic" else unplaced(piece)
     return pieces
 
 
@@ -207,7 +212,7 @@ def folder_bytes(
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> int:
     """Bytes of all safetensors files that :func:`assemble` would write, headers included."""
-    tensors = _tensors(model, _read_headers(model, chosen), serve)
+    tensors = _tensors(model, _read_headers(model, chosen, serve), serve)
     return sum(file_bytes(shard, _METADATA) for shard in _shards(tensors, int(max_shard_bytes)))
 
 

@@ -6,7 +6,7 @@ recipe is found out before any work starts.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ from moesaic.methods.base import (
     reducing,
     reverse_needs,
 )
-from moesaic.methods.reduction import LayerShape, Outline, is_open
+from moesaic.methods.parts import cuts_parts
+from moesaic.methods.reduction import is_open
 from moesaic.orchestrator.allotment import Allotted, allotted
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
@@ -38,16 +39,11 @@ from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import Recipe, Texts
-from moesaic.orchestrator.reductions import (
-    layer_shape,
-    outline,
-    reduced_unit,
-    reduction_key,
-    side_bytes,
-)
+from moesaic.orchestrator.reductions import reduction_key
+from moesaic.orchestrator.shaping import Shaping
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
-from moesaic.orchestrator.targets import allowed, reduction_problem, ties
+from moesaic.orchestrator.targets import allowed, ties
 from moesaic.orchestrator.texts import Sequences, check_vocabulary, draw, load_tokenizer
 from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
 
@@ -120,6 +116,7 @@ class Experiment:
             raise mistakes.error()
         self.model = model
         self.units = [unit for unit in model.units() if not recipe.kept(unit.name)]
+        self.shaping = Shaping(model, self.units, recipe.serve)
         mistakes.attempt(self._check_keep)
         offers = budget = None
         if self.units:
@@ -227,15 +224,17 @@ class Experiment:
         return offers
 
     def _useless_reductions(self, offers: Mapping[str, list[Chain]]) -> list[str]:
-        """A line for every reason why candidates that reduce experts can be loaded nowhere."""
-        banks = [unit for unit in self.units if unit.kind == "bank"]
-        offered = {chain for bank in banks for chain in offers[bank.name]}
+        """A line for every reason why candidates that reduce anything can be loaded nowhere."""
+        offered = {chain for unit in self.units for chain in offers[unit.name]}
         reasons: dict[str, list[Chain]] = {}
         for chain in self.recipe.candidates:
             prefix = reducing(chain)[0]
-            if not prefix or chain in offered or any(self._misfit(b, chain) for b in banks):
+            if not prefix or chain in offered:
                 continue
-            found = [self._unservable(bank, prefix) for bank in banks]
+            meant = [unit for unit in self.units if self.shaping.meant(unit, prefix)]
+            if any(self._misfit(unit, chain) for unit in meant):
+                continue
+            found = [self.shaping.unservable(unit, prefix) for unit in meant]
             if all(found):
                 reasons.setdefault(found[0] or "", []).append(chain)
         return [
@@ -272,10 +271,14 @@ class Experiment:
             )
         if not reductions:
             return
-        if not banks:
+        cut = [part.shape.kind for part in self.shaping.parts.values()]
+        useless = [
+            str(spec) for spec in reductions if not (banks or cuts_parts(spec.method) & {*cut})
+        ]
+        if useless:
             raise RecipeError(
-                f"{key}: {names}: for experts only, and {self.model.family.model_type} has"
-                " none: take it out"
+                f"{key}: {', '.join(useless)}: for experts only, and"
+                f" {self.model.family.model_type} has none: take it out"
             )
         kept = [unit.name for unit in banks if self.recipe.kept(unit.name)]
         if kept and self.recipe.serve != "moesaic":
@@ -287,15 +290,17 @@ class Experiment:
     def _chains_for(self, unit: Unit) -> list[Chain]:
         """The chains of the recipe that are meant for a unit.
 
-        Linears have no experts: a baseline that reduces some gives them what comes after that.
-        Methods for banks alone are not meant for linears.
+        A baseline that reduces something else gives a linear what comes after that. Methods for
+        banks alone are not meant for linears.
         """
         found = self.recipe.chains()
         if unit.kind == "bank":
             return found
-        candidates = [c for c in found if not reducing(c)[0]]
-        rest = [reducing(chain)[1] for chain in self.recipe.baselines.values()]
-        wanted = dict.fromkeys([*candidates, *filter(None, rest)])
+        meant = [c for c in found if self.shaping.meant(unit, reducing(c)[0])]
+        rest = [
+            reducing(chain)[1] for chain in self.recipe.baselines.values() if chain not in meant
+        ]
+        wanted = dict.fromkeys([*meant, *filter(None, rest)])
         return [chain for chain in wanted if not chains.for_banks(chain)]
 
     def open_specs(self) -> list[Spec]:
@@ -320,49 +325,29 @@ class Experiment:
         return {self.closed(unit.name, chain) for chain in self.recipe.candidates}
 
     def everywhere(self, chain: Chain) -> Chosen:
-        """Names of choices → what they take when every unit takes ``chain``, as far as it can."""
+        """Names of choices → what they take when every unit takes ``chain``, as far as it can.
+
+        The linears of a part are reduced together or not at all.
+        """
         chosen: dict[str, Chain] = {}
         for unit in self.units:
             own = self.closed(unit.name, chain)
+            part = self.shaping.part(unit.name)
+            together = [unit.name] if part is None else [u.name for u in part.units.values()]
             offered = [own, reducing(own)[1]]
+            if not all(own in self.offers[name] for name in together):
+                offered = offered[1:]
             own = next((chain for chain in offered if chain in self.offers[unit.name]), ())
             prefix = reducing(own)[0]
-            names = (choice.name for choice in choices(self.reduced(unit, prefix)))
+            names = (choice.name for choice in choices(self.shaping.reduced(unit, prefix)))
             chosen |= dict.fromkeys(names, own)
         return chosen
-
-    @cached_property
-    def _layers(self) -> dict[str, LayerShape]:
-        return {u.name: layer_shape(self.model, u) for u in self.units if u.kind == "bank"}
-
-    def outline(self, unit: Unit, prefix: Chain) -> Outline:
-        """What reducers leave of a bank; ValueError where they cannot be used."""
-        return outline(self._layers[unit.name], prefix)
-
-    def reduced(self, unit: Unit, prefix: Chain) -> Unit:
-        """The bank that reducers leave."""
-        return reduced_unit(unit, self.outline(unit, prefix)) if prefix else unit
-
-    def side_bytes(self, unit: Unit, prefix: Chain) -> int:
-        """Bytes of what a reduced bank holds besides its members, against the bank as it is."""
-        model, shape = self.model, self._layers[unit.name]
-        disk = model.layouts[unit.block].kept
-        router, biases = model.router_names(unit.block), model.bias_names(unit.block)
-        now = sum(model.checkpoint.nbytes(disk[name]) for name in [*router.values(), *biases])
-
-        def item(name: str) -> int:
-            return model.checkpoint.dtype(disk[name]).itemsize
-
-        each = {role: item(name) for role, name in router.items()}
-        bias = item(biases[0]) if biases else 0
-        weight = self._stored_dtype(unit).itemsize
-        return side_bytes(shape, self.outline(unit, prefix), each, bias, weight) - now
 
     def _misfit(self, unit: Unit, chain: Chain) -> str | None:
         """Why a unit of this kind and shape cannot be compressed so."""
         prefix, rest = reducing(chain)
         try:
-            shapes = self.reduced(unit, prefix).shapes
+            shapes = self.shaping.reduced(unit, prefix).shapes
         except ValueError as error:
             return str(error)
         return chains.misfit(unit.kind, shapes, rest)
@@ -370,18 +355,11 @@ class Experiment:
     def _unloadable(self, unit: Unit, chain: Chain) -> str | None:
         """Why the target cannot load a unit compressed so."""
         prefix, rest = reducing(chain)
-        reason = self._unservable(unit, prefix) if prefix else None
+        reason = self.shaping.unservable(unit, prefix) if prefix else None
         if reason is not None:
             return reason
-        shaped = self.reduced(unit, prefix)
+        shaped = self.shaping.reduced(unit, prefix)
         return allowed(shaped, rest, self.recipe.serve, self.model.family)
-
-    def _unservable(self, bank: Unit, prefix: Chain) -> str | None:
-        """Why the target cannot load a bank reduced so."""
-        serve = self.recipe.serve
-        if serve != "moesaic" and any(is_open(spec.parsed()) for spec in prefix):
-            return f"serve: {serve} needs equally many experts in all blocks: give window: 1"
-        return reduction_problem(bank, self.outline(bank, prefix), serve, self.model.family)
 
     @cached_property
     def size(self) -> Size:
@@ -395,7 +373,10 @@ class Experiment:
         reduced = any(prefix for prefix, _ in split)
         chained = any(len(rest) > 1 or any(map(chains.has_rank, rest)) for _, rest in split)
         schemes = len(candidates)
-        fixed += header_bytes_bound(self.model, self.units, serve, schemes, reduced, chained)
+        narrowed = reduced and bool(self.shaping.parts)
+        fixed += header_bytes_bound(
+            self.model, self.units, serve, schemes, reduced, chained, narrowed
+        )
         return Size(
             fixed_bytes=fixed,
             weights=sum(unit.parameters for unit in self.units),
@@ -414,12 +395,12 @@ class Experiment:
         members = {unit.name: [f"{unit.name}.{m}" for m in unit.shapes] for unit in self.units}
         offers: dict[str, list[Measurement]] = {}
         banks: dict[str, list[Alternative]] = {}
+        owners = self.owners()
+        for owner, units in owners.items():
+            prefixes = self.prefixes(units)
+            banks[owner] = [self._sized_alternative(units, prefix) for prefix in prefixes]
         for unit in self.units:
-            if unit.kind == "bank":
-                banks[unit.name] = [
-                    self._sized_alternative(unit, prefix) for prefix in self.prefixes(unit)
-                ]
-            else:
+            if self.shaping.owner(unit.name) not in owners:
                 (name,) = members[unit.name]
                 offers[name] = self._sized_offers(unit, (), "weight", name)
         tied = ties(self.units, self.recipe.serve)
@@ -437,29 +418,45 @@ class Experiment:
                 f" there is no plan: {error}"
             ) from None
 
-    def prefixes(self, unit: Unit, candidates_only: bool = True) -> list[Chain]:
-        """Ways to reduce a bank that a search may choose, the bank as it is first."""
-        offered = self.offers[unit.name]
-        known = self.candidates(unit) if candidates_only else set(offered)
-        found = [reducing(chain)[0] for chain in offered if chain in known]
+    def owners(self, candidates_only: bool = True) -> dict[str, list[Unit]]:
+        """What can be reduced → its units: every bank, and parts where a reduction is offered."""
+        found: dict[str, list[Unit]] = {}
+        for unit in self.units:
+            owner, part = self.shaping.owner(unit.name), self.shaping.part(unit.name)
+            units = [unit] if part is None else list(part.units.values())
+            if owner is not None and (part is None or any(self.prefixes(units, candidates_only))):
+                found.setdefault(owner, units)
+        return found
+
+    def prefixes(self, units: Sequence[Unit], candidates_only: bool = True) -> list[Chain]:
+        """Ways to reduce a bank or part that a search may choose, to leave it as it is first."""
+        found: list[Chain] | None = None
+        for unit in units:
+            offered = self.offers[unit.name]
+            known = self.candidates(unit) if candidates_only else set(offered)
+            own = [reducing(chain)[0] for chain in offered if chain in known]
+            if unit.kind == "linear":
+                own.append(())
+            found = own if found is None else [prefix for prefix in found if prefix in own]
+        assert found is not None, "there is at least one unit"
         return list(dict.fromkeys([*([()] if not all(found) else []), *found]))
 
-    def form(self, unit: Unit, prefix: Chain) -> str:
-        """Number and width of the experts that reducers leave, as engines must know them."""
-        experts, width, _ = self.reduced(unit, prefix).shapes["gate"]
-        return f"{experts}x{width}"
-
-    def _sized_alternative(self, unit: Unit, prefix: Chain) -> Alternative:
-        names = {member: f"{unit.name}.{member}" for member in unit.shapes}
+    def _sized_alternative(self, units: Sequence[Unit], prefix: Chain) -> Alternative:
         choices = {
-            name: self._sized_offers(unit, prefix, member, name) for member, name in names.items()
+            name: self._sized_offers(unit, prefix, member, name)
+            for unit in units
+            for member in unit.shapes
+            for name in [f"{unit.name}.{member}"]
         }
-        size = self.side_bytes(unit, prefix) if prefix else 0
-        return Alternative(prefix, self.form(unit, prefix), size, 0.0, choices)
+        size = sum(self.shaping.side_bytes(unit, prefix) for unit in units) if prefix else 0
+        return Alternative(prefix, self.shaping.form(units[0], prefix), size, 0.0, choices)
 
     def _sized_offers(self, unit: Unit, prefix: Chain, member: str, name: str) -> list[Measurement]:
         """What a search may choose for a member of a unit, after a reduction; bytes only."""
-        shape, dtype = self.reduced(unit, prefix).shapes[member], self._stored_dtype(unit)
+        shape, dtype = (
+            self.shaping.reduced(unit, prefix).shapes[member],
+            self.model.stored_dtype(unit),
+        )
         dense = math.prod(shape) * dtype.itemsize
         found, known = [], self.candidates(unit)
         for chain in self.offers[unit.name]:
@@ -480,16 +477,12 @@ class Experiment:
     def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
         """Bytes of the unit under a chain, before any work."""
         prefix, rest = reducing(chain)
-        size = self.side_bytes(unit, prefix) if prefix else 0
-        shapes, dtype = self.reduced(unit, prefix).shapes, self._stored_dtype(unit)
+        size = self.shaping.side_bytes(unit, prefix) if prefix else 0
+        shapes, dtype = self.shaping.reduced(unit, prefix).shapes, self.model.stored_dtype(unit)
         if not rest:
             dense = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
             return size + dense if prefix else self.dense_bytes(unit)
         return size + chains.predict_bytes(shapes, dtype, rest)
-
-    def _stored_dtype(self, unit: Unit) -> torch.dtype:
-        first = next(iter(self.model.unit_tensors(unit).values()))[0]
-        return self.model.checkpoint.dtype(first)
 
     def _budget(self) -> Budget:
         wanted, size = self.recipe.budget, self.size
@@ -674,9 +667,10 @@ class Experiment:
         return [(chain, self.key(unit, chain, walk)) for chain in shorter]
 
     def reduction_key(self, unit: str, prefix: Chain, walk: Walk) -> str:
-        """Key of what reducers make of a bank with the statistics of a walk."""
+        """Key of what reducers make of a bank, or of a linear's part, with the statistics of a
+        walk."""
         stats = walk.stats_key(self.by_name[unit].block)
-        return reduction_key(walk.fingerprint, unit, prefix, stats)
+        return reduction_key(walk.fingerprint, self.shaping.owner(unit) or unit, prefix, stats)
 
 
 def _listed(chains: list[Chain]) -> str:

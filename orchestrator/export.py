@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.kernels import channels
 from moesaic.kernels.int_group import MAX_BITS, quantization_args
 from moesaic.kernels.lowrank import factor_params
 from moesaic.kernels.nesting import nested_params
@@ -36,6 +37,7 @@ from moesaic.orchestrator.bank import (
 )
 from moesaic.orchestrator.compressed_modules import METHOD, VERSION
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.narrowing import BIAS as LINEAR_BIAS
 from moesaic.orchestrator.pieces import Member, tensor_blob
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import FORMAT, Scheme, Serve, plan_problem
@@ -43,6 +45,7 @@ from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored
 
 PACKED = "pack-quantized"
 DENSE = "dense"
+CHANNELS = "channels"
 # Transformers folds every expert tensor through its dequantizer as soon as anything is quantized.
 # Told that experts are float8, it passes weights that have no scale through as they are; packed
 # integers are the only other thing it understands, and dense experts make that fail.
@@ -88,20 +91,48 @@ def schemes(
     return found
 
 
+def unplaced(piece: Piece) -> Piece:
+    """A piece whose members in the format ``channels`` are what is left of them by itself."""
+    return {name: _unplaced(member) for name, member in piece.items()}
+
+
+def _unplaced(member: Member) -> Member:
+    if member.format != CHANNELS:
+        return member
+    inner, params = channels.described_inner(member.params)
+    parts = {own: part for name, part in member.parts.items() if (own := channels.inner_part(name))}
+    shape = channels.inner_shape(member.shape, member.params)
+    return Member(inner, shape, member.dtype, params, parts)
+
+
 def is_dense(unit: Unit, piece: Piece) -> bool:
-    """Whether a piece compresses nothing: it is that of a bank that is only reduced."""
+    """Whether a piece compresses nothing: it is that of a unit that is only reduced."""
     return all(piece[member].format == DENSE for member in unit.shapes)
 
 
 def _one_form(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) -> None:
-    """Raises a RunError unless all banks have equally many and equally wide experts."""
-    forms = {u.name: form(u, pieces.get(u.name)) for u in model.units() if u.kind == "bank"}
-    first = next(iter(forms), "")
-    for name, own in forms.items():
-        if own != forms[first]:
-            raise RunError(
-                f"{first} and {name}: serve: {serve} needs equally many experts of one width"
-            )
+    """Raises a RunError unless all banks have equally many and equally wide experts, and all MLPs
+    one width where any is narrower."""
+    units = model.units()
+    banks = {u.name: form(u, pieces.get(u.name)) for u in units if u.kind == "bank"}
+    widths = _mlp_widths(model, pieces)
+    narrower = any(widths[u.name] != u.shapes["weight"][1] for u in units if u.name in widths)
+    asked = ((banks, "equally many experts of one width"), (widths, "MLPs of one width"))
+    for forms, what in asked[: 1 + narrower]:
+        first = next(iter(forms), "")
+        other = next((name for name, own in forms.items() if own != forms[first]), None)
+        if other is not None:
+            raise RunError(f"{first} and {other}: serve: {serve} needs {what}")
+
+
+def _mlp_widths(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, int]:
+    """Unit that reads what is inside of an MLP → the width of that."""
+    down = model.family.mlp_roles.get("down")
+    units = [u for u in model.units() if u.kind == "linear" and model.unit_module(u) == down]
+    return {
+        u.name: (pieces[u.name]["weight"].shape if u.name in pieces else u.shapes["weight"])[1]
+        for u in units
+    }
 
 
 def form(unit: Unit, piece: Piece | None) -> tuple[int, int]:
@@ -111,10 +142,15 @@ def form(unit: Unit, piece: Piece | None) -> tuple[int, int]:
 
 
 def resized_config(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, int]:
-    """Keys of ``config.json`` that say how many experts there are and how wide, where it changes.
+    """Keys of ``config.json`` that say how many experts there are and how wide, and how wide MLPs
+    are, where it changes.
 
     For engines that load ordinary checkpoints.
     """
+    units = {unit.name: unit for unit in model.units()}
+    for name, own in _mlp_widths(model, pieces).items():
+        if own != units[name].shapes["weight"][1]:
+            return {model.family.mlp_width: own}  # of one width, and no experts beside them
     router = model.family.router
     banks = [u for u in model.units() if u.kind == "bank" and is_reduced(pieces.get(u.name, {}))]
     if not banks or router is None:
@@ -134,6 +170,10 @@ def unit_tensors(model: StreamedModel, unit: Unit, piece: Piece, serve: Serve) -
     module = module_path(model, unit)
     if serve == "moesaic":
         own = [name for name in piece if name in (*unit.shapes, EXPERT_MAP, CONSTANTS)]
+        bias = model.bias_name(unit) if unit.kind == "linear" and LINEAR_BIAS in piece else None
+        if bias is not None:
+            (stored,) = piece[LINEAR_BIAS].parts.values()
+            side.append(Blob.of(bias, stored))
         return side + [
             Blob.of(_own_name(unit, module, member, part), stored)
             for member in own
@@ -169,7 +209,8 @@ def replaced_names(model: StreamedModel, unit: Unit, piece: Piece) -> set[str]:
         kept = model.layouts[unit.block].kept
         own = [*model.router_names(unit.block).values(), *model.bias_names(unit.block)]
         names |= {kept[name] for name in own}
-    return names
+    bias = model.bias_name(unit) if unit.kind == "linear" and LINEAR_BIAS in piece else None
+    return names | ({bias} if bias is not None else set())
 
 
 def _side_tensors(model: StreamedModel, unit: Unit, piece: Piece) -> list[Blob]:
@@ -222,11 +263,12 @@ def _read(member: Member) -> Tensor:
     return torch.frombuffer(data, dtype=member.dtype).view(member.shape)
 
 
-def largest_piece(unit: Unit, serve: Serve, chained: bool = False) -> Piece:
+def largest_piece(unit: Unit, serve: Serve, chained: bool = False, narrowed: bool = False) -> Piece:
     """A piece whose parts are as many and as large as any that ``serve`` can load, or larger.
 
     Args:
         chained: whether there may be factors, rounded ones too, and corrections on top.
+        narrowed: whether a linear may have lost some of its channels.
     """
     params: dict[str, Param] = {
         "bits": MAX_BITS,
@@ -242,6 +284,10 @@ def largest_piece(unit: Unit, serve: Serve, chained: bool = False) -> Piece:
             plain = factor_params("dense", {}, rank)
             inner = {"base": ("lowrank", rounded), "residual": ("lowrank", plain)}
             format_name, widest = "residual", nested_params(inner)
+        if narrowed and unit.kind == "linear":
+            left = {"rows": shape[0] - 1, "columns": shape[1] - 1}
+            widest = {**left, **nested_params({"inner": (format_name, widest)})}
+            format_name = CHANNELS
         parts = format_module(format_name).part_shapes(shape, torch.float32, widest)
         nowhere = {
             part: Stored(Path(), 0, DTYPE_NAMES[dtype], extent)

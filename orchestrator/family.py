@@ -8,7 +8,7 @@ must come from exactly one tensor; :mod:`moesaic.orchestrator.layout` checks bot
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -100,6 +100,24 @@ class Router(_Strict):
         return {role: name for role, name in names.items() if name}
 
 
+class Sublayer(_Strict):
+    """A norm and what stands behind it; the block adds its output to the norm's input as it is.
+
+    Attributes:
+        norm: path of the norm, which is an RMSNorm.
+        module: path of what is called with the norm's output and gives what is added.
+        reads: what multiplies the norm's output: sites of linears and experts (``mlp:in``), and
+            names of kept tensors ``[*, H]`` (routers).
+        writes: what is added: sites of the linears and experts that make it, whose biases belong to
+            it, and names of kept tensors ``[*, H]`` (biases of experts).
+    """
+
+    norm: str
+    module: str
+    reads: list[str] = Field(min_length=1)
+    writes: list[str] = Field(min_length=1)
+
+
 class Family(_Strict):
     """What a model type calls its parts.
 
@@ -112,6 +130,14 @@ class Family(_Strict):
         attention, mlp, shared_experts: linears of each part.
         experts: the expert bank, if the model type has one.
         router: what chooses among the experts.
+        mlp_roles: ``gate`` (if there is one), ``up`` and ``down`` → module path, where a block's
+            MLP can be made narrower.
+        attention_roles: ``query``, ``key``, ``value`` and ``output`` → module path, likewise.
+        mlp_width: key of ``config.json`` that says how wide all MLPs are, and nothing else.
+        paired: rotary embeddings turn channels i and i + d/2 of every query and key head together,
+            and nothing else, such as a norm, looks at single channels of them.
+        sublayers: what the residual stream passes in a block, in order; such models can be sliced.
+            Empty where a block does anything else with the stream.
         kept: everything else in a block, kept as it is: norms, routers, sinks …
         renames: name on disk → name in the module, for kept tensors where they differ.
         unused: tensors on disk that the module does not want, copied unread.
@@ -129,6 +155,11 @@ class Family(_Strict):
     experts: Bank | None = None
     router: Router | None = None
     shared_experts: list[Linears] = []
+    mlp_roles: dict[Literal["gate", "up", "down"], str] = {}
+    attention_roles: dict[Literal["query", "key", "value", "output"], str] = {}
+    mlp_width: str = ""
+    paired: bool = False
+    sublayers: list[Sublayer] = []
     kept: list[str]
     renames: dict[str, str] = {}
     unused: list[str] = []
@@ -142,6 +173,35 @@ class Family(_Strict):
             if name not in self.kept:
                 raise ValueError(f"the router's {name} must be in kept")
         return self
+
+    @model_validator(mode="after")
+    def _roles_are_linears(self) -> "Family":
+        known = {path for _, group in self.parts() for path in group.linears}
+        for path in (*self.mlp_roles.values(), *self.attention_roles.values()):
+            if path not in known:
+                raise ValueError(f"the roles name {path}, which is no linear of the family")
+        if self.mlp_roles and not {"up", "down"} <= self.mlp_roles.keys():
+            raise ValueError("mlp_roles needs up and down")
+        if self.attention_roles and len(self.attention_roles) < 4:
+            raise ValueError("attention_roles needs query, key, value and output")
+        return self
+
+    @model_validator(mode="after")
+    def _sublayers_name_what_is_there(self) -> "Family":
+        sites = {group.site for _, group in self.parts()}
+        sites |= (
+            {f"{self.experts.name}:{side}" for side in ("in", "mid")} if self.experts else set()
+        )
+        known = {*sites, *self.kept, *(self.experts.kept if self.experts else [])}
+        for sublayer in self.sublayers:
+            for name in (f"{sublayer.norm}.weight", *sublayer.reads, *sublayer.writes):
+                if name not in known:
+                    raise ValueError(f"sublayers name {name}, which the family does not have")
+        return self
+
+    def shortcut_pairs(self) -> list[tuple[str, str]]:
+        """Paths of each norm and of the module behind it, within a block."""
+        return [(sublayer.norm, sublayer.module) for sublayer in self.sublayers]
 
     def parts(self) -> list[tuple[str, Linears]]:
         """All groups of linears with the name of their part, in model order."""

@@ -23,6 +23,7 @@ from moesaic.methods.reduction import reducer_module
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.expert_statistics import expert_site
+from moesaic.orchestrator.narrowing import block_parts, narrowed_part
 from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, load_stats
 from moesaic.orchestrator.store import Entry, Store, code_digest, digest
@@ -44,7 +45,9 @@ class Job:
         stages: the same of shorter chains that the missing ones start from.
         stats: file of the block's statistics.
         gradients: file of what its reverse pass left, if the chains want some of it.
-        reduction: key of the entry that all the chains begin with, if they reduce the one unit.
+        reduction: key of the entry that all the chains begin with, if they reduce the one unit, or
+            the part that the units belong to.
+        part: name of that part; empty for a bank.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Job:
     stats: str
     store: str
     reduction: str | None = None
+    part: str = ""
     gradients: str | None = None
 
 
@@ -94,6 +98,7 @@ def piece_key(
                 "methods",
                 "orchestrator/compression.py",
                 "orchestrator/measure.py",
+                "orchestrator/narrowing.py",
                 "orchestrator/reductions.py",
             ),
         }
@@ -109,7 +114,9 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     plan = Job(**job)
     model = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     units = [unit for unit in model.units() if unit.name in plan.units]
-    sites = {site for unit in units for site in unit.sites.values()}
+    part = next((p for p in block_parts(model) if p.name == plan.part), None)
+    used = [*units, *(part.units.values() if part is not None else ())]
+    sites = {site for unit in used for site in unit.sites.values()}
     stats = load_stats(Path(plan.stats), lambda site: site in sites)
     slopes: SiteStats = {}
     if plan.gradients is not None:
@@ -119,6 +126,19 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     side: Mapping[str, Tensor] = {}
     if plan.reduction is None:
         weights = {unit.name: model.read_unit(unit) for unit in units}
+    elif part is not None:
+        store, prefix = Store(Path(plan.store)), _prefix(plan)
+        narrowed = narrowed_part(store, plan.reduction, model, part, prefix, stats)
+        units = [narrowed.unit(unit.name) for unit in units]
+        weights = {unit.name: {"weight": narrowed.linears[unit.name].weight} for unit in units}
+        # Units of one site lose the same inputs.
+        stats = {
+            unit.sites["weight"]: narrowed.linears[unit.name].narrow_inputs(
+                stats[unit.sites["weight"]]
+            )
+            for unit in units
+        }
+        slopes = narrowed.gradients(slopes, list(plan.units)) if slopes else {}
     else:
         (unit,) = units
         bank = _reduced(plan, model, unit)
@@ -178,13 +198,17 @@ def _move(stats: Mapping[str, Stats], device: str) -> None:
         entry.sums = {name: value.to(device) for name, value in entry.sums.items()}
 
 
+def _prefix(plan: Job) -> Chain:
+    """The reducers that all chains of a job begin with."""
+    return reducing(_chain(next(iter(plan.missing.values()))[0][0]))[0]
+
+
 def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
     assert plan.reduction is not None, "the job is about a reduction"
-    prefix = reducing(_chain(plan.missing[unit.name][0][0]))[0]
     site = expert_site(unit.name)
     stats = load_stats(Path(plan.stats), lambda name: name == site)[site]
     store = Store(Path(plan.store))
-    return reduced_bank(store, plan.reduction, model, unit, prefix, stats)
+    return reduced_bank(store, plan.reduction, model, unit, _prefix(plan), stats)
 
 
 def predicted_losses(

@@ -112,12 +112,14 @@ class Pipeline:
     def _write_table(self) -> None:
         owners = {c.name: (unit, c) for unit in self.experiment.units for c in choices(unit)}
         rows = []
-        for (bank, prefix), m in self.table.reductions.items():
-            unit = self.experiment.by_name[bank]
-            rows.append(_row(m, unit, self.experiment.reduced(unit, prefix).parameters))
+        shaping = self.experiment.shaping
+        for (owner, prefix), m in self.table.reductions.items():
+            units = [u for u in self.experiment.units if shaping.owner(u.name) == owner]
+            weights = sum(shaping.reduced(unit, prefix).parameters for unit in units)
+            rows.append(_row(m, units[0], weights))
         for m in self.table.measurements:
             unit, choice = owners[m.unit]
-            shaped = self.experiment.reduced(unit, reducing(m.chain)[0])
+            shaped = shaping.reduced(unit, reducing(m.chain)[0])
             out, inputs = shaped.shapes[choice.member][-2:]
             rows.append(_row(m, unit, out * inputs))
         frame = pd.DataFrame(rows)
@@ -138,36 +140,31 @@ class Pipeline:
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.
 
-        Where banks may be reduced it is the best of some finalists (see
-        :mod:`moesaic.orchestrator.finalists`), else that of the least predicted loss.
+        Where experts may be reduced or corrections are offered it is the best of some finalists
+        (see :mod:`moesaic.orchestrator.finalists`), else that of the least predicted loss.
         """
         experiment = self.experiment
         given = results.problem(experiment, self.table)
-        if not any(a.prefix for alternatives in given.banks.values() for a in alternatives):
-            return self._fitted(given)
         plans: dict[str, Plan] = {}
-        for charge in finalists.CHARGES:
+        for name, problem in finalists.variants(given).items():
             try:
-                found = self._fitted(finalists.charged(given, charge))
-            except RecipeError:
-                if charge == finalists.CHARGES[0]:
+                plan = given.plan(self._fitted(problem).units)
+            except (RecipeError, ValueError):
+                if not plans:
                     raise
-                continue  # too little room for the bank as it is
-            plan = given.plan(found.units)
+                continue  # no plan, or none in so few bytes, of what is left
             if plan.units not in [other.units for other in plans.values()]:
-                plans["without" if charge is None else f"× {charge:g}"] = plan
+                plans[name] = plan
+        if len(plans) == 1:
+            return next(iter(plans.values()))
         pieces = {
             name: plan_pieces(experiment, experiment.walk, plan.units)
             for name, plan in plans.items()
         }
-        kl = {next(iter(plans)): 0.0}
-        if len(plans) > 1:
-            kl = finalists.divergences(experiment, self.pool, self.view, pieces)
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in kl.items())
-            self.view.line(
-                f"finalists, by the charge of reductions, KL on calibration text: {shown}"
-            )
-            self.finalists = kl
+        kl = finalists.divergences(experiment, self.pool, self.view, pieces)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in kl.items())
+        self.view.line(f"finalists, KL on calibration text: {shown}")
+        self.finalists = kl
         return plans[min(kl, key=lambda name: (kl[name], plans[name].bytes))]
 
     def _fitted(self, given: Problem) -> Plan:
@@ -243,7 +240,7 @@ class Pipeline:
     def _trained(self, name: str) -> Trained | None:
         """What router calibration made of a plan; None where it was not asked for."""
         options = self.experiment.recipe.router_calibration
-        if options is None or not self.reduced(name):
+        if options is None or not any(o in self.experiment.by_name for o, _ in self.reduced(name)):
             return None
         pieces = self._untrained(name)
         training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
@@ -274,11 +271,14 @@ class Pipeline:
         return size + sum(self.table.reductions[key].bytes for key in self.reduced(name))
 
     def reduced(self, name: str) -> list[tuple[str, Chain]]:
-        """(bank, reducers) of the banks that a plan reduces."""
-        units = self.plans[name].units
-        banks = (unit for unit in self.experiment.units if unit.kind == "bank")
-        found = [(unit.name, reducing(chains_of(unit, units)[0])[0]) for unit in banks]
-        return [(bank, prefix) for bank, prefix in found if prefix]
+        """(bank or part, reducers) of what a plan reduces."""
+        units, found = self.plans[name].units, {}
+        for unit in self.experiment.units:
+            owner = self.experiment.shaping.owner(unit.name)
+            prefix = reducing(chains_of(unit, units)[0])[0]
+            if owner is not None and prefix:
+                found[owner] = prefix
+        return list(found.items())
 
     def bits_per_weight(self, name: str) -> float:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
@@ -408,8 +408,9 @@ class Pipeline:
                 if entry is None:
                     raise RunError(f"{unit.name}: its piece is gone; run the same command again")
                 events += [Event(**event) for event in entry.metadata["events"]]
-        for bank, prefix in self.reduced("plan"):
-            key = experiment.reduction_key(bank, prefix, self.walks["plan"])
+        for owner, prefix in self.reduced("plan"):
+            unit = next(u for u in experiment.units if experiment.shaping.owner(u.name) == owner)
+            key = experiment.reduction_key(unit.name, prefix, self.walks["plan"])
             entry = experiment.store.get("reductions", key)
             if entry is not None:
                 events += [Event(**event) for event in entry.metadata["events"]]

@@ -1,7 +1,8 @@
 """The pieces of a plan: those of its units, cuts of them written out, and mosaics of them.
 
 A bank whose choices differ is put together from slices of its finished pieces, as a piece in the
-format ``mosaic``. That is copying, no compression.
+format ``mosaic``. What is left of a linear that was made narrower is put into its place, in the
+format ``channels``. All that is copying, no compression.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,11 +10,12 @@ from pathlib import Path
 
 from moesaic.kernels import mosaic
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import Chain, Unit
+from moesaic.methods.base import Chain, Unit, reducing
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.narrowing import BlockPart, read_narrowed
 from moesaic.orchestrator.pieces import is_cut, read_piece, write_piece
 from moesaic.orchestrator.store import digest
 
@@ -42,6 +44,12 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
         for chain in chains
         if chain
     }
+    prefix = reducing(chains[0])[0]
+    part = experiment.shaping.part(unit.name)
+    if prefix and part is not None:
+        key = experiment.reduction_key(unit.name, prefix, walk)
+        yield str(_placed(experiment, unit, part, key, paths[chains[0]]))
+        return
     if len(chains) == 1:
         yield from (str(_written_out(experiment, path)) for path in paths.values())
         return
@@ -52,6 +60,21 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
         members = _mosaic(unit, paths, chosen)
         entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
     yield str(entry.path)
+
+
+def _placed(
+    experiment: Experiment, unit: Unit, part: BlockPart, reduction: str, path: Path
+) -> Path:
+    """The piece of what is left of a linear, in its place."""
+    key = digest(["channels", reduction, path.stem])
+    entry = experiment.store.get("mosaics", key)
+    if entry is None:
+        narrowed = read_narrowed(experiment.store, reduction, part)
+        if narrowed is None:
+            raise RunError(f"{part.name}: its reduction is gone; run the same command again")
+        members = narrowed.placed(unit.name, read_piece(path)["weight"])
+        entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
+    return entry.path
 
 
 def _written_out(experiment: Experiment, path: Path) -> Path:

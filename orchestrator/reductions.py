@@ -103,16 +103,21 @@ def side_bytes(
     return size + left.constants * shape.hidden * weight
 
 
-def reduction_key(fingerprint: str, unit: str, prefix: Chain, stats_key: str) -> str:
-    """Digest of everything that a reduction depends on."""
+def reduction_key(fingerprint: str, owner: str, prefix: Chain, stats_key: str) -> str:
+    """Digest of everything that a reduction depends on.
+
+    Args:
+        owner: name of the bank or part that is reduced.
+    """
     return digest(
         {
             "model": fingerprint,
-            "unit": unit,
+            "unit": owner,
             "chain": [[spec.method, spec.options] for spec in prefix],
             "stats": stats_key,
             "code": code_digest(
                 "methods",
+                "orchestrator/narrowing.py",
                 "orchestrator/reductions.py",
                 "orchestrator/bank.py",
                 "orchestrator/reshape.py",

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Event, Unit, reducing
@@ -11,6 +11,7 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
+from moesaic.orchestrator.narrowing import NarrowedPart, read_narrowed
 from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
 from moesaic.orchestrator.stages import finished_entries, finished_pieces
 from moesaic.orchestrator.statistics import BLOCK, SiteStats, load_stats
@@ -23,8 +24,8 @@ class Table:
 
     Attributes:
         measurements: of every choice under every chain.
-        reductions: (bank, reducers) → what the reduction by itself takes and loses: bytes of what
-            it holds besides its members, against the bank as it is.
+        reductions: (bank or part, reducers) → what the reduction by itself takes and loses: bytes
+            of what it holds besides its members, against the bank as it is.
         load: block → tokens routed to each expert.
         events: in order of time.
         influence: block → mean of 1 − cos between hidden states before and after it.
@@ -56,17 +57,16 @@ def measurements(experiment: Experiment) -> Table:
             path = experiment.store.path("gradients", walk.gradients_key(block))
             gradients = load_stats(path)
         for unit in (u for u in experiment.units if u.block == block):
-            shaped = _shaped(experiment, unit, walk, gradients)
+            shaped = _shaped(experiment, unit, walk, gradients, tokens)
             for chain in experiment.offers[unit.name]:
                 key, prefix = keys[unit.name, chain], reducing(chain)[0]
                 own, slopes = unit, gradients
                 if prefix:
-                    bank, slopes = shaped[prefix]
-                    own = bank.unit
+                    own, slopes = shaped[prefix].unit, shaped[prefix].gradients
                 found += to_measurements(own, chain, pieces[key], errors[key], slopes, tokens)
-            for prefix, (bank, _) in shaped.items():
-                loss = None if gradients is None else reduction_loss(bank, gradients, tokens)
-                reductions[unit.name, prefix] = _reduction(experiment, unit, prefix, bank, loss)
+            owner = experiment.shaping.owner(unit.name) or unit.name
+            for prefix, own_shape in shaped.items():
+                reductions.setdefault((owner, prefix), own_shape.reduction)
             found += _dense(experiment, unit, None if gradients is None else 0.0)
     load, events = expert_load(experiment, walk)
     return Table(found, reductions, load, events, _influence(experiment, walk))
@@ -81,37 +81,63 @@ def _influence(experiment: Experiment, walk: Walk) -> dict[int, float]:
     return found
 
 
+@dataclass(frozen=True)
+class _Shaped:
+    """A unit after a reduction: its new shapes and gradients, and the reduction by itself."""
+
+    unit: Unit
+    gradients: SiteStats | None
+    reduction: Measurement
+
+
 def _shaped(
-    experiment: Experiment, unit: Unit, walk: Walk, gradients: SiteStats | None
-) -> dict[Chain, tuple[ReducedBank, SiteStats | None]]:
-    """Reducers → the bank that they leave, with its gradients."""
-    found: dict[Chain, tuple[ReducedBank, SiteStats | None]] = {}
-    for chain in experiment.offers[unit.name]:
-        prefix = reducing(chain)[0]
-        if not prefix or prefix in found:
-            continue
-        key = experiment.reduction_key(unit.name, prefix, walk)
-        bank = read_reduction(experiment.store, key, unit)
-        if bank is None:
-            raise RunError(f"{unit.name}: its reduction is gone; run the same command again")
-        found[prefix] = bank, None if gradients is None else bank.merged_gradients(gradients)
-    return found
+    experiment: Experiment, unit: Unit, walk: Walk, gradients: SiteStats | None, tokens: int
+) -> dict[Chain, _Shaped]:
+    """Reducers → what they leave of a unit."""
+    prefixes = dict.fromkeys(reducing(chain)[0] for chain in experiment.offers[unit.name])
+    return {
+        prefix: _reduced(experiment, unit, prefix, walk, gradients, tokens)
+        for prefix in prefixes
+        if prefix
+    }
 
 
-def _reduction(
-    experiment: Experiment, unit: Unit, prefix: Chain, bank: ReducedBank, loss: float | None
-) -> Measurement:
-    counts = Counter(event.kind for event in bank.events)
-    norm = max(float(bank.norm.sum()), 1e-30)
-    return Measurement(
-        unit=unit.name,
+def _reduced(
+    experiment: Experiment,
+    unit: Unit,
+    prefix: Chain,
+    walk: Walk,
+    gradients: SiteStats | None,
+    tokens: int,
+) -> _Shaped:
+    key = experiment.reduction_key(unit.name, prefix, walk)
+    part, store = experiment.shaping.part(unit.name), experiment.store
+    found: ReducedBank | NarrowedPart | None
+    if part is None:
+        found = bank = read_reduction(store, key, unit)
+        if bank is not None:
+            slopes = None if gradients is None else bank.merged_gradients(gradients)
+            loss = None if gradients is None else reduction_loss(bank, gradients, tokens)
+            own, error = bank.unit, float(bank.error.sum()) / max(float(bank.norm.sum()), 1e-30)
+    else:
+        found = narrowed = read_narrowed(store, key, part)
+        if narrowed is not None:
+            slopes = None if gradients is None else narrowed.gradients(gradients, [unit.name])
+            loss = None if gradients is None else narrowed.loss(gradients, tokens)
+            own, error = narrowed.unit(unit.name), narrowed.error
+    if found is None:
+        raise RunError(f"{unit.name}: its reduction is gone; run the same command again")
+    units = [unit] if part is None else list(part.units.values())
+    measurement = Measurement(
+        unit=unit.name if part is None else part.name,
         chain=prefix,
-        bytes=experiment.side_bytes(unit, prefix),
-        error=float(bank.error.sum()) / norm,
+        bytes=sum(experiment.shaping.side_bytes(u, prefix) for u in units),
+        error=error,
         score=loss,
-        seconds=bank.seconds,
-        events=dict(counts),
+        seconds=found.seconds,
+        events=dict(Counter(event.kind for event in found.events)),
     )
+    return _Shaped(own, slopes, measurement)
 
 
 def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Measurement]:
@@ -189,14 +215,13 @@ def problem(
             found = replace(measurement, chain=rest)
             own.setdefault(measurement.unit, []).append(found)
     banks: dict[str, list[Alternative]] = {}
-    for unit in experiment.units if reduced else ():
-        if unit.kind == "bank":
-            banks[unit.name] = [
-                _alternative(experiment, table, unit, prefix, reduced[prefix] if prefix else offers)
-                for prefix in experiment.prefixes(unit, candidates_only)
-            ]
-            for choice in choices(unit):
-                offers.pop(choice.name, None)
+    for owner, units in experiment.owners(candidates_only).items() if reduced else ():
+        banks[owner] = [
+            _alternative(experiment, table, owner, units, prefix, reduced.get(prefix, offers))
+            for prefix in experiment.prefixes(units, candidates_only)
+        ]
+        for choice in (choice for unit in units for choice in choices(unit)):
+            offers.pop(choice.name, None)
     return Problem(
         offers,
         experiment.ties(),
@@ -214,15 +239,17 @@ def problem(
 def _alternative(
     experiment: Experiment,
     table: Table,
-    unit: Unit,
+    owner: str,
+    units: Sequence[Unit],
     prefix: Chain,
     offers: Mapping[str, list[Measurement]],
 ) -> Alternative:
-    names = [choice.name for choice in choices(experiment.reduced(unit, prefix))]
-    own = table.reductions.get((unit.name, prefix))
+    shaped = [experiment.shaping.reduced(unit, prefix) for unit in units]
+    names = [choice.name for unit in shaped for choice in choices(unit)]
+    own = table.reductions.get((owner, prefix))
     return Alternative(
         prefix=prefix,
-        form=experiment.form(unit, prefix),
+        form=experiment.shaping.form(units[0], prefix),
         bytes=0 if own is None else own.bytes,
         loss=0.0 if own is None else own.loss,
         choices={name: offers[name] for name in names},

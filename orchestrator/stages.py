@@ -231,9 +231,13 @@ def measuring_jobs(
             wants = bool(reverse_needs(chain))
             group = groups.setdefault((sites, reducing(chain)[0], wants), {})
             group.setdefault(name, []).append((chain, key))
+
+    def plain_pairs(pairs: Iterable[tuple[Chain, str]]) -> list[tuple[list[tuple[str, str]], str]]:
+        return [([(spec.method, spec.options) for spec in chain], key) for chain, key in pairs]
+
     for (_, prefix, wants), wanted in groups.items():
         units = [experiment.by_name[name] for name in wanted]
-        block = units[0].block
+        block, part = units[0].block, experiment.shaping.part(units[0].name)
         gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
         yield Job(
             model=walk.model,
@@ -241,23 +245,15 @@ def measuring_jobs(
             trust_remote_code=walk.trust_remote_code,
             block=block,
             units=tuple(unit.name for unit in units),
-            missing={
-                unit.name: [
-                    ([(spec.method, spec.options) for spec in chain], key)
-                    for chain, key in wanted[unit.name]
-                ]
-                for unit in units
-            },
+            missing={name: plain_pairs(pairs) for name, pairs in wanted.items()},
             stages={
-                unit.name: [
-                    ([(spec.method, spec.options) for spec in chain], key)
-                    for chain, key in experiment.stages(unit.name, wanted[unit.name], walk)
-                ]
-                for unit in units
+                name: plain_pairs(experiment.stages(name, pairs, walk))
+                for name, pairs in wanted.items()
             },
             stats=str(experiment.store.path("stats", walk.stats_key(block))),
             store=walk.store,
             reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
+            part=part.name if prefix and part is not None else "",
             gradients=str(gradients) if wants else None,
         )
 

@@ -105,6 +105,10 @@ class StreamedModel:
         """Member → its names on disk: one per expert, or the one that holds all of them."""
         return self.layouts[unit.block].tensors[unit.name]
 
+    def stored_dtype(self, unit: Unit) -> torch.dtype:
+        """Dtype of the unit's weights in the files."""
+        return self.checkpoint.dtype(next(iter(self.unit_tensors(unit).values()))[0])
+
     def unit_module(self, unit: Unit) -> str:
         """Path of the unit's module within its block."""
         return self.layouts[unit.block].modules[unit.name]
@@ -156,6 +160,15 @@ class StreamedModel:
             members = split(*fused, self.bank)
             return {member: weight.contiguous() for member, weight in members.items()}
         return {member: self._stack(names) for member, names in tensors.items()}
+
+    def bias_name(self, unit: Unit) -> str | None:
+        """Name on disk of a linear's bias; None if it has none."""
+        return self.layouts[unit.block].kept.get(f"{self.unit_module(unit)}.bias")
+
+    def read_bias(self, unit: Unit) -> Tensor | None:
+        """A linear's bias ``[out]`` in the dtype of the file; None if it has none."""
+        name = self.bias_name(unit)
+        return None if name is None else self._read(name)
 
     def read_kept(self, block: int) -> dict[str, Tensor]:
         """Router and biases of a block's experts by parameter, in the dtype of the file."""
@@ -261,9 +274,10 @@ class StreamedModel:
         module, tensors = self.unit_module(unit), self.unit_tensors(unit)
         if unit.kind == "linear":
             weight = replaced.get("weight")
-            return {
+            state = {
                 f"{module}.weight": self._read(tensors["weight"][0]) if weight is None else weight
             }
+            return state | ({f"{module}.bias": replaced["bias"]} if "bias" in replaced else {})
         if replaced:
             missing = unit.shapes.keys() - replaced.keys()
             members = {**(self.read_unit(unit) if missing else {}), **replaced}

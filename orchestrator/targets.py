@@ -78,6 +78,25 @@ def reduction_problem(unit: Unit, left: Outline, serve: Serve, family: Family) -
     return None
 
 
+def part_problem(kind: str, biased: bool, serve: Serve, family: Family) -> str | None:
+    """Why ``serve`` cannot load a narrower MLP or attention; None if it can.
+
+    What all blocks together must agree in is not looked at.
+
+    Args:
+        biased: whether any of its linears has a bias.
+    """
+    if serve == "moesaic":
+        return None
+    if kind != "mlp":
+        return f"serve: {serve} cannot load narrower heads: serve: moesaic"
+    if not family.mlp_width or family.experts is not None:
+        return f"serve: {serve} cannot load narrower MLPs of {family.model_type}: serve: moesaic"
+    if biased:
+        return f"serve: {serve} cannot load narrower MLPs with biases: serve: moesaic"
+    return None
+
+
 def can_be_packed(unit: Unit, serve: Serve, family: Family) -> bool:
     """Whether ``serve`` has a place in its files for the unit's parts."""
     in_one_tensor = unit.kind == "bank" and family.experts is not None and family.experts.fused

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.kernels import channels
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import BIAS, ROUTER, is_reduced, split, split_biases
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.compressed_modules import Packed
 from moesaic.orchestrator.errors import RunError, UserError
-from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes
+from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes, unplaced
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.streaming import StreamedModel
@@ -288,7 +289,7 @@ def _transformers_loads(model: StreamedModel, pieces: Mapping[str, Path]) -> boo
     banks = [unit.name for unit in model.units() if unit.kind == "bank"]
     if pieces and any(name not in pieces for name in banks):
         return False
-    headers = {name: piece_header(path) for name, path in pieces.items()}
+    headers = {name: unplaced(piece_header(path)) for name, path in pieces.items()}
     dense = [u for u in model.units() if u.name in pieces and is_dense(u, headers[u.name])]
     if dense and len(dense) < len(pieces):
         return False
@@ -308,7 +309,7 @@ class _Decoder:
         from compressed_tensors.quantization import QuantizationConfig
 
         self.folder, self.model, self.pieces = folder, model, pieces
-        self.headers = {name: piece_header(path) for name, path in pieces.items()}
+        self.headers = {name: unplaced(piece_header(path)) for name, path in pieces.items()}
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stated = config.get("quantization_config")
         self.config: Any = QuantizationConfig.model_validate(stated) if stated else None
@@ -332,6 +333,9 @@ class _Decoder:
         for member, own in names.items():
             matrices = [read(name) for name in own]
             members[member] = matrices[0] if unit.kind == "linear" else torch.stack(matrices)
+        if unit.kind == "linear" and members["weight"].shape != unit.shapes["weight"]:
+            planned = read_piece(self.pieces[unit.name])["weight"]
+            return {"weight": channels.placed(planned, members["weight"])}
         return {**members, **side}
 
     def _names(self, unit: Unit) -> dict[str, list[str]]:

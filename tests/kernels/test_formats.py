@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import delta, dense, int_group, lowrank, mosaic, residual, sparse
+from moesaic.kernels import channels, delta, dense, int_group, lowrank, mosaic, residual, sparse
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,6 +27,16 @@ def int_group_example(
         group_size=6,
         dtype=dtype,
     )
+
+
+def channels_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """Every other row, all columns but the first."""
+    *batch, out, inputs = shape
+    rows, columns = torch.arange(0, out, 2), torch.arange(1, inputs)
+    small = torch.randn(*batch, len(rows), len(columns), generator=generator).to(dtype)
+    return channels.pack(dense.pack(small), shape, rows=rows, columns=columns)
 
 
 def delta_example(
@@ -89,6 +99,7 @@ def sparse_example(
 
 # Random weights of any shape [*batch, out, in] whose inputs are a multiple of 6, one per format.
 EXAMPLES: dict[str, Example] = {
+    "channels": channels_example,
     "delta": delta_example,
     "dense": dense_example,
     "int_group": int_group_example,
@@ -186,6 +197,32 @@ def test_matmul_refuses_the_cpu_instead_of_falling_back(name: str) -> None:
     tensor = example(name, (35, 42), torch.float16)
     with pytest.raises(RuntimeError, match="matmul_reference"):
         format_module(name).matmul(torch.ones(2, 42, dtype=torch.float16), tensor)
+
+
+def test_channels_without_places_are_all_there() -> None:
+    small = dense_example((4, 6), torch.float32, Generator().manual_seed(0))
+    columns = torch.tensor([1, 2, 5])
+    narrow = channels.pack(dense.pack(small.dense()[:, :3]), (4, 6), columns=columns)
+    assert set(narrow.parts) == {"inner_dense", "columns"}
+    assert narrow.nbytes == 4 * 3 * 4 + channels.place_bytes(6, 3)
+    assert torch.equal(narrow.dense()[:, columns], small.dense()[:, :3])
+    assert not narrow.dense()[:, [0, 3, 4]].any()
+    whole = channels.pack(small, (4, 6), rows=torch.arange(4))
+    assert set(whole.parts) == {"inner_dense"} and torch.equal(whole.dense(), small.dense())
+
+
+def test_channels_of_factors_are_not_rounded() -> None:
+    factors = lowrank_example((4, 6), torch.bfloat16, Generator().manual_seed(0))
+    placed = channels.pack(factors, (9, 6), rows=torch.tensor([0, 3, 4, 8]))
+    assert placed.effective().dtype == torch.float32
+    assert torch.equal(placed.effective()[[0, 3, 4, 8]], factors.effective())
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 2], [0, 1, 9], [0, 1], [-1, 0, 1], [0, 1, 1]])
+def test_channels_refuse_places_that_do_not_fit(rows: list[int]) -> None:
+    small = dense.pack(torch.ones(3, 6))
+    with pytest.raises(ValueError, match="rows: "):
+        channels.pack(small, (9, 6), rows=torch.tensor(rows))
 
 
 def test_mosaic_of_factors_and_codes_does_not_round_the_factors_product() -> None:

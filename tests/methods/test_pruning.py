@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.methods import slim, stun
+from moesaic.methods import nystrom, slim, stun
 from moesaic.methods.base import Spec
 from moesaic.methods.reduction import ExpertLayer, Reduction, mixture, prune, reducer_module
 from tests.methods.layers import make_layer
@@ -417,9 +417,9 @@ def test_slim_never_errs_more_than_plain_selection(tokens: int, ridge: float) ->
     for expert in range(8):
         a, down = layer.middle(expert, x).double(), layer.weights["down"][expert].double()
         covariance = a.T @ a
-        energy = slim.importance(covariance, down, slim.Options())
-        channels = slim.top_channels(energy, 6)
-        fitted = slim.refit(covariance, down, channels, ridge)
+        energy = nystrom.energy(covariance, down)
+        channels = nystrom.top_channels(energy, 6)
+        fitted = nystrom.refit(covariance, down, channels, ridge)
         whole, part = a @ down.T, a[:, channels]
         plain = (part @ down[:, channels].T - whole).square().sum()
         assert (part @ fitted.T - whole).square().sum() <= plain * (1 + 1e-9)
@@ -431,7 +431,7 @@ def test_slim_without_damping_is_the_nystrom_formula() -> None:
     c = a.T @ a
     s = torch.tensor([0, 3, 4, 9])
     formula = torch.linalg.pinv(c[s][:, s]) @ c[s] @ down.T
-    torch.testing.assert_close(slim.refit(c, down, s, 1e-14), formula.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(nystrom.refit(c, down, s, 1e-14), formula.T, rtol=1e-9, atol=1e-9)
 
 
 def test_slim_leverage_is_the_formula_and_drops_what_others_stand_in_for() -> None:
@@ -439,15 +439,14 @@ def test_slim_leverage_is_the_formula_and_drops_what_others_stand_in_for() -> No
     a = torch.randn(100, 6, generator=generator, dtype=torch.float64)
     a[:, 5] = a[:, 0] + a[:, 1]  # large, and needless
     c, down = a.T @ a, torch.ones(3, 6, dtype=torch.float64)
-    options = slim.Options(channels="leverage", ridge=1e-2)
-    scores = slim.importance(c, down, options)
+    scores = nystrom.leverage(c, down, 1e-2)
     ridge = 1e-2 * c.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(scores, (c @ torch.linalg.inv(c + ridge)).diagonal())
     assert scores.min() > 0 and scores.max() < 1
     # The three dependent channels score alike and low; by energy the sum of the two comes first.
-    assert set(slim.top_channels(scores, 3).tolist()) == {2, 3, 4}
-    assert 5 in slim.top_channels(slim.importance(c, down, slim.Options()), 1).tolist()
-    silent = slim.importance(torch.zeros(6, 6, dtype=torch.float64), down, options)
+    assert set(nystrom.top_channels(scores, 3).tolist()) == {2, 3, 4}
+    assert 5 in nystrom.top_channels(nystrom.energy(c, down), 1).tolist()
+    silent = nystrom.leverage(torch.zeros(6, 6, dtype=torch.float64), down, 1e-2)
     assert torch.equal(silent, torch.zeros(6, dtype=torch.float64))
 
 
@@ -460,7 +459,7 @@ def test_slim_loses_nothing_when_the_cut_channels_repeat_others() -> None:
     x = layer.stats["sample"]
     a, down = layer.middle(2, x).double(), layer.weights["down"][2].double()
     channels = torch.arange(6)
-    fitted = slim.refit(a.T @ a, down, channels, 1e-8)
+    fitted = nystrom.refit(a.T @ a, down, channels, 1e-8)
     torch.testing.assert_close(a[:, :6] @ fitted.T, a @ down.T, rtol=1e-5, atol=1e-5)
 
 

@@ -40,6 +40,12 @@ class Case:
 
 # Reducers whose options are not those of most.
 CASES = {name: Case() for name in reducers()} | {
+    "modegpt": Case(
+        everything={"keep": 1.0},
+        half={"keep": 0.5},
+        impossible=(0.01,),
+        illegal=(0, -1, 1.5),
+    ),
     "slim": Case(
         key="width",
         everything={"width": 1.0},

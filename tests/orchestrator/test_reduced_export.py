@@ -94,7 +94,7 @@ class Measured:
         plan: dict[str, Chain] = {}
         for unit in self.experiment.units:
             chain = chosen.get(unit.name, self.chains[0] if unit.kind == "linear" else ())
-            shaped = self.experiment.reduced(unit, reducing(chain)[0])
+            shaped = self.experiment.shaping.reduced(unit, reducing(chain)[0])
             plan |= dict.fromkeys((choice.name for choice in choices(shaped)), chain)
         found = plan_pieces(self.experiment, self.experiment.walk, plan)
         return {unit: Path(path) for unit, path in found.items()}
@@ -146,7 +146,7 @@ def test_predicted_bytes_are_those_of_the_pieces(
             assert is_reduced(piece) == bool(prefix)
             assert experiment.predicted_bytes(unit, chain) == members + side, chain_text(chain)
             if prefix:
-                assert experiment.side_bytes(unit, prefix) == side, chain_text(chain)
+                assert experiment.shaping.side_bytes(unit, prefix) == side, chain_text(chain)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -208,7 +208,7 @@ def test_engines_load_layers_that_are_all_alike(
         check_config(own, tmp_path / "merged", keep)
     elif model_type in NARROWER:
         own.assemble(loadable(own, "slim"), serve, tmp_path / "narrow")
-        shaped = own.experiment.reduced(own.banks[0], own.chain("slim", False))
+        shaped = own.experiment.shaping.reduced(own.banks[0], own.chain("slim", False))
         check_config(own, tmp_path / "narrow", *shaped.shapes["gate"][:2])
 
 
@@ -321,7 +321,7 @@ def test_experts_of_a_reduced_bank_may_differ_in_bits(
     own = measured("gpt_oss")
     dense, packed = own.chain("mone", False), own.chain("mone", True)
     bank = own.banks[0]
-    shaped = own.experiment.reduced(bank, dense)
+    shaped = own.experiment.shaping.reduced(bank, dense)
     plan = {c.name: (dense if i % 5 == 1 else packed) for i, c in enumerate(choices(shaped))}
     found = plan_pieces(own.experiment, own.experiment.walk, plan)
     own.assemble({unit: Path(path) for unit, path in found.items()}, "moesaic", tmp_path / "out")
