@@ -1,28 +1,76 @@
-"""Plans that trust reductions more or less, measured on calibration text before one is taken.
+"""Plans that trust predictions more or less, measured on calibration text before one is taken.
 
-What bits cost and what a reduction costs are both predicted, but not equally well: a reduction
-changes a layer's output by more than a second-order estimate is good for. So a search over both
-is made several times, with the reductions charged once, twice and four times what was predicted
-for them, and not offered at all; the plans that come out are really run on some of the calibration
-text, and the one with the least KL to the dense model is taken. Held-out text plays no part.
+What bits cost, what a reduction of experts costs and what a correction gains are all predicted, but
+not equally well. A reduction changes a layer's output by more than a second-order estimate is good
+for; a correction gains so little that it drowns in what the estimate is wrong by. So the search is
+made several times: with reductions charged once, twice and four times what was predicted for them,
+and not offered at all; and each of these without corrections as well. The plans that come out are
+really run on some of the calibration text, and the one with the least KL to the dense model is
+taken. Held-out text plays no part.
+
+So on that text the plan taken is never worse than that of bits alone. On other text it may be, by
+as much as the sample is unlike it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moesaic.methods.base import is_repair
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
-from moesaic.search.base import Problem
+from moesaic.search.base import Measurement, Problem
+
+Choices = Mapping[str, Sequence[Measurement]]
 
 # Factors on the predicted losses of reductions; None does without them.
 CHARGES: tuple[float | None, ...] = (1.0, 2.0, 4.0, None)
 # Finalists are run on so many parts of the calibration text, of so many sequences each.
 _PARTS, _SEQUENCES = 4, 8
+
+
+def variants(problem: Problem) -> dict[str, Problem]:
+    """The problem with some things dearer or not offered, by name; first as it was given."""
+    reduces = any(a.prefix for alternatives in problem.banks.values() for a in alternatives)
+    found = {}
+    for offered, corrections in ((problem, []), (uncorrected(problem), ["without corrections"])):
+        for charge in CHARGES if reduces else CHARGES[:1]:
+            if offered is None:
+                continue
+            price = "without reductions" if charge is None else f"reductions × {charge:g}"
+            name = ", ".join([price] * reduces + corrections)
+            found[name or "as offered"] = charged(offered, charge)
+    return found
+
+
+def uncorrected(problem: Problem) -> Problem | None:
+    """The problem without the chains that end in a correction.
+
+    None where there are none, or where that leaves nothing for some choice.
+    """
+    dropped = 0
+
+    def left(choices: Choices) -> Choices:
+        nonlocal dropped
+        found = {}
+        for name, measured in choices.items():
+            found[name] = [m for m in measured if not (m.chain and is_repair(m.chain[-1].method))]
+            dropped += len(measured) - len(found[name])
+        return found
+
+    choices = left(problem.choices)
+    banks = {
+        bank: [replace(a, choices=left(a.choices)) for a in alternatives]
+        for bank, alternatives in problem.banks.items()
+    }
+    every = [choices, *(a.choices for alternatives in banks.values() for a in alternatives)]
+    if not dropped or not all(measured for each in every for measured in each.values()):
+        return None
+    return replace(problem, choices=choices, banks=banks)
 
 
 def charged(problem: Problem, charge: float | None) -> Problem:

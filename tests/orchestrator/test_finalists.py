@@ -1,4 +1,4 @@
-"""Finalists: plans that trust reductions more or less, and the one that is taken."""
+"""Finalists: plans that trust predictions more or less, and the one that is taken."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from moesaic.methods.base import Spec
 from moesaic.orchestrator import results
-from moesaic.orchestrator.finalists import CHARGES, charged
+from moesaic.orchestrator.finalists import CHARGES, charged, uncorrected, variants
 from moesaic.search.base import Alternative, Budget, Measurement, Problem
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
@@ -68,11 +68,89 @@ def test_a_reduction_that_promised_too_much_is_not_taken(
     made.run()
     plan = made.json("plan.json")
     found = plan["finalists"]
-    assert list(found) == ["× 1", "without"]
-    assert found["without"] < found["× 1"]
+    assert list(found) == ["reductions × 1", "without reductions"]
+    assert found["without reductions"] < found["reductions × 1"]
     assert not any(s["method"] == "reap" for specs in plan["units"].values() for s in specs)
     _, calls = made.run()
     assert calls.total() == 0
+
+
+EORA = {"method": "eora", "rank": 1}
+CORRECTED: dict[str, Any] = {
+    "candidates": [BITS, [{**BITS, "bits": 2}, EORA]],
+    "baselines": {},
+    "budget": {"bits_per_weight": 5},
+}
+
+
+@pytest.mark.parametrize("flattering", [True, False])
+def test_corrections_are_taken_only_where_they_are_no_worse_than_bits_alone(
+    flattering: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flattered, a correction of rank 1 makes two bits as good as dense."""
+    made = Project(tmp_path / "joint", model, monkeypatch)
+    made.write(**CORRECTED)
+    measurements = results.measurements
+
+    def flattered(*arguments: Any) -> results.Table:
+        table = measurements(*arguments)
+        found = [
+            replace(m, score=0.0) if m.chain and m.chain[-1].method == "eora" else m
+            for m in table.measurements
+        ]
+        return replace(table, measurements=found)
+
+    if flattering:
+        monkeypatch.setattr(results, "measurements", flattered)
+    made.run()
+    plan = made.json("plan.json")
+    kl = plan["finalists"]
+    assert list(kl) == ["as offered", "without corrections"]
+    corrected = any(s["method"] == "eora" for specs in plan["units"].values() for s in specs)
+    assert corrected == (kl["as offered"] < kl["without corrections"])
+    assert not (flattering and corrected)
+    alone = Project(tmp_path / "alone", model, monkeypatch)
+    alone.write(**{**CORRECTED, "candidates": [BITS]})
+    alone.run(stages=("search",))
+    if not corrected:
+        assert plan["units"] == alone.json("plan.json")["units"]
+
+
+def corrected() -> Problem:
+    """A linear and a bank that may be corrected, and the bank reduced."""
+    bits, eora, reap = Spec.of("rtn"), Spec.of("eora"), (Spec.of("reap", {"keep": 0.5}),)
+
+    def offers(name: str) -> list[Measurement]:
+        chains = ((), (bits,), (bits, eora))
+        return [Measurement(name, chain, 8, 0.0, 0.1, 0.0) for chain in chains]
+
+    choices = {"b.0.gate": offers("b.0.gate")}
+    bank = [Alternative((), "2x2", 0, 0.0, choices), Alternative(reap, "1x2", -4, 0.3, choices)]
+    return Problem({"q": offers("q")}, [], Budget(100, 10), {"b": bank})
+
+
+def test_every_charge_is_offered_with_and_without_corrections() -> None:
+    prices = ["reductions × 1", "reductions × 2", "reductions × 4", "without reductions"]
+    given = corrected()
+    found = variants(given)
+    assert list(found) == [*prices, *(f"{name}, without corrections" for name in prices)]
+    assert found["reductions × 1"] == given
+    plain = replace(given, banks={})
+    assert list(variants(plain)) == ["as offered", "without corrections"]
+    assert list(variants(problem())) == prices
+
+
+def test_without_corrections_nothing_else_is_missing() -> None:
+    given = corrected()
+    rest = uncorrected(given)
+    assert rest is not None
+    assert [len(m.chain) for m in rest.choices["q"]] == [0, 1]
+    assert [a.prefix for a in rest.banks["b"]] == [a.prefix for a in given.banks["b"]]
+    for alternative in rest.banks["b"]:
+        assert [len(m.chain) for m in alternative.choices["b.0.gate"]] == [0, 1]
+    assert uncorrected(rest) is None
+    only = replace(given, choices={"q": given.choices["q"][2:]})
+    assert uncorrected(only) is None  # the linear cannot do without
 
 
 def test_one_plan_needs_no_comparison(
