@@ -16,6 +16,7 @@ Imported only when a product is asked for, since Triton does not run everywhere.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,6 +53,10 @@ class Factors(NamedTuple):
     left: Tensor
 
 
+# x, factors and bias of a linear → its outputs
+Linear = Callable[[Tensor, Factors, Tensor | None], Tensor]
+
+
 def swiglu(
     x: Tensor, gate: Factors, up: Factors, down: Factors, path: Path | None = None
 ) -> Tensor:
@@ -69,7 +74,7 @@ def swiglu(
         ValueError: shapes, dtypes or devices that do not fit, or ``fused`` beyond ``max_rank``.
         RuntimeError: no GPU.
     """
-    return _feed_forward(x, Layer(up, down, gate=gate), path)
+    return feed_forward(x, Layer(up, down, gate=gate), path)
 
 
 def gelu(
@@ -92,7 +97,7 @@ def gelu(
         raise ValueError(f"approximate is {approximate!r}, known are 'none' and 'tanh'")
     activation: Activation = "gelu" if approximate == "none" else "gelu_tanh"
     layer = Layer(up, down, up_bias=up_bias, down_bias=down_bias, activation=activation)
-    return _feed_forward(x, layer, path)
+    return feed_forward(x, layer, path)
 
 
 class Layer(NamedTuple):
@@ -116,17 +121,28 @@ class Layer(NamedTuple):
         return len(self.up.left)
 
 
-def reference(x: Tensor, layer: Layer) -> Tensor:
-    """The layer in plain PyTorch, in the dtype of ``x``: ``[*, in] -> [*, out]``."""
-    up = F.linear(F.linear(x, layer.up.right), layer.up.left, layer.up_bias)
-    gate = up if layer.gate is None else low_rank.matmul_reference(x, *layer.gate)
+def product(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
+    """One of the three linears as two library products."""
+    return F.linear(F.linear(x, factors.right), factors.left, bias)
+
+
+def measured_product(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
+    """One of the three linears in the way that is the fastest for it alone."""
+    y = low_rank.matmul(x, factors.right, factors.left)
+    return y if bias is None else y + bias
+
+
+def reference(x: Tensor, layer: Layer, linear: Linear = product) -> Tensor:
+    """The layer linear by linear, in the dtype of ``x``: ``[*, in] -> [*, out]``."""
+    up = linear(x, layer.up, layer.up_bias)
+    gate = up if layer.gate is None else linear(x, layer.gate, None)
     if layer.activation == "silu":
         hidden = F.silu(gate)
     else:
         hidden = F.gelu(gate, approximate="none" if layer.activation == "gelu" else "tanh")
     if layer.gate is not None:
         hidden = hidden * up
-    return F.linear(F.linear(hidden, layer.down.right), layer.down.left, layer.down_bias)
+    return linear(hidden, layer.down, layer.down_bias)
 
 
 def max_rank(inputs: int, layer: Layer) -> int:
@@ -146,9 +162,10 @@ def config_for(inputs: int, layer: Layer) -> Config:
 def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path:
     """The fastest way for x ``[rows, inputs]``, measured the first time that a shape is met.
 
-    ``layer`` itself takes part in measuring. Time decides; who wants the least memory says
-    ``fused``. ``path`` decides instead; so does the interpreter, which has nothing to measure, for
-    ``fused``.
+    ``layer`` itself takes part in measuring. ``fused`` must be faster than plain products, and than
+    the three linears in the way that is the fastest for each: the layer as it is without this
+    kernel. Time decides; who wants the least memory says ``fused``. ``path`` decides instead; so
+    does the interpreter, which has nothing to measure, for ``fused``.
 
     Raises:
         ValueError: ``path`` is unknown, or ``fused`` and a rank exceeds ``max_rank``.
@@ -167,6 +184,7 @@ def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path
         out = x.new_empty((bucket, len(weight)))
         return {
             "products": lambda: _products(x, layer),
+            "linears": lambda: reference(x, layer, measured_product),
             "fused": lambda: launch(x, layer, out),
         }
 
@@ -177,7 +195,8 @@ def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path
     return "fused" if best == "fused" else "products"
 
 
-def _feed_forward(x: Tensor, layer: Layer, path: Path | None) -> Tensor:
+def feed_forward(x: Tensor, layer: Layer, path: Path | None = None) -> Tensor:
+    """The layer's outputs for x ``[*, in]``; see :func:`swiglu`."""
     check(x, layer)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     outputs = len(layer.down.left)

@@ -24,10 +24,15 @@ VERSION = 1
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
+def kernels_take(x: Tensor) -> bool:
+    """Whether kernels are for such activations; their weights must be of the same dtype."""
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES
+
+
 def multiply(x: Tensor, weight: CompressedTensor) -> Tensor:
     """``x [*, in] @ weightᵀ -> [*, out]`` by the kernel where its numbers are the reference's."""
     module = format_module(weight.format)
-    if x.is_cuda and x.dtype == weight.dtype and x.dtype in _KERNEL_DTYPES:
+    if kernels_take(x) and x.dtype == weight.dtype:
         return module.matmul(x, weight)
     return module.matmul_reference(x, weight)
 

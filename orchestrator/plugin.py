@@ -21,6 +21,8 @@ from moesaic.orchestrator.compressed_modules import (
     CompressedExperts,
     CompressedLinear,
 )
+from moesaic.orchestrator.family import families, load_family
+from moesaic.orchestrator.low_rank_modules import fuse
 from moesaic.orchestrator.reshape import resize_router
 
 
@@ -75,11 +77,9 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: MoesaicConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        base = f"{model.base_model_prefix}."
-        inside = hasattr(model, model.base_model_prefix)
         with torch.device("meta"):
             for name, described in self.quantization_config.modules.items():
-                path = name if inside else name.removeprefix(base)
+                path = _path(model, name)
                 dense = model.get_submodule(path)
                 members = described["members"]
                 compressed: nn.Module
@@ -88,16 +88,18 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
                 else:
                     reduced = described.get("reduced")
                     if reduced is not None:
-                        router = (
-                            reduced["router"] if inside else reduced["router"].removeprefix(base)
-                        )
-                        resize_router(model.get_submodule(router), reduced["rows"])
+                        router = model.get_submodule(_path(model, reduced["router"]))
+                        resize_router(router, reduced["rows"])
                     compressed = CompressedExperts(members, dense, reduced)
                 model.set_submodule(path, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.quantization_config.dequantize:
             self._dequantize(model)
+        elif model.config.model_type in families():
+            family = load_family(model.config.model_type)
+            path, _, _ = family.block.rpartition(".")
+            fuse(model.get_submodule(_path(model, path)), family)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -118,3 +120,9 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _path(model: Any, name: str) -> str:
+    """Where a module of the whole model lies in ``model``, which may be without its head."""
+    prefix: str = model.base_model_prefix
+    return name if hasattr(model, prefix) else name.removeprefix(f"{prefix}.")

@@ -126,9 +126,19 @@ def plans() -> dict[str, Callable[[], str]]:
     }
 
 
-@pytest.mark.parametrize("kernel", ["residual", "mlp", "attention"])
-@pytest.mark.parametrize(("times", "expected"), [([1.0, 2.0], "products"), ([2.0, 1.0], "fused")])
-def test_every_plan_is_the_faster_way(
+@pytest.mark.parametrize(
+    ("kernel", "times", "expected"),
+    [
+        ("residual", [1.0, 2.0], "products"),
+        ("residual", [2.0, 1.0], "fused"),
+        ("attention", [1.0, 2.0], "products"),
+        ("attention", [2.0, 1.0], "fused"),
+        ("mlp", [1.0, 2.0, 3.0], "products"),
+        ("mlp", [3.0, 1.0, 2.0], "products"),  # linear by linear
+        ("mlp", [3.0, 2.0, 1.0], "fused"),
+    ],
+)
+def test_every_plan_is_the_fastest_way(
     clock: list[float], kernel: str, times: list[float], expected: str
 ) -> None:
     clock += times

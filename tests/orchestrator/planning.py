@@ -1,4 +1,4 @@
-"""Plans and their pieces for tests: every unit rounded to nearest with the scheme a test wants."""
+"""Plans and their pieces for tests: every unit compressed with the options a test wants."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.streaming import StreamedModel
 
-# Options of rtn for a whole unit, or member → options; None leaves the unit dense.
+# Options of a method for a whole unit, or member → options; None leaves the unit dense.
 Choice = Mapping[str, Any] | None
 Choose = Callable[[int, Unit], Choice]
 
@@ -33,8 +33,14 @@ def open_model(folder: Path) -> StreamedModel:
     return StreamedModel(Checkpoint(folder))
 
 
-def make_pieces(model: StreamedModel, choose: Choose, folder: Path) -> dict[str, Path | None]:
-    """Unit → the file of its piece; ``choose`` is given the unit and its place in the model."""
+def make_pieces(
+    model: StreamedModel, choose: Choose, folder: Path, method: Any = rtn
+) -> dict[str, Path | None]:
+    """Unit → the file of its piece; ``choose`` is given the unit and its place in the model.
+
+    Args:
+        method: a module whose options are chosen, and which wants no statistics.
+    """
     chosen: dict[str, Path | None] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for index, unit in enumerate(model.units()):
@@ -44,8 +50,8 @@ def make_pieces(model: StreamedModel, choose: Choose, folder: Path) -> dict[str,
             continue
         members = {}
         for name, weight in model.read_unit(unit).items():
-            options = rtn.Options(**choice.get(name, choice))
-            members |= rtn.compress({name: weight}, {}, options).members
+            options = method.Options(**choice.get(name, choice))
+            members |= method.compress({name: weight}, {}, options).members
         path = chosen[unit.name] = folder / f"{index}.safetensors"
         write_piece(path, members, {"unit": unit.name})
     return chosen
