@@ -5,7 +5,6 @@ Yuan et al., 2312.05821, section 3.2: T = diag((mean |x|)^α), not a root of the
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from moesaic.methods.base import Result, Stats, option
@@ -14,9 +13,9 @@ from moesaic.methods.low_rank import (
     LowRankOptions,
     Root,
     diagonal_root,
+    factored_bytes,
+    factored_problem,
     low_rank,
-    predicted_bytes,
-    rank_problem,
 )
 
 SCOPE = frozenset({"linear", "bank"})
@@ -31,6 +30,10 @@ class Options(LowRankOptions):
     alpha: float = option(
         0.5, "power of an input's mean magnitude; 0 is plain SVD", [0.5, 1.0], ge=0, le=2
     )
+
+
+predict_bytes = factored_bytes
+problem = factored_problem
 
 
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
@@ -49,15 +52,3 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
         return diagonal_root((size / tokens) ** options.alpha) if tokens else NO_TOKENS
 
     return low_rank(weights, options.rank, root)
-
-
-def predict_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
-) -> int:
-    """Bytes of both factors."""
-    return predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)

@@ -286,10 +286,14 @@ def link_module(name: str) -> Method | Repair:
     return cast(Method | Repair, plugin("moesaic.methods", (_COMPRESS, _REPAIR), name))
 
 
+def _any_module(name: str) -> Any:
+    """The method, reducer or repair called ``name``; raises ``UnknownName`` with those known."""
+    return plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
+
+
 def options_of(name: str) -> type[MethodOptions]:
     """The options of a method, reducer or repair; raises ``UnknownName`` with those known."""
-    kinds = (_COMPRESS, _REDUCE, _REPAIR)
-    options: type[MethodOptions] = plugin("moesaic.methods", kinds, name).Options
+    options: type[MethodOptions] = _any_module(name).Options
     return options
 
 
@@ -305,14 +309,12 @@ def is_repair(name: str) -> bool:
 
 def is_ranked(name: str) -> bool:
     """Whether the results of a method or repair can be cut to smaller ranks."""
-    module = plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
-    return bool(getattr(module, "RANKED", False))
+    return bool(getattr(_any_module(name), "RANKED", False))
 
 
 def is_whole(name: str) -> bool:
     """Whether all experts of a bank must take a method or repair together."""
-    module = plugin("moesaic.methods", (_COMPRESS, _REDUCE, _REPAIR), name)
-    return bool(getattr(module, "WHOLE", False))
+    return bool(getattr(_any_module(name), "WHOLE", False))
 
 
 def reducing(chain: Chain) -> tuple[Chain, Chain]:
@@ -325,9 +327,8 @@ def reducing(chain: Chain) -> tuple[Chain, Chain]:
 
 def reverse_needs(chain: Chain) -> frozenset[str]:
     """Statistics of the reverse pass that the links of a chain want."""
-    kinds = (_COMPRESS, _REDUCE, _REPAIR)
-    modules = [plugin("moesaic.methods", kinds, spec.method) for spec in chain]
-    return frozenset().union(*(module.NEEDS for module in modules)) & OUTPUT_STATISTICS.keys()
+    wanted = frozenset().union(*(_any_module(spec.method).NEEDS for spec in chain))
+    return wanted & OUTPUT_STATISTICS.keys()
 
 
 def methods() -> list[str]:

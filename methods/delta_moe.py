@@ -22,10 +22,10 @@ from moesaic.methods.low_rank import (
     SHARES,
     Rank,
     eigen_root,
+    factored_bytes,
+    factored_problem,
     low_rank,
-    predicted_bytes,
     rank_option,
-    rank_problem,
 )
 
 SCOPE = frozenset({"bank"})
@@ -41,6 +41,9 @@ class Options(MethodOptions):
     SHOWN = ("rank",)
 
     rank: Rank = rank_option(0.5, SHARES)
+
+
+problem = factored_problem
 
 
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
@@ -84,9 +87,4 @@ def predict_bytes(
 ) -> int:
     """Bytes of the bases and of all factors."""
     bases = dtype.itemsize * sum(math.prod(shape[-2:]) for shape in shapes.values())
-    return bases + predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)
+    return bases + factored_bytes(shapes, dtype, options)

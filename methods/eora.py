@@ -7,7 +7,6 @@ calibration never saw need not be left out.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from moesaic.kernels import residual
@@ -16,10 +15,10 @@ from moesaic.methods.base import MethodOptions, Result, Stats
 from moesaic.methods.low_rank import (
     Rank,
     eigen_root,
+    factored_bytes,
+    factored_problem,
     low_rank,
-    predicted_bytes,
     rank_option,
-    rank_problem,
 )
 
 SCOPE = frozenset({"linear", "bank"})
@@ -34,6 +33,11 @@ class Options(MethodOptions):
     SHOWN = ("rank",)
 
     rank: Rank = rank_option(32, [8, 16, 32, 64, 128])
+
+
+# What the correction adds: the bytes of what is corrected are not among them.
+predict_bytes = factored_bytes
+problem = factored_problem
 
 
 def repair(
@@ -65,15 +69,3 @@ def repair(
 
 def _matrix(tensor: CompressedTensor, expert: int) -> CompressedTensor:
     return tensor[expert] if len(tensor.shape) > 2 else tensor
-
-
-def predict_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
-) -> int:
-    """Bytes of both factors; those of what is corrected are not among them."""
-    return predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)

@@ -15,6 +15,7 @@ from moesaic.kernels import lowrank
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import MethodOptions, Result, Stats, method_module, methods
 from moesaic.methods.low_rank import LowRankOptions, Rank, experts_hessian, factor_shapes
+from moesaic.methods.sparsity import SparseOptions
 
 # Statistics that can be told of R̂x.
 _NEEDS = frozenset({"tokens", "hessian"})
@@ -28,11 +29,13 @@ def is_factoring(name: str) -> bool:
 
 
 def is_quantizer(name: str) -> bool:
-    """Whether the method called ``name`` can round factors: it needs no more than H and tokens."""
+    """Whether the method called ``name`` can round factors: it needs no more than H and tokens,
+    and leaves neither factors nor gaps."""
     if name not in methods():
         return False
     module = method_module(name)
-    return "rank" not in module.Options.model_fields and module.NEEDS <= _NEEDS
+    others = "rank" in module.Options.model_fields or issubclass(module.Options, SparseOptions)
+    return not others and module.NEEDS <= _NEEDS
 
 
 def quantize_factors(

@@ -8,7 +8,6 @@ whatever factors make of them will do: it counts very little.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from moesaic.methods.base import Result, Stats
@@ -16,9 +15,9 @@ from moesaic.methods.low_rank import (
     LowRankOptions,
     Root,
     diagonal_root,
+    factored_bytes,
+    factored_problem,
     low_rank,
-    predicted_bytes,
-    rank_problem,
 )
 
 SCOPE = frozenset({"linear", "bank"})
@@ -31,6 +30,10 @@ NO_GRADIENTS = Root(None, ("no_gradients", "its Fisher information is zero, plai
 
 class Options(LowRankOptions):
     """Options of FWSVD."""
+
+
+predict_bytes = factored_bytes
+problem = factored_problem
 
 
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
@@ -48,15 +51,3 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
         return diagonal_root(importance.sqrt()) if importance.any() else NO_GRADIENTS
 
     return low_rank(weights, options.rank, root)
-
-
-def predict_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
-) -> int:
-    """Bytes of both factors."""
-    return predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)

@@ -41,6 +41,14 @@ class Factor:
     damp: Tensor
 
 
+def check_hessian(hessian: Tensor) -> None:
+    """Raises ValueError where ``hessian`` ``[*, in, in]`` cannot be a sum of x xᵀ."""
+    if not all(torch.isfinite(end) for end in hessian.aminmax()):
+        raise ValueError("the Hessian has NaN or infinite entries")
+    if (hessian.diagonal(dim1=-2, dim2=-1) < 0).any():
+        raise ValueError("the Hessian has negative diagonal entries: it is no sum of x xᵀ")
+
+
 def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
     """Factorises ``hessian`` ``[E, in, in]`` in float64, all experts at once.
 
@@ -55,11 +63,8 @@ def factorise(hessian: Tensor, damp: float, descending: bool) -> Factor:
     Raises:
         ValueError: the Hessian has NaN, infinite or negative diagonal entries.
     """
+    check_hessian(hessian)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
-    if not all(torch.isfinite(end) for end in hessian.aminmax()):
-        raise ValueError("the Hessian has NaN or infinite entries")
-    if (diagonal < 0).any():
-        raise ValueError("the Hessian has negative diagonal entries: it is no sum of x xᵀ")
     dead = diagonal == 0
     blind = dead.all(-1)
     mean = torch.where(blind, 1.0, diagonal.sum(-1) / (~dead).sum(-1).clamp(min=1))

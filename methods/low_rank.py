@@ -18,7 +18,7 @@ larger rank, cut, are those of the smaller rank, bit for bit.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import AfterValidator, StrictFloat, StrictInt
@@ -27,6 +27,7 @@ from torch import Tensor
 from moesaic.kernels import dense, lowrank
 from moesaic.methods.base import Event, MethodOptions, Result, Stats, option
 from moesaic.methods.grid import check_finite
+from moesaic.methods.hessian import check_hessian
 
 
 def _share_of_the_whole(value: int | float) -> int | float:
@@ -115,10 +116,24 @@ def factor_shapes(shape: tuple[int, ...], rank: Rank) -> tuple[tuple[int, ...], 
     return (*batch, out, columns), (*batch, columns, inputs)
 
 
-def predicted_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, rank: Rank) -> int:
-    """Bytes of dense factors, exactly."""
-    found = (factor for shape in shapes.values() for factor in factor_shapes(shape, rank))
+class WithRank(Protocol):
+    """Options that have a rank."""
+
+    @property
+    def rank(self) -> Rank: ...
+
+
+def factored_bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: WithRank
+) -> int:
+    """Bytes of both factors of every member, dense, exactly."""
+    found = (factor for shape in shapes.values() for factor in factor_shapes(shape, options.rank))
     return dtype.itemsize * sum(math.prod(factor) for factor in found)
+
+
+def factored_problem(shapes: Mapping[str, tuple[int, ...]], options: WithRank) -> str | None:
+    """The rank must be one that a member can have."""
+    return rank_problem(shapes, options.rank)
 
 
 @dataclass(frozen=True)
@@ -241,10 +256,7 @@ def experts_hessian(stats: Stats, expert: int) -> Tensor:
     """
     whole = stats["hessian"]
     hessian = whole.view(-1, *whole.shape[-2:])[expert]
-    if not all(torch.isfinite(end) for end in hessian.aminmax()):
-        raise ValueError("the Hessian has NaN or infinite entries")
-    if (hessian.diagonal() < 0).any():
-        raise ValueError("the Hessian has negative diagonal entries: it is no sum of x xᵀ")
+    check_hessian(hessian)
     return hessian
 
 

@@ -30,9 +30,9 @@ from moesaic.methods.grid import check_finite
 from moesaic.methods.low_rank import (
     Rank,
     eigen_root,
-    predicted_bytes,
+    factored_bytes,
+    factored_problem,
     rank_option,
-    rank_problem,
     resolved_rank,
     root_events,
     whitened_svd,
@@ -274,9 +274,9 @@ def predict_bytes(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
 ) -> int:
     """Bytes of S, its masks and both factors."""
-    return sparse_bytes(shapes, dtype, options) + predicted_bytes(shapes, dtype, options.rank)
+    return sparse_bytes(shapes, dtype, options) + factored_bytes(shapes, dtype, options)
 
 
 def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
     """The block must divide the inputs, and the rank must be one that a member can have."""
-    return sparse_problem(shapes, options) or rank_problem(shapes, options.rank)
+    return sparse_problem(shapes, options) or factored_problem(shapes, options)

@@ -6,11 +6,16 @@ compared with.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from moesaic.methods.base import Result, Stats
-from moesaic.methods.low_rank import PLAIN, LowRankOptions, low_rank, predicted_bytes, rank_problem
+from moesaic.methods.low_rank import (
+    PLAIN,
+    LowRankOptions,
+    factored_bytes,
+    factored_problem,
+    low_rank,
+)
 
 SCOPE = frozenset({"linear", "bank"})
 ROWWISE = False
@@ -22,6 +27,10 @@ class Options(LowRankOptions):
     """Options of plain SVD."""
 
 
+predict_bytes = factored_bytes
+problem = factored_problem
+
+
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
     """Factors members ``[*batch, out, in]``; ``stats`` is not used.
 
@@ -29,15 +38,3 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
         ValueError: a weight is NaN or infinite, or has no such rank.
     """
     return low_rank(weights, options.rank, lambda name, expert: PLAIN)
-
-
-def predict_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
-) -> int:
-    """Bytes of both factors."""
-    return predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)

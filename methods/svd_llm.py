@@ -11,7 +11,6 @@ L·R = U_r U_rᵀ W is an optimum over both.
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from moesaic.methods.base import Result, Stats, option
@@ -20,10 +19,10 @@ from moesaic.methods.low_rank import (
     LowRankOptions,
     Root,
     eigen_root,
+    factored_bytes,
+    factored_problem,
     kept_root,
     low_rank,
-    predicted_bytes,
-    rank_problem,
 )
 
 SCOPE = frozenset({"linear", "bank"})
@@ -44,6 +43,10 @@ class Options(LowRankOptions):
         gt=0,
         le=1,
     )
+
+
+predict_bytes = factored_bytes
+problem = factored_problem
 
 
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
@@ -79,15 +82,3 @@ def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:
         return Root(lower[0], ("damping_grew", text))
 
     return kept_root(stats, f"cholesky_root {damp}", expert, compute)
-
-
-def predict_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, options: Options
-) -> int:
-    """Bytes of both factors."""
-    return predicted_bytes(shapes, dtype, options.rank)
-
-
-def problem(shapes: Mapping[str, tuple[int, ...]], options: Options) -> str | None:
-    """The rank must be one that a member can have."""
-    return rank_problem(shapes, options.rank)

@@ -1,17 +1,23 @@
 """Tiny checkpoints, each saved once per test run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils import logging
 
+from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.store import digest
 from tests.orchestrator.tiny import save_tiny
 
 Tiny = Callable[..., Path]
+MakeWalk = Callable[..., Walk]
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         return save_tiny(tmp_path_factory.mktemp(model_type), model_type, dtype, **overrides)
 
     return folder
+
+
+@pytest.fixture
+def make_walk(request: pytest.FixtureRequest, tiny: Tiny, ids: Tensor, tmp_path: Path) -> MakeWalk:
+    """``make_walk(model_type, **changes)`` over the module's ``ids``, as its ``WALK`` says."""
+    save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
+
+    def make(model_type: str = "qwen3_moe", **changes: Any) -> Walk:
+        walk = Walk(
+            model=str(tiny(model_type)),
+            dtype="float32",
+            trust_remote_code=False,
+            fingerprint=model_type,
+            ids=str(tmp_path / "ids.safetensors"),
+            ids_digest=digest(ids.tolist()),
+            sequences=len(ids),
+            batch=3,
+            experts="routed",
+            seed=11,
+            store=str(tmp_path / "store"),
+            **request.module.WALK,
+        )
+        return replace(walk, **changes)
+
+    return make

@@ -1,13 +1,11 @@
 """Sums about expert layers against transformers' own modules, and what they may cost."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -19,10 +17,10 @@ from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.expert_statistics import expert_site, sampled_tokens
 from moesaic.orchestrator.family import families, load_family
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges
-from moesaic.orchestrator.store import Store, digest
+from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState
-from tests.orchestrator.conftest import Tiny
+from tests.orchestrator.conftest import MakeWalk
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 
@@ -33,40 +31,19 @@ FAMILIES = [name for name in families() if load_family(name).experts is not None
 # Sums in float32 over 63 tokens, in another order than the reference's.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
-MakeWalk = Callable[..., Walk]
+WALK: dict[str, Any] = {
+    "shards": SHARDS,
+    "needs": ("hessian", "tokens", *EXPERT_STATISTICS),
+    "gradients": 0,
+    "sampled": SAMPLED,
+    "sources": SOURCES,
+}
 
 
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(3, 97, (SEQUENCES, LENGTH), generator=generator)
-
-
-@pytest.fixture
-def make_walk(tiny: Tiny, ids: Tensor, tmp_path: Path) -> MakeWalk:
-    def make(model_type: str = "qwen3_moe", **changes: Any) -> Walk:
-        save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
-        walk = Walk(
-            model=str(tiny(model_type)),
-            dtype="float32",
-            trust_remote_code=False,
-            fingerprint=model_type,
-            ids=str(tmp_path / "ids.safetensors"),
-            ids_digest=digest(ids.tolist()),
-            sequences=SEQUENCES,
-            shards=SHARDS,
-            batch=3,
-            needs=("hessian", "tokens", *EXPERT_STATISTICS),
-            experts="routed",
-            gradients=0,
-            seed=11,
-            store=str(tmp_path / "store"),
-            sampled=SAMPLED,
-            sources=SOURCES,
-        )
-        return replace(walk, **changes)
-
-    return make
 
 
 def opened(walk: Walk) -> StreamedModel:

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,61 +25,27 @@ from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.reductions import ReducedBank
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges, squared_gradients
-from moesaic.orchestrator.store import Entry, Store, digest
+from moesaic.orchestrator.store import Entry, Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState
+from tests.orchestrator.conftest import MakeWalk
 from tests.orchestrator.inline import Killed, Project
 from tests.orchestrator.projects import make_model_folder
-from tests.orchestrator.tiny import save_tiny
 
 SEQUENCES, LENGTH, SHARDS, BLOCKS, KEPT = 5, 9, 3, 2, 1
 VOCABULARY = 97
-MakeWalk = Callable[..., Walk]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = save_tiny(tmp_path_factory.mktemp(model_type), model_type)
-        return made[model_type]
-
-    return folder
+WALK: dict[str, Any] = {
+    "shards": SHARDS,
+    "needs": ("tokens",),
+    "gradients": KEPT,
+    "fisher": True,
+}
 
 
 @pytest.fixture
 def ids() -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(3, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
-
-
-@pytest.fixture
-def make_walk(folders: Callable[[str], Path], ids: Tensor, tmp_path: Path) -> MakeWalk:
-    save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
-
-    def make(model_type: str = "qwen3_moe", **changes: Any) -> Walk:
-        walk = Walk(
-            model=str(folders(model_type)),
-            dtype="float32",
-            trust_remote_code=False,
-            fingerprint=model_type,
-            ids=str(tmp_path / "ids.safetensors"),
-            ids_digest=digest(ids.tolist()),
-            sequences=SEQUENCES,
-            shards=SHARDS,
-            batch=3,
-            needs=("tokens",),
-            experts="routed",
-            gradients=KEPT,
-            seed=11,
-            store=str(tmp_path / "store"),
-            fisher=True,
-        )
-        return replace(walk, **changes)
-
-    return make
 
 
 def run(walk: Walk, workers: int = 1) -> list[SiteStats]:
