@@ -3,12 +3,14 @@
 An entry is a file named by the hash of everything that went into it, and beside it a small JSON
 *seal* with the file's size and digest. The seal is written last, so an entry without one does not
 exist; an entry whose file does not match its seal is removed and made again. Files are written
-under a temporary name in the same folder, flushed to disk and renamed: any number of writers on one
-file system may make the same entry at the same time, and the last rename wins with the same bytes.
+under a temporary name in the same folder and renamed: any number of writers on one file system may
+make the same entry at the same time, and the last rename wins with the same bytes. Entries are not
+flushed to disk one by one: what a power failure leaves of them does not match its seal.
 
     STORE/<kind>/<first two digits>/<key>.<suffix>
     STORE/<kind>/<first two digits>/<key>.seal.json
     STORE/scratch/<key>/         unfinished work
+    STORE/models/<key>/          a model folder whose weights are links to entries
 """
 
 import contextlib
@@ -33,6 +35,8 @@ _CHUNK = 1 << 20
 _SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
 _SCRATCH = "scratch"
+# Folders of links to entries, which make model folders of them.
+MODELS = "models"
 KINDS = (
     "ids",
     "stats",
@@ -45,6 +49,8 @@ KINDS = (
     "routers",
     "hidden",
     "scores",
+    "bases",
+    "sliced",
 )
 
 
@@ -112,15 +118,20 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets ``write`` fill a temporary file, flushes it to disk and renames it to ``path``."""
+def write_atomically(path: Path, write: Callable[[Path], None], flush: bool = True) -> None:
+    """Lets ``write`` fill a temporary file, flushes it to disk and renames it to ``path``.
+
+    Args:
+        flush: False where whoever reads the file can tell whether it is whole.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
         try:
             write(temporary)
-            with temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
+            if flush:
+                with temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -220,10 +231,10 @@ class Store:
             write(temporary)
             sealed.update(size=temporary.stat().st_size, digest=file_digest(temporary))
 
-        write_atomically(path, write_and_measure)
+        write_atomically(path, write_and_measure, flush=False)
         sealed["metadata"] = dict(metadata or {})
         text = json.dumps(sealed, sort_keys=True)
-        write_text(_seal_path(path), text)
+        write_atomically(_seal_path(path), lambda p: _fill(p, text), flush=False)
         return Entry(path, sealed["size"], sealed["metadata"])
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
@@ -271,7 +282,8 @@ class Store:
         """Folders that hold files of the store."""
         for kind in KINDS:
             yield from (self.root / kind).glob("[0-9a-f][0-9a-f]/")
-        yield from (self.root / _SCRATCH).glob("[0-9a-f]*/")
+        for kind in (_SCRATCH, MODELS):
+            yield from (self.root / kind).glob("[0-9a-f]*/")
 
     def _files(self) -> list[Path]:
         """Every file of the store, temporary ones included."""

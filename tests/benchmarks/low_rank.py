@@ -1,4 +1,4 @@
-"""Methods of low rank: the same share of every weight, and ranks that were searched, equal bytes.
+"""Methods of low rank, and cuts: one share everywhere, and shares that were searched, equal bytes.
 
     python tests/benchmarks/low_rank.py --model build/smollm2 [--removed 0.1 0.2] [--seeds 3]
 
@@ -36,14 +36,15 @@ from plans import (
     setting,
 )
 
-from moesaic.methods.base import Chain, Spec, is_whole, methods, options_of
+from moesaic.methods.base import Chain, Spec, is_whole, methods, options_of, reducers
 from moesaic.methods.factors import is_factoring
+from moesaic.methods.parts import cuts_parts
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.streaming import StreamedModel
 
 # Worst to best, as papers have it for large models at a fifth removed.
-EXPECTED = ("svd", "fwsvd", "asvd", "svd_llm")
+EXPECTED = ("svd", "fwsvd", "asvd", "svd_llm", "modegpt")
 EXPECTED_AT = 0.2
 # Goal for KL, searched against uniform.
 GOAL = 0.8
@@ -59,9 +60,16 @@ def rank(text: str) -> int | float:
 
 
 def low_rank_methods() -> list[str]:
-    """Those that leave nothing but factors, and those that share a base in a bank."""
-    found = [name for name in methods() if "rank" in options_of(name).model_fields]
-    return [name for name in found if is_factoring(name) or is_whole(name)]
+    """Those that leave nothing but factors, those that share a base in a bank, and those that cut
+    the parts of a block."""
+    found = [name for name in methods() if amount(name) == "rank"]
+    own = [name for name in found if is_factoring(name) or is_whole(name)]
+    return [*own, *(name for name in reducers() if cuts_parts(name))]
+
+
+def amount(name: str) -> str:
+    """The option that says how much a method leaves."""
+    return "rank" if "rank" in options_of(name).model_fields else "keep"
 
 
 def uniform_rank(model: Path, method: str, removed: float) -> float:
@@ -87,10 +95,10 @@ def plans_of(
     for name in names:
         ranks = uniform_ranks(arguments, name)
         chains: list[Chain] = [
-            (Spec.of(name, {"rank": r}),) for r in [*arguments.ranks, *ranks.values()]
+            (Spec.of(name, {amount(name): r}),) for r in [*arguments.ranks, *ranks.values()]
         ]
         for removed, share in ranks.items():
-            plan = bench.everywhere((Spec.of(name, {"rank": share}),))
+            plan = bench.everywhere((Spec.of(name, {amount(name): share}),))
             plans[name, removed, UNIFORM] = plan
             ways = [(SEARCHED, False), *([(BY_ERROR, True)] if arguments.by_error else [])]
             for way, by_error in ways:
@@ -114,7 +122,7 @@ def run(
     candidates: list[dict[str, Any]] = []
     for name in names:
         ranks = [*arguments.ranks, *uniform_ranks(arguments, name).values()]
-        candidates.append({"method": name, "rank": list(dict.fromkeys(ranks))})
+        candidates.append({"method": name, amount(name): list(dict.fromkeys(ranks))})
     file = place / str(seed) / f"{'-'.join(names)}.yaml"
     sections = recipe_sections(arguments, seed)
     recipe = write_recipe(file, arguments, candidates, search="knapsack", **sections)

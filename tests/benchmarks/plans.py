@@ -23,7 +23,7 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.run import open_experiment
 from moesaic.search.alternatives import solve
-from moesaic.search.base import Budget, Infeasible, Plan, Problem
+from moesaic.search.base import Budget, Infeasible, Measurement, Plan, Problem
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,27 @@ class Measured:
             by_error: minimise the relative error of the outputs instead.
         """
         allowed = {*chains, ()}
-        choices = {
-            unit: [m for m in found if m.chain in allowed]
-            for unit, found in self.problem.choices.items()
-        }
-        if by_error:
-            choices = {u: [replace(m, score=None) for m in found] for u, found in choices.items()}
+
+        def offered(found: Sequence[Measurement], prefix: Chain) -> list[Measurement]:
+            own = [m for m in found if prefix + m.chain in allowed]
+            return [replace(m, score=None) for m in own] if by_error else own
+
+        given = self.problem
+        choices = {unit: offered(found, ()) for unit, found in given.choices.items()}
+        banks = {}
+        for bank, alternatives in given.banks.items():
+            shaped = [
+                replace(a, choices={name: offered(m, a.prefix) for name, m in a.choices.items()})
+                for a in alternatives
+            ]
+            banks[bank] = [a for a in shaped if all(a.choices.values())]
+            if not any(a.prefix for a in banks[bank]):  # nothing to pick there
+                choices |= banks.pop(bank)[0].choices
         # Methods that take a bank as a whole tie its experts, which others need not be.
         whole = any(is_whole(spec.method) for chain in chains for spec in chain)
         ties = self.problem.ties if whole else []
         try:
-            plan = solve(Problem(choices, ties, Budget(size, 0)), "knapsack")
+            plan = solve(Problem(choices, ties, Budget(size, 0), banks), "knapsack")
         except Infeasible:
             return None
         return self.problem.plan(plan.units)

@@ -1,6 +1,5 @@
 """What was finished is not done again, whatever killed a run or damaged its store."""
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from moesaic.orchestrator import assemble as assemble_module
-from moesaic.orchestrator import run, store
+from moesaic.orchestrator import run
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.recipe import load_recipe
@@ -151,16 +150,16 @@ def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
     project.run()
     other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
     other.write(**changes)
-    sync, written, kills = os.fsync, 0, 0
+    rename, written, kills = Path.replace, 0, 0
 
-    def die_sometimes(descriptor: int) -> None:
+    def die_sometimes(temporary: Path, target: Path) -> Path:
         nonlocal written
         written += 1
         if written == 31 + kills % 3:
             raise Killed
-        sync(descriptor)
+        return rename(temporary, target)
 
-    monkeypatch.setattr(store.os, "fsync", die_sometimes)
+    monkeypatch.setattr(Path, "replace", die_sometimes)
     while True:
         written = 0
         try:

@@ -135,7 +135,7 @@ def test_an_entry_does_not_exist_before_its_seal(
     def killed(path: Path, text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_text", killed)
+    monkeypatch.setattr(module, "_fill", killed)
     with pytest.raises(KeyboardInterrupt):
         store.put("pieces", KEY, writing(b"some bytes"))
     assert files(store.root) == [f"pieces/ab/{KEY}.safetensors"]
