@@ -18,6 +18,34 @@ class NotUnderstood(Exception):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a module is, and which of its linears stand where.
+
+    Attributes:
+        path: of the module, within a block.
+        first: paths, within the module, of the linears that read what it is given.
+        last: path of the one whose outputs it returns; None: there is none.
+    """
+
+    path: str
+    first: tuple[str, ...]
+    last: str | None
+
+    @classmethod
+    def within(cls, path: str, first: Sequence[str], last: str) -> "Place":
+        """The place of a module, from the linears' paths within the block; ``last`` may lie
+        outside of it."""
+        prefix = f"{path}."
+        names = tuple(name.removeprefix(prefix) for name in first)
+        return cls(path, names, last.removeprefix(prefix) if last.startswith(prefix) else None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of all linears."""
+        return self.first if self.last is None else (*self.first, self.last)
+
+
+@dataclass(frozen=True)
 class Trial:
     """What came of one call.
 
@@ -44,32 +72,24 @@ class _StandIn(nn.Module):
 
 
 def tried(
-    module: nn.Module,
-    first: Sequence[str],
-    last: str | None,
-    known: Callable[[int], Tensor],
-    **arguments: Any,
+    module: nn.Module, place: Place, known: Callable[[int], Tensor], **arguments: Any
 ) -> Trial:
-    """Calls the module with ``known(inputs)`` and ``arguments``.
+    """Calls the module at ``place`` with ``known(inputs)`` and ``arguments``.
 
     Args:
-        first: paths of the linears that read what the module is given.
-        last: path of the one whose outputs it returns, alone or first of several; None: there is
-            none.
         known: makes numbers ``[*, size]``.
 
     Raises:
         NotUnderstood: the module has other tensors than its linears', asks the first ones
             something else than what it is given, or returns something else than the last one's
-            answer.
+            answer, alone or as the first of several.
     """
-    names = [*first, *([] if last is None else [last])]
-    linears: dict[str, Any] = {name: module.get_submodule(name) for name in names}
+    linears: dict[str, Any] = {name: module.get_submodule(name) for name in place.names}
     inside = {id(tensor) for linear in linears.values() for tensor in _tensors(linear)}
     if any(id(tensor) not in inside for tensor in _tensors(module)):
         raise NotUnderstood("they have tensors besides those of their linears")
     stand_ins = {name: _StandIn(known(linear.out_features)) for name, linear in linears.items()}
-    x = known(linears[first[0]].in_features)
+    x = known(linears[place.first[0]].in_features)
     try:
         for name, stand_in in stand_ins.items():
             module.set_submodule(name, stand_in)
@@ -83,12 +103,14 @@ def tried(
     returned = found[0] if isinstance(found, tuple) else found
     if any(len(stand_in.asked) != 1 for stand_in in stand_ins.values()):
         raise NotUnderstood("they call a linear more than once, or not at all")
-    if any(stand_ins[name].asked[0] is not x for name in first):
+    if any(stand_ins[name].asked[0] is not x for name in place.first):
         raise NotUnderstood("they change what goes in")
-    if last is not None and returned is not stand_ins[last].answer:
+    answers = {name: stand_ins[name].answer for name in place.first}
+    if place.last is None:
+        return Trial(answers, returned)
+    if returned is not stand_ins[place.last].answer:
         raise NotUnderstood("they change what their last linear gives")
-    result = returned if last is None else stand_ins[last].asked[0]
-    return Trial({name: stand_ins[name].answer for name in first}, result)
+    return Trial(answers, stand_ins[place.last].asked[0])
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
