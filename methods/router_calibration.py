@@ -45,13 +45,16 @@ def divergence(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def divergence_gradient(
-    hidden: Tensor, dense: Tensor, logits: Callable[[Tensor], Tensor]
+    hidden: Tensor,
+    dense: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    dense_logits: Callable[[Tensor], Tensor],
 ) -> tuple[float, Tensor]:
     """Σ KL over tokens, and its gradient at the last hidden state.
 
     Args:
         hidden, dense: ``[tokens, H]``, last hidden states of the reduced and the dense model.
-        logits: ``[rows, H] -> [rows, vocabulary]``, norm and head of the model.
+        logits, dense_logits: ``[rows, H] -> [rows, vocabulary]``, norm and head of each.
 
     Returns:
         the sum in nats, and the gradient ``[tokens, H]``.
@@ -60,7 +63,7 @@ def divergence_gradient(
     for rows, wanted in zip(hidden.split(_ROWS), dense.split(_ROWS), strict=True):
         leaf = rows.detach().requires_grad_(True)
         with torch.no_grad():
-            target = logits(wanted)
+            target = dense_logits(wanted)
         with torch.enable_grad():
             loss = divergence(logits(leaf), target)
         (gradient,) = torch.autograd.grad(loss, leaf)

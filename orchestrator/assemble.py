@@ -37,7 +37,7 @@ from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, can_be_packed
-from moesaic.orchestrator.tensorfile import Blob, file_bytes, read_file, write_file
+from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, file_bytes, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
 # A part of a mosaic is called group{number}_{part}; integer groups have at most four parts.
@@ -199,10 +199,10 @@ def _tensors(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) ->
 
 def _originals(model: StreamedModel) -> dict[str, Blob]:
     """The tensors of the original model, as they lie in its files."""
-    found: dict[str, Blob] = {}
-    for file in model.checkpoint.files:
-        found |= {name: Blob.of(name, stored) for name, stored in read_file(file)[0].items()}
-    return found
+    return {
+        name: Blob.of(name, Stored(own.file, own.begin, DTYPE_NAMES[own.dtype], own.shape))
+        for name, own in model.checkpoint.entries().items()
+    }
 
 
 def folder_bytes(

@@ -91,6 +91,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def entries(self) -> dict[str, Entry]:
+        """Where every tensor lies, by name."""
+        return self._entries
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 

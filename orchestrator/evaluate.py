@@ -8,7 +8,7 @@ time. Sequences are independent: a range of them goes through all blocks in one 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.orchestrator.calibrate import dense_members
+from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.store import Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -30,7 +31,12 @@ _LOGIT_ROWS = 512
 
 @dataclass(frozen=True)
 class Judge:
-    """The held-out text and the model that it is judged with; plain data for workers."""
+    """The held-out text and the model that it is judged with; plain data for workers.
+
+    Attributes:
+        original: folder of the dense model where ``model`` is another one, sliced out of it.
+        original_fingerprint: digest of its contents.
+    """
 
     model: str
     dtype: str
@@ -40,6 +46,20 @@ class Judge:
     ids_digest: str
     batch: int
     store: str
+    original: str = ""
+    original_fingerprint: str = ""
+
+    def dense(self) -> "Judge":
+        """The same text with the dense model, which all others are compared with."""
+        if not self.original:
+            return self
+        return replace(
+            self,
+            model=self.original,
+            fingerprint=self.original_fingerprint,
+            original="",
+            original_fingerprint="",
+        )
 
     def key(self, pieces: Mapping[str, str]) -> str:
         """Digest of everything that a score depends on; ``pieces`` is unit → key of its piece."""
@@ -50,12 +70,14 @@ class Judge:
                 "ids": self.ids_digest,
                 "batch": self.batch,
                 "pieces": dict(pieces),
+                **({"original": self.original_fingerprint} if self.original else {}),
                 "code": code_digest("orchestrator/evaluate.py", "orchestrator/streaming.py"),
             }
         )
 
     def hidden_key(self, rows: Sequence[int]) -> str:
-        return digest([self.key({}), "hidden", list(rows)])
+        """Key of the dense model's last hidden states."""
+        return digest([self.dense().key({}), "hidden", list(rows)])
 
 
 @torch.no_grad()
@@ -64,8 +86,8 @@ def evaluate_rows(
 ) -> dict[str, Any]:
     """Scores of the sequences ``rows`` under the model made of ``pieces`` (unit → file).
 
-    With no pieces the model is the dense one, and its final hidden states are remembered for the
-    KL of the others.
+    With no pieces the model is the dense one, unless it was sliced out of that, and its final
+    hidden states are remembered for the KL of the others.
 
     Returns:
         ``nll`` and ``kl``: sums over each sequence in nats; ``tokens``: predicted tokens of a
@@ -87,12 +109,14 @@ def evaluate_rows(
         seconds += time.monotonic() - started
     final = torch.cat(hidden)
     store = Store(Path(plan.store))
-    if not pieces:
+    same = not pieces and not plan.original
+    if same:
         dense = final
         store.put("hidden", plan.hidden_key(rows), lambda p: save_file({"value": final.cpu()}, p))
     else:
         dense = dense_hidden(plan, rows).to(model.device)
-    sums = [_sequence(model, *row, same=not pieces) for row in zip(final, dense, ids, strict=True)]
+    reference = None if same else dense_model(state, plan)
+    sums = [_sequence(model, reference, *row) for row in zip(final, dense, ids, strict=True)]
     return {
         "nll": [row[0] for row in sums],
         "kl": [row[1] for row in sums],
@@ -111,10 +135,36 @@ def dense_hidden(judge: Judge, rows: Sequence[int]) -> Tensor:
         return value
 
 
+def dense_model(state: WorkerState, judge: Judge) -> StreamedModel:
+    """The dense model, whose norm and head the remembered hidden states belong to."""
+    if not judge.original:
+        model: StreamedModel = state.model(judge.model, judge.dtype, judge.trust_remote_code)
+        return model
+    key = ("original", judge.original, judge.dtype)
+    found: StreamedModel | None = state.take(key)
+    if found is None:
+        found = StreamedModel(
+            Checkpoint(Path(judge.original)),
+            dtype=None if judge.dtype == "auto" else getattr(torch, judge.dtype),
+            device=state.device,
+            trust_remote_code=judge.trust_remote_code,
+        )
+    state.put(key, found)
+    return found
+
+
 def _sequence(
-    model: StreamedModel, hidden: Tensor, dense: Tensor, ids: Tensor, same: bool
+    model: StreamedModel,
+    reference: StreamedModel | None,
+    hidden: Tensor,
+    dense: Tensor,
+    ids: Tensor,
 ) -> tuple[float, float, int]:
-    """(Σ −log p(next), Σ KL(dense ‖ this), correct predictions) of one sequence ``[length, H]``."""
+    """(Σ −log p(next), Σ KL(dense ‖ this), correct predictions) of one sequence ``[length, H]``.
+
+    Args:
+        reference: the model that ``dense`` comes from; None where it is this one.
+    """
     nll = kl = 0.0
     correct = 0
     targets = ids[1:].to(hidden.device)
@@ -124,10 +174,9 @@ def _sequence(
         wanted = targets[start:stop, None]
         nll -= float(log_q.gather(1, wanted).double().sum())
         correct += int((log_q.argmax(-1, keepdim=True) == wanted).sum())
-        if not same:
-            log_p = (
-                model.logits(model.final_norm(dense[None, start:stop]))[0].float().log_softmax(-1)
-            )
+        if reference is not None:
+            normed = reference.final_norm(dense[None, start:stop])
+            log_p = reference.logits(normed)[0].float().log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).double().sum())
     return nll, kl, correct
 

@@ -28,6 +28,7 @@ from moesaic.methods.base import (
 )
 from moesaic.methods.parts import cuts_parts
 from moesaic.methods.reduction import is_open
+from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.allotment import Allotted, allotted
 from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
@@ -41,6 +42,7 @@ from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.shaping import Shaping
+from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import allowed, ties
@@ -114,7 +116,14 @@ class Experiment:
         model = mistakes.attempt(self._open, "model") if self.folder != Path() else None
         if model is None:
             raise mistakes.error()
-        self.model = model
+        self.model = self.original = model
+        self.cut: Cut | None = None
+        if (options := recipe.slice) is not None:
+            sliced = mistakes.attempt(lambda: self._sliced(store, options))
+            if sliced is None:
+                mistakes.attempt(lambda: self.evaluation)
+                raise mistakes.error()
+            self.model = model = sliced
         self.units = [unit for unit in model.units() if not recipe.kept(unit.name)]
         self.shaping = Shaping(model, self.units, recipe.serve)
         mistakes.attempt(self._check_keep)
@@ -134,6 +143,43 @@ class Experiment:
         dtype = self.compute_dtype
         return StreamedModel(
             Checkpoint(self.folder),
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+
+    def _sliced(self, store: Store | None, options: SliceOptions) -> StreamedModel:
+        """What is left of the model when it is sliced; its weights may be still to come."""
+        section, serve = self.recipe.calibration, self.recipe.serve
+        if options.shortcuts and serve != "moesaic":
+            raise RecipeError(
+                f"slice.shortcuts: serve: {serve} loads no shortcut matrices: shortcuts: false, or"
+                " serve: moesaic"
+            )
+        width = sliced_width(self.original, options)
+        if store is None:
+            raise RecipeError("store: nowhere to put the sliced model")
+        self.store = store
+        walk = Walk(
+            model=str(self.folder),
+            dtype=self.compute_dtype,
+            trust_remote_code=self.recipe.trust_remote_code,
+            fingerprint=self.original.checkpoint.fingerprint,
+            ids=self._ids_file(self.calibration),
+            ids_digest=self.calibration.digest,
+            sequences=section.sequences,
+            shards=min(section.shards, section.sequences),
+            batch=section.batch,
+            needs=(),
+            experts="routed",
+            gradients=0,
+            seed=0,
+            store=str(store.root),
+        )
+        sublayers = len(self.original.family.sublayers)
+        self.cut = Cut(walk, width, options.shortcuts, self.original.blocks, sublayers)
+        dtype = self.compute_dtype
+        return StreamedModel(
+            SlicedCheckpoint(self.original, self.cut),
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=self.recipe.trust_remote_code,
         )
@@ -381,7 +427,7 @@ class Experiment:
             fixed_bytes=fixed,
             weights=sum(unit.parameters for unit in self.units),
             smallest_bytes=self._smallest(fixed),
-            dense_bytes=checkpoint.file_bytes,
+            dense_bytes=self.original.checkpoint.file_bytes,
         )
 
     def _smallest(self, fixed_bytes: int) -> int:
@@ -439,7 +485,8 @@ class Experiment:
                 own.append(())
             found = own if found is None else [prefix for prefix in found if prefix in own]
         assert found is not None, "there is at least one unit"
-        return list(dict.fromkeys([*([()] if not all(found) else []), *found]))
+        whole = [()] if not found or not all(found) else []
+        return list(dict.fromkeys([*whole, *found]))
 
     def _sized_alternative(self, units: Sequence[Unit], prefix: Chain) -> Alternative:
         choices = {
@@ -465,14 +512,30 @@ class Experiment:
                 continue
             size = chains.predict_bytes({member: shape}, dtype, rest) if rest else dense
             found.append(Measurement(name, rest, size, 0.0, None, 0.0))
-        if not prefix and (unit.kind != "bank" or not self.mixed_banks):  # see results.py
+        if not prefix and self.may_stay_dense(unit):
             found.append(Measurement(name, (), dense, 0.0, None, 0.0))
         return found
+
+    def may_stay_dense(self, unit: Unit) -> bool:
+        """Whether a search may leave a unit as it is.
+
+        A bank can only be left as a whole. Where nothing ties its experts that is not offered,
+        unless nothing else is.
+        """
+        return unit.kind != "bank" or not self.mixed_banks or not self.recipe.candidates
 
     def dense_bytes(self, unit: Unit) -> int:
         """Bytes of the unit as the original holds it."""
         names = {name for group in self.model.unit_tensors(unit).values() for name in group}
         return sum(self.model.checkpoint.nbytes(name) for name in names)
+
+    def original_bytes(self) -> dict[str, int]:
+        """Unit → bytes as the original holds it, before it was sliced."""
+        model = self.original
+        names = {
+            u.name: {n for own in model.unit_tensors(u).values() for n in own} for u in self.units
+        }
+        return {unit: sum(map(model.checkpoint.nbytes, own)) for unit, own in names.items()}
 
     def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
         """Bytes of the unit under a chain, before any work."""
@@ -501,7 +564,7 @@ class Experiment:
                 f" serve: {self.recipe.serve}, search: {self.recipe.search});"
                 f" {size.fixed_bytes:,} of them are parts that are not compressed"
             )
-        if total >= size.dense_bytes:
+        if total >= size.dense_bytes and self.cut is None:
             raise RecipeError(
                 f"budget: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
                 " there is nothing to compress, give less"
@@ -570,7 +633,7 @@ class Experiment:
         reduced = any(is_reducer(s.method) for chain in self.recipe.chains() for s in chain)
         per_shard = -(-min(section.gradient_sequences, section.sequences) // shards)
         return Walk(
-            model=str(self.folder),
+            model=str(self.model.checkpoint.path),
             dtype=self.compute_dtype,
             trust_remote_code=self.recipe.trust_remote_code,
             fingerprint=self.model.checkpoint.fingerprint,
@@ -592,8 +655,9 @@ class Experiment:
     @cached_property
     def judge(self) -> Judge:
         """The held-out text."""
+        original = self.original.checkpoint
         return Judge(
-            model=str(self.folder),
+            model=str(self.model.checkpoint.path),
             dtype=self.compute_dtype,
             trust_remote_code=self.recipe.trust_remote_code,
             fingerprint=self.model.checkpoint.fingerprint,
@@ -601,6 +665,8 @@ class Experiment:
             ids_digest=self.evaluation.digest,
             batch=self.recipe.evaluation.batch,
             store=str(self.store.root),
+            original="" if self.cut is None else str(original.path),
+            original_fingerprint="" if self.cut is None else original.fingerprint,
         )
 
     @cached_property
@@ -640,6 +706,7 @@ class Experiment:
         ]
         return [
             walk.scratch,
+            *(self.cut.entries() if self.cut is not None else ()),
             Path(walk.ids),
             Path(self.judge.ids),
             *stats,

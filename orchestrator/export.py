@@ -39,6 +39,7 @@ from moesaic.orchestrator.compressed_modules import METHOD, VERSION
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.narrowing import BIAS as LINEAR_BIAS
 from moesaic.orchestrator.pieces import Member, tensor_blob
+from moesaic.orchestrator.shortcuts import CONFIG_KEY
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import FORMAT, Scheme, Serve, plan_problem
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored
@@ -302,8 +303,9 @@ def quantization_config(
 ) -> dict[str, Any] | None:
     """What ``config.json`` says of the plan; None if nothing is compressed."""
     if serve == "moesaic":
-        modules = _modules(model, pieces)
-        return {"quant_method": METHOD, "version": VERSION, "modules": modules} if pieces else None
+        modules, config = _modules(model, pieces), {"quant_method": METHOD, "version": VERSION}
+        shortcuts = shortcut_config(model)
+        return {**config, "modules": modules, **shortcuts} if pieces or shortcuts else None
     dense = [unit.name for unit in model.units() if schemes(model, pieces)[unit.name] is None]
     pieces = {name: piece for name, piece in pieces.items() if name not in dense}
     if not pieces:
@@ -316,6 +318,14 @@ def quantization_config(
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": _ignored(model, pieces, serve),
     }
+
+
+def shortcut_config(model: StreamedModel) -> dict[str, Any]:
+    """What our plug-in must know of a sliced model whose blocks turn the residual stream."""
+    if not model.checkpoint.config.get(CONFIG_KEY):
+        return {}
+    blocks, _, _ = model.family.block.rpartition(".")
+    return {"shortcuts": {"blocks": blocks, "pairs": model.family.shortcut_pairs()}}
 
 
 def _modules(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moesaic.methods.base import Unit
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.family import Bank, Family, Linears
+from moesaic.orchestrator.shortcuts import shortcut_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -230,6 +231,8 @@ def _block_layout(
         reader.bank(family.experts)
     for name in family.kept:
         reader.keep(name)
+    for number in range(len(family.sublayers)):
+        reader.keep(shortcut_name(number))
     for name in family.unused:
         reader.claim(name)
     return reader.finish(expected)

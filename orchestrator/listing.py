@@ -23,7 +23,8 @@ def _described(package: str, marker: str) -> dict[str, str]:
 
 def _methods() -> dict[str, str]:
     found = {}
-    for name, module in plugins("moesaic.methods", ("compress", "reduce", "repair")).items():
+    kinds = ("compress", "reduce", "repair", "principal_axes")
+    for name, module in plugins("moesaic.methods", kinds).items():
         options = ", ".join(
             f"{key}={field.default}" for key, field in module.Options.model_fields.items()
         )

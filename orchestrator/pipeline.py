@@ -37,6 +37,8 @@ from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
+from moesaic.orchestrator.slice_stage import Slicing
+from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.store import write_atomically, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
@@ -49,6 +51,8 @@ _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
 _SPARE, _REFINEMENTS = 0.001, 6
 # Added to the name of a plan for its scores before the routers learnt.
 _BEFORE = " before router calibration"
+# What a sliced model is called that is compressed no further.
+_SLICED = "sliced"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,6 +94,20 @@ class Pipeline:
         for reason, count in experiment.unloadable.items():
             view.line(f"not offered on {count} unit(s): {reason}")
 
+    def slice(self) -> None:
+        """The narrower model that all other stages start from, where the recipe asks for one."""
+        cut, model = self.experiment.cut, self.experiment.model
+        if cut is None:
+            return
+        Slicing(cut, self.pool, self.view).run()
+        dropped = dropped_share(cut)
+        size, before = (m.checkpoint.file_bytes for m in (model, self.experiment.original))
+        self.view.line(
+            f"slice: hidden size {self.experiment.original.hidden_size} → {cut.width},"
+            f" {dropped or 0:.2%} of the residual stream is cut away; {before:,} → {size:,} bytes"
+        )
+        self.view.events(slicing_events(cut))
+
     def calibrate(self) -> None:
         """Statistics of all blocks, and gradients."""
         stages.Calibration(self.experiment, self.pool, self.view, {}).run()
@@ -98,6 +116,9 @@ class Pipeline:
 
     def measure(self) -> None:
         """Every unit under every candidate, while calibration goes on; writes the table."""
+        if not self.experiment.recipe.chains():
+            self._write_table()
+            return
         if self.experiment.open_specs():
             stages.Calibration(self.experiment, self.pool, self.view, {}).run()
             self.experiment.close()
@@ -249,6 +270,8 @@ class Pipeline:
     def _judged(self) -> dict[str, dict[str, str]]:
         """All plans as they are evaluated, and those whose routers learnt as they were before."""
         judged = {name: self.pieces(name) for name in self.plans}
+        if self.experiment.cut is not None and self.experiment.recipe.candidates:
+            judged = {_SLICED: {}, **judged}
         before = {
             f"{name}{_BEFORE}": self._untrained(name)
             for name, trained in self.trained.items()
@@ -284,11 +307,13 @@ class Pipeline:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
         experiment = self.experiment
         dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
-        size = dense if name == "dense" else self._unit_bytes(name)
+        size = dense if name in ("dense", _SLICED) else self._unit_bytes(name)
         return size * 8 / experiment.size.weights
 
     def bytes_of(self, name: str) -> int:
         """Bytes of the safetensors files of a plan, or of ``dense``, headers included."""
+        if name == _SLICED:
+            return folder_bytes(self.experiment.model, {}, self.experiment.recipe.serve)
         return self.experiment.size.dense_bytes if name == "dense" else self.plans[name].bytes
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
@@ -377,7 +402,7 @@ class Pipeline:
             serve=recipe.serve,
             recipe=recipe.to_yaml(),
             units=experiment.units,
-            dense_unit_bytes={unit.name: experiment.dense_bytes(unit) for unit in experiment.units},
+            dense_unit_bytes=experiment.original_bytes(),
             dense_bytes=self.bytes_of("dense"),
             budget_bytes=self.budget_bytes,
             plan=plans.pop("plan"),
@@ -399,7 +424,8 @@ class Pipeline:
 
     def events(self) -> list[Event]:
         """What happened in calibration and to the pieces of the plan."""
-        events = list(self.table.events)
+        cut = self.experiment.cut
+        events = [*(slicing_events(cut) if cut is not None else ()), *self.table.events]
         experiment, chosen = self.experiment, self.plans["plan"].units
         for unit in experiment.units:
             for chain in filter(None, chains_of(unit, chosen)):

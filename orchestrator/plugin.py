@@ -24,6 +24,7 @@ from moesaic.orchestrator.compressed_modules import (
 from moesaic.orchestrator.family import families, load_family
 from moesaic.orchestrator.low_rank_modules import fuse
 from moesaic.orchestrator.reshape import resize_router
+from moesaic.orchestrator.shortcuts import put_shortcuts
 
 
 @auto.register_quantization_config(METHOD)
@@ -33,6 +34,8 @@ class MoesaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         version: of the layout on disk.
         modules: module → kind (``linear`` or ``bank``) and its members' descriptions.
+        shortcuts: where the blocks are, and the paths of each norm and the module behind it in
+            them, if the residual stream is turned there.
         dequantize: unpack all weights after loading.
 
     Raises:
@@ -43,6 +46,7 @@ class MoesaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         version: int = VERSION,
         modules: Mapping[str, Any] | None = None,
+        shortcuts: Mapping[str, Any] | None = None,
         dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -54,6 +58,7 @@ class MoesaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.version = version
         self.modules = dict(modules or {})
+        self.shortcuts = shortcuts
         self.dequantize = dequantize
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -77,7 +82,12 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: MoesaicConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        shortcuts = self.quantization_config.shortcuts
         with torch.device("meta"):
+            if shortcuts is not None:
+                blocks = model.get_submodule(_path(model, shortcuts["blocks"]))
+                width = model.config.get_text_config().hidden_size
+                put_shortcuts(blocks.children(), shortcuts["pairs"], width, model.dtype)
             for name, described in self.quantization_config.modules.items():
                 path = _path(model, name)
                 dense = model.get_submodule(path)

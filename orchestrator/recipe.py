@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,7 @@ from moesaic.kernels.discovery import UnknownName
 from moesaic.methods.base import Chain, Spec, expand, options_of
 from moesaic.methods.chains import order_problem
 from moesaic.methods.router_calibration import Options as RouterOptions
+from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
 
@@ -271,8 +273,8 @@ def _option_line(problem: Any, fields: Mapping[str, Any]) -> str:
 
 
 def _candidates(value: Any) -> list[Chain]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("needs a list with at least one candidate")
+    if not isinstance(value, list):
+        raise ValueError("needs a list of candidates")
     found: list[Chain] = []
     problems = []
     for number, entry in enumerate(value, start=1):
@@ -291,8 +293,10 @@ def _baselines(value: Any) -> dict[str, Chain]:
     found = {}
     problems = []
     for name, entry in value.items():
-        if name in ("dense", "plan"):
-            problems.append(f"{name!r} is no name for a baseline (dense and plan are taken)")
+        if name in ("dense", "sliced", "plan"):
+            problems.append(
+                f"{name!r} is no name for a baseline (dense, sliced and plan are taken)"
+            )
         elif not re.fullmatch(r"[A-Za-z0-9_. -]+", str(name)):
             problems.append(f"{name!r} is no name for a baseline (letters, digits, _ . - only)")
         try:
@@ -328,6 +332,7 @@ class Recipe(Section):
     trust_remote_code: bool = False
     serve: Literal["vllm", "transformers", "moesaic"] = "moesaic"
     budget: BudgetSection
+    slice: SliceOptions | None = None
     calibration: Calibration
     candidates: Annotated[list[Chain], BeforeValidator(_candidates)]
     baselines: Annotated[dict[str, Chain], BeforeValidator(_baselines)] = {}
@@ -339,6 +344,13 @@ class Recipe(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
     store: Text | None = None
+
+    @field_validator("candidates")
+    @classmethod
+    def _something_to_do(cls, candidates: list[Chain], known: ValidationInfo) -> list[Chain]:
+        if not candidates and known.data.get("slice", True) is None:
+            raise ValueError("needs a list with at least one candidate")
+        return candidates
 
     def chains(self) -> list[Chain]:
         """Candidates and baselines: everything that is measured."""
@@ -396,6 +408,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "compute": Compute,
     "tracking": Tracking,
     "router_calibration": RouterOptions,
+    "slice": SliceOptions,
 }
 
 

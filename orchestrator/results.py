@@ -53,7 +53,7 @@ def measurements(experiment: Experiment) -> Table:
     reductions: dict[tuple[str, Chain], Measurement] = {}
     for block in range(experiment.model.blocks):
         gradients = None
-        if walk.gradients:
+        if walk.gradients and experiment.recipe.chains():
             path = experiment.store.path("gradients", walk.gradients_key(block))
             gradients = load_stats(path)
         for unit in (u for u in experiment.units if u.block == block):
@@ -74,6 +74,8 @@ def measurements(experiment: Experiment) -> Table:
 
 def _influence(experiment: Experiment, walk: Walk) -> dict[int, float]:
     found = {}
+    if not experiment.recipe.chains():  # the text did not pass: there is nothing to choose
+        return dict.fromkeys(range(experiment.model.blocks), 0.0)
     for block in range(experiment.model.blocks):
         path = experiment.store.path("stats", walk.stats_key(block))
         sums = load_stats(path, BLOCK.__eq__)[BLOCK]
@@ -141,11 +143,8 @@ def _reduced(
 
 
 def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Measurement]:
-    """The choice to leave a unit as it is.
-
-    A bank can only be left as a whole; where nothing ties its experts, that is not offered.
-    """
-    if unit.kind == "bank" and experiment.mixed_banks:
+    """The choice to leave a unit as it is, where there is that choice."""
+    if not experiment.may_stay_dense(unit):
         return []
     return [
         Measurement(name, (), size, 0.0, score, 0.0)

@@ -27,7 +27,7 @@ from moesaic.methods.router_calibration import TRAINED, Options, divergence_grad
 from moesaic.orchestrator.bank import ROUTER, is_reduced
 from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.evaluate import Judge, dense_hidden
+from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
 from moesaic.orchestrator.pool import Pool, Task
@@ -95,12 +95,18 @@ def chunk(
         for index in range(model.blocks):
             hidden.append(model.run_block(index, blocks[index], hidden[-1]))
     final = hidden.pop()
+    reference = dense_model(state, plan)
     target = dense_hidden(plan, rows).to(final)
 
     def logits(x: Tensor) -> Tensor:
         return model.logits(model.final_norm(x[None]))[0]
 
-    total, gradient = divergence_gradient(final.flatten(0, 1), target.flatten(0, 1), logits)
+    def dense_logits(x: Tensor) -> Tensor:
+        return reference.logits(reference.final_norm(x[None]))[0]
+
+    total, gradient = divergence_gradient(
+        final.flatten(0, 1), target.flatten(0, 1), logits, dense_logits
+    )
     if output is not None:
         found = _backwards(model, blocks, hidden, gradient.view_as(final))
         write_atomically(Path(output), lambda p: save_file(found, p))

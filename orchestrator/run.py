@@ -118,6 +118,7 @@ def _pipeline(recipe: Recipe, output: Path) -> Iterator[Pipeline]:
 
 def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> None:
     """The stages; what there is to tell goes into ``result``."""
+    pipeline.slice()
     if tuple(stages) == ("calibrate",):
         pipeline.calibrate()
     else:

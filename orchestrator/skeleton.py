@@ -20,6 +20,7 @@ from moesaic.orchestrator import experts
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.family import Family
+from moesaic.orchestrator.shortcuts import CONFIG_KEY, put_shortcuts
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -104,6 +105,9 @@ class Skeleton:
         holder, _, name = family.block.removesuffix(".{block}").rpartition(".")
         layers = self.model.get_submodule(f"{holder}.{name}")
         self.prototypes: list[nn.Module] = list(layers)
+        if getattr(config, CONFIG_KEY, False):
+            with torch.device("meta"):
+                put_shortcuts(layers, family.shortcut_pairs(), config.hidden_size, dtype)
         self.recorders = [Recorder(block) for block in self.prototypes]
         setattr(self.model.get_submodule(holder), name, nn.ModuleList(self.recorders))
         fill_buffers(self.model, self.model, device)

@@ -264,10 +264,15 @@ def measure_task(job: Job, priority: tuple[int, ...], done: Any) -> Task:
     return Task("measure:compress_job", {"job": plain(job)}, label, priority, None, done)
 
 
-def _score_key(experiment: Experiment, pieces: Mapping[str, str]) -> str:
+def _judge(experiment: Experiment, name: str) -> Judge:
+    """What a plan is judged with; ``dense`` is the original, whatever was sliced out of it."""
+    return experiment.judge.dense() if name == "dense" else experiment.judge
+
+
+def _score_key(experiment: Experiment, name: str, pieces: Mapping[str, str]) -> str:
     """Names the score of a plan, given as unit → file of its piece."""
-    sequences = experiment.evaluation
-    made_of = experiment.judge.key({unit: Path(path).stem for unit, path in pieces.items()})
+    sequences, judge = experiment.evaluation, _judge(experiment, name)
+    made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
     return digest([made_of, sequences.labels, sequences.source.tolist()])
 
 
@@ -278,7 +283,7 @@ def known_scores(
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
     scores: dict[str, dict[str, Any]] = {}
     for name, pieces in all_plans.items():
-        known = experiment.store.get_json("scores", _score_key(experiment, pieces))
+        known = experiment.store.get_json("scores", _score_key(experiment, name, pieces))
         if known is None:
             return None
         scores[name] = known
@@ -288,8 +293,9 @@ def known_scores(
 def remember_dense(pool: Pool, view: View, judge: Judge, rows: Iterable[tuple[int, int]]) -> None:
     """Makes the dense model's last hidden states of ``rows`` where they are missing."""
     store = Store(Path(judge.store))
+    dense = plain(judge.dense())
     tasks = [
-        Task("evaluate:evaluate_rows", {"judge": plain(judge), "rows": part, "pieces": {}}, "dense")
+        Task("evaluate:evaluate_rows", {"judge": dense, "rows": part, "pieces": {}}, "dense")
         for part in rows
         if store.get("hidden", judge.hidden_key(part)) is None
     ]
@@ -307,7 +313,7 @@ def evaluated(
         (low, min(low + step, len(sequences.ids))) for low in range(0, len(sequences.ids), step)
     ]
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
-    keys = {name: _score_key(experiment, pieces) for name, pieces in all_plans.items()}
+    keys = {name: _score_key(experiment, name, pieces) for name, pieces in all_plans.items()}
     view.stage("evaluate", len(all_plans) * len(rows))
     hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
     scores: dict[str, dict[str, Any]] = {}
@@ -323,7 +329,8 @@ def evaluated(
                 store.put_json("scores", keys[name], scores[name])
             return ()
 
-        arguments = {"judge": plain(judge), "rows": rows[index], "pieces": dict(all_plans[name])}
+        own, pieces = plain(_judge(experiment, name)), dict(all_plans[name])
+        arguments = {"judge": own, "rows": rows[index], "pieces": pieces}
         label = f"{name} {rows[index][0]}"
         return Task("evaluate:evaluate_rows", arguments, label, done=done)
 

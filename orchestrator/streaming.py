@@ -45,7 +45,8 @@ KEPT_SHAPES = 4
 class StreamedModel:
     """A checkpoint as blocks between an embedding and a head.
 
-    Embedding and head are read when first asked for, and let go by :meth:`load_block`.
+    Embedding, last norm and head are read when first asked for; embedding and head are let go by
+    :meth:`load_block`.
 
     Args:
         checkpoint: the files.
@@ -92,7 +93,6 @@ class StreamedModel:
             [_shapes(block) for block in self._skeleton.prototypes],
             self._outer_shapes(),
         )
-        self._fill_outer(self.family.norm)
         self._calls: OrderedDict[tuple[int, int], list[Call]] = OrderedDict()
 
     # What there is
@@ -222,7 +222,7 @@ class StreamedModel:
     def embed(self, ids: Tensor) -> Tensor:
         """Input of the first block, ``[B, T] -> [B, T, hidden]``."""
         self._fill_outer(self.family.embed)
-        recorded = self._skeleton.run(input_ids=ids.to(self.device))
+        recorded = self._around(input_ids=ids.to(self.device))
         shape = (ids.shape[0], ids.shape[1])
         self._remember(shape, [call for _, call in recorded])
         return recorded[0][0]
@@ -236,6 +236,7 @@ class StreamedModel:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The last norm, which the head's input has passed."""
+        self._fill_outer(self.family.norm)
         normed: Tensor = self._skeleton.model.get_submodule(self.family.norm)(hidden)
         return normed
 
@@ -350,6 +351,11 @@ class StreamedModel:
             del shapes[f"{self.family.head}.weight"]
         return shapes
 
+    def _around(self, **inputs: Tensor) -> list[tuple[Tensor, Call]]:
+        """Hidden state and call of every block; the model's forward passes the last norm, too."""
+        self._fill_outer(self.family.norm)
+        return self._skeleton.run(**inputs)
+
     def _fill_outer(self, path: str) -> None:
         """Reads the weights of the embedding, the last norm or the head, unless they are there."""
         module = self._skeleton.model.get_submodule(path)
@@ -376,7 +382,7 @@ class StreamedModel:
         """What each block is called with for hidden states of ``shape``; they do not matter."""
         if shape not in self._calls:
             hidden = torch.zeros(*shape, self.hidden_size, dtype=self.dtype, device=self.device)
-            recorded = self._skeleton.run(inputs_embeds=hidden)
+            recorded = self._around(inputs_embeds=hidden)
             self._remember(shape, [call for _, call in recorded])
         self._calls.move_to_end(shape)
         return self._calls[shape]

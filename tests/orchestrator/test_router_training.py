@@ -47,11 +47,19 @@ def test_divergence_is_the_sum_of_kl_and_zero_at_home() -> None:
 
 def test_gradient_is_that_of_autograd() -> None:
     generator = torch.Generator().manual_seed(1)
-    head = torch.randn(11, 5, generator=generator)
-    hidden, dense = torch.randn(2, 700, 5, generator=generator)
-    total, gradient = divergence_gradient(hidden, dense, lambda x: x @ head.T)
+    head, dense_head = (
+        torch.randn(11, 5, generator=generator),
+        torch.randn(11, 8, generator=generator),
+    )
+    hidden, dense = (
+        torch.randn(700, 5, generator=generator),
+        torch.randn(700, 8, generator=generator),
+    )
+    total, gradient = divergence_gradient(
+        hidden, dense, lambda x: x @ head.T, lambda x: x @ dense_head.T
+    )
     leaf = hidden.clone().requires_grad_(True)
-    loss = divergence(leaf @ head.T, dense @ head.T)
+    loss = divergence(leaf @ head.T, dense @ dense_head.T)
     torch.testing.assert_close(total, float(loss.detach()), rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, leaf)[0], rtol=1e-4, atol=1e-5)
 
