@@ -25,9 +25,11 @@ Strategies that mix nothing (those with a ``smallest_bytes`` of their own, such 
 not mix alternatives either: all banks take the same prefix, and the best one is chosen. A bank that
 lacks a prefix stays as it is.
 
-Whatever was decided, the plan is compared with the strategy's plans for one prefix in all banks,
-none included, and with those of one prefix and one chain everywhere; the best is returned. Of
-equally good plans the one with fewer bytes is taken, then the one whose prefixes came first.
+To strategies that share out how much each layer loses a bank is one layer, and their plan is
+returned as it is (:mod:`moesaic.search._shared_out`). For all others, whatever was decided, the
+plan is compared with the strategy's plans for one prefix in all banks, none included, and with
+those of one prefix and one chain everywhere; the best is returned. Of equally good plans the one
+with fewer bytes is taken, then the one whose prefixes came first.
 """
 
 import functools
@@ -40,7 +42,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesaic.methods.base import Chain, chain_text
-from moesaic.search import base, knapsack
+from moesaic.search import _shared_out, base, knapsack
 from moesaic.search.base import (
     Alternative,
     Budget,
@@ -91,6 +93,8 @@ def solve(problem: Problem, strategy: str) -> Plan:
     """
     if not problem.banks:
         return search_module(strategy).search(problem)
+    if _shares_out(strategy):
+        return _shared_out.solve(problem, strategy)
     plans = _mixed(problem, strategy) if _mixes(strategy) else _unmixed(problem, strategy)
     if not plans:
         raise Infeasible(f"{strategy} finds no plan of {problem.budget.total_bytes:,} bytes")
@@ -105,6 +109,8 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
     """
     if not problem.banks:
         return base.smallest_bytes(problem, strategy)
+    if _shares_out(strategy):
+        return _shared_out.smallest_bytes(problem, strategy)
     if _mixes(strategy):
         return _FirstStep(problem).smallest()
     sizes, errors = [], []
@@ -146,6 +152,11 @@ def same_prefix(problem: Problem) -> list[Picks]:
 def _mixes(strategy: str) -> bool:
     """Whether a strategy chooses every group of tied units by itself (see ``base.Search``)."""
     return not hasattr(search_module(strategy), "smallest_bytes")
+
+
+def _shares_out(strategy: str) -> bool:
+    """Whether a strategy shares out how much each layer loses (see ``base.Search``)."""
+    return bool(getattr(search_module(strategy), "SHARES_OUT", False))
 
 
 def _unmixed(problem: Problem, strategy: str) -> list[Plan]:

@@ -244,7 +244,9 @@ class Search(Protocol):
     """What a search module defines.
 
     A strategy that cannot choose every group of tied units by itself also defines
-    ``smallest_bytes(problem) -> int``; see the function of that name here.
+    ``smallest_bytes(problem) -> int``; see the function of that name here. One that shares out how
+    much each layer loses says ``SHARES_OUT = True``: banks that may be reduced are then one layer
+    each to it (:mod:`moesaic.search._shared_out`).
     """
 
     def search(self, problem: Problem) -> Plan:

@@ -15,7 +15,7 @@ the same for all layers of the block. Here
   choice of it beats; its smallest where none is below. Predicted losses decide nothing else.
 - Units that are tied across blocks have the mean of their influences.
 
-Where banks may be reduced first, :mod:`moesaic.search.alternatives` says which plan is returned.
+Where banks may be reduced first, a bank is one layer: see :mod:`moesaic.search._shared_out`.
 """
 
 import math
@@ -27,6 +27,8 @@ from moesaic.search.base import Plan, Problem
 EPSILON = 0.1
 # Share of a layer that is removed at most, as long as the budget can be had so.
 MOST = 0.8
+
+SHARES_OUT = True
 
 
 def search(problem: Problem) -> Plan:

@@ -13,11 +13,13 @@ were collected, the relative error of the layer's output. It need not be a rank 
 smaller: bits will do. The size of a layer does not count, which is what knapsack does better: a
 loss is as bad where it saves a megabyte as where it saves a kilobyte.
 
-Where banks may be reduced first, :mod:`moesaic.search.alternatives` says which plan is returned.
+Where banks may be reduced first, a bank is one layer: see :mod:`moesaic.search._shared_out`.
 """
 
 from moesaic.search._descent import descend, ladders, plan
 from moesaic.search.base import Plan, Problem
+
+SHARES_OUT = True
 
 
 def search(problem: Problem) -> Plan:

@@ -22,7 +22,7 @@ so that R is the mean over the type. Here
 - The type is a unit's name without the numbers of block and expert; units that are tied have one
   type together.
 
-Where banks may be reduced first, :mod:`moesaic.search.alternatives` says which plan is returned.
+Where banks may be reduced first, a bank is one layer: see :mod:`moesaic.search._shared_out`.
 """
 
 import math
@@ -30,6 +30,8 @@ from collections.abc import Sequence
 
 from moesaic.search._descent import Ladder, descend, ladders, plan
 from moesaic.search.base import Plan, Problem
+
+SHARES_OUT = True
 
 
 def search(problem: Problem) -> Plan:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moesaic.search import alternatives, modegpt, strs, svd_llm_v2
 from moesaic.search.base import (
+    Alternative,
     Budget,
     Infeasible,
     Layer,
@@ -20,7 +21,7 @@ from moesaic.search.base import (
     search_module,
 )
 from tests.search.problems import FIXED, Table, chain, extremes, problem, realistic
-from tests.search.test_alternatives import layers
+from tests.search.test_alternatives import PREFIXES, TIES, drawn, layers
 
 ALLOCATIONS = ["modegpt", "strs", "svd_llm_v2"]
 
@@ -251,3 +252,90 @@ def test_banks_that_may_be_reduced_are_no_obstacle(name: str, share: float) -> N
     plan = alternatives.solve(given, name)
     assert plan.bytes <= given.budget.total_bytes
     assert given.plan(plan.units) == plan == alternatives.solve(given, name)
+
+
+def reduced(shares: dict[str, list[float]], dense: int, budget: int) -> Problem:
+    """Banks of two choices with alternatives that leave such shares of their bytes."""
+    banks = {
+        bank: [
+            Alternative(
+                PREFIXES[number] if number else (),
+                "",
+                4 if number else 0,
+                number * 0.5,
+                {
+                    f"{bank}.{member}": [
+                        Measurement(f"{bank}.{member}", (), int(share * dense), 0.1, 0.0, 0.0)
+                    ]
+                    for member in ("up", "down")
+                },
+            )
+            for number, share in enumerate(own)
+        ]
+        for bank, own in shares.items()
+    }
+    known = {
+        f"{bank}.{member}": Layer(dense, influence=0.1 * number)
+        for number, bank in enumerate(shares)
+        for member in ("up", "down")
+    }
+    return Problem({}, [], Budget(budget, 0), banks, layers=known)
+
+
+@pytest.mark.parametrize("strategy", ALLOCATIONS)
+def test_banks_that_may_be_reduced_are_layers_to_be_shared_out(strategy: str) -> None:
+    own = [1.0, 0.8, 0.6, 0.4]
+    given = reduced({"a.0": own, "a.1": own, "a.2": own}, 1000, 4600)
+    plan = alternatives.solve(given, strategy)
+    assert plan.bytes <= 4600 and list(plan.units) == [
+        f"a.{n}.{member}" for n in range(3) for member in ("up", "down")
+    ]
+    assert plan == given.plan(plan.units)
+    # A bank takes one alternative as a whole.
+    left = [given.banks[f"a.{n}"] for n in range(3)]
+    picks = [
+        next(a for a in own if a.prefix == plan.units[f"a.{n}.up"]) for n, own in enumerate(left)
+    ]
+    assert all(plan.units[f"a.{n}.down"] == a.prefix for n, a in enumerate(picks))
+    if strategy == "modegpt":  # what turns the hidden states little loses more
+        sizes = [sum(m[0].bytes for m in a.choices.values()) for a in picks]
+        assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    smallest = alternatives.smallest_bytes(given, strategy)
+    assert smallest == 3 * (2 * 400 + 4)
+    tight = dataclasses.replace(given, budget=Budget(smallest, 0))
+    assert alternatives.solve(tight, strategy).bytes == smallest
+    none = dataclasses.replace(given, budget=Budget(smallest - 1, 0))
+    with pytest.raises(Infeasible, match=f"{smallest:,}"):
+        alternatives.solve(none, strategy)
+
+
+@pytest.mark.parametrize("strategy", ALLOCATIONS)
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("one_form", [False, True])
+def test_shared_out_plans_of_any_banks_keep_budget_and_ties(
+    strategy: str, ties: str, one_form: bool
+) -> None:
+    plans = 0
+    for seed in range(40):
+        given = drawn(seed, ties, one_form)
+        names = {n for found in given.banks.values() for a in found for n in a.choices}
+        known = {name: Layer(40, influence=0.2) for name in [*given.choices, *names]}
+        given = dataclasses.replace(given, layers=known)
+        try:
+            plan = alternatives.solve(given, strategy)
+        except ValueError:  # no plan, or none with one chain in a bank
+            continue
+        plans += 1
+        assert plan.bytes <= given.budget.total_bytes
+        assert plan.loss >= alternatives.solve(given, "knapsack").loss - 1e-9
+        again = given.plan(plan.units)
+        assert (again.bytes, again.units) == (plan.bytes, plan.units)
+        assert again.loss == pytest.approx(plan.loss)
+        for tie in given.ties:
+            prefixes = {
+                n: next((p for p in PREFIXES[1:] if plan.units[n][:1] == p), ())
+                for n in tie
+                if n in plan.units
+            }
+            assert len({plan.units[n][len(p) :] for n, p in prefixes.items()}) <= 1
+    assert plans > 0
