@@ -396,7 +396,7 @@ class Experiment:
             shapes = self.shaping.reduced(unit, prefix).shapes
         except ValueError as error:
             return str(error)
-        return chains.misfit(unit.kind, shapes, rest)
+        return self.shaping.unknown(unit, prefix, rest) or chains.misfit(unit.kind, shapes, rest)
 
     def _unloadable(self, unit: Unit, chain: Chain) -> str | None:
         """Why the target cannot load a unit compressed so."""

@@ -7,7 +7,7 @@ the bank's own name, or that of the part. Nothing is computed here but numbers f
 from collections.abc import Sequence
 from functools import cached_property
 
-from moesaic.methods.base import Chain, Unit
+from moesaic.methods.base import Chain, Unit, reverse_needs
 from moesaic.methods.parts import cuts_parts, outline_part
 from moesaic.methods.reduction import LayerShape, Outline, is_open
 from moesaic.orchestrator.narrowing import BlockPart, block_parts, narrowed_unit, place_bytes
@@ -75,6 +75,17 @@ class Shaping:
         if part is None:
             return reduced_unit(unit, self._outline(unit, prefix))
         return narrowed_unit(unit, outline_part(part.shape, prefix)[part.role(unit.name)])
+
+    def unknown(self, unit: Unit, prefix: Chain, rest: Chain) -> str | None:
+        """Why methods cannot follow reducers on a unit, of whose new inputs too little is known;
+        None if they can."""
+        part = self.part(unit.name)
+        if not prefix or part is None or part.shape.kind != "attention":
+            return None
+        wanting = next((spec.method for spec in rest if "fisher" in reverse_needs((spec,))), None)
+        if wanting is None:
+            return None
+        return f"{wanting} cannot follow {prefix[0].method} in an attention, whose values are new"
 
     def form(self, unit: Unit, prefix: Chain) -> str:
         """What engines must know of a bank or of a linear's part: number and width of experts, or

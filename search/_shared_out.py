@@ -1,9 +1,10 @@
 """Strategies that share out how much each layer loses, where banks or parts may be reduced first.
 
 To such a strategy (one that says ``SHARES_OUT``) a bank is one layer. All its choices take one
-chain, prefix included, as do the choices of banks that are tied, and the strategy sees what each such chain leaves of the bank's bytes and
-what it is predicted to cost, the reduction's own loss included; where it asks for an output error,
-that loss stands for its square. Nothing else decides: the plan is the strategy's own.
+chain, prefix included, as do the choices of banks that are tied, and the strategy sees what each
+such chain leaves of the bank's bytes and what it is predicted to cost, the reduction's own loss
+included; where it asks for an output error, that loss stands for its square. Nothing else decides:
+the plan is the strategy's own.
 
 Where all banks must have one form, forms are tried one by one; the plan of least loss is taken.
 """

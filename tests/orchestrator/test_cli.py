@@ -153,6 +153,26 @@ def others(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, P
             {"candidates": [RTN], "baselines": {"half": [{"method": "reap"}, RTN]}},
             "baselines: reap.*: for experts only, and llama has none",
         ),
+        (
+            "llama",
+            reduced(method="modegpt", keep=0.01),
+            r"cannot be used on model\.layers\.0\.self_attn\.q_proj: keep: 0.01 of .* is none",
+        ),
+        ("llama", reduced(method="modegpt", keep=1.5), "entry 2: method modegpt: .* than or equal"),
+        (
+            "llama",
+            {
+                "candidates": [RTN, [{"method": "modegpt"}, {"method": "fwsvd", "rank": 2}]],
+                "baselines": None,
+                "calibration": {"gradient_sequences": 2},
+            },
+            "fwsvd cannot follow modegpt in an attention, whose values are new",
+        ),
+        (
+            "llama",
+            {**reduced(method="modegpt"), "serve": "vllm", "keep": ["mlp"]},
+            "modegpt.*: serve: vllm cannot load narrower heads: serve: moesaic",
+        ),
         ("", {"candidates": [RTN, [RTN, {"method": "reap"}]]}, "entry 2: .* come first in a chain"),
         (
             "",
