@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Stats, Unit
@@ -405,7 +406,8 @@ class _Enough(Exception):
 
 
 class Passage:
-    """A block whose residual stream is watched, and projected, while it runs.
+    """A block whose residual stream is watched, and projected, while this is open; a context
+    manager.
 
     Args:
         family: what the block's parts are called.
@@ -425,11 +427,22 @@ class Passage:
     ) -> None:
         self.family, self.bases, self.seen, self.last = family, bases, seen, last
         self.stream: Tensor | None = None
-        for number, (norm, module) in enumerate(family.shortcut_pairs()):
-            own = block.get_submodule(norm)
-            own.register_forward_pre_hook(self._enters(number))
-            own.register_forward_hook(self._normed)
-            block.get_submodule(module).register_forward_hook(self._added(number))
+        self.block = block
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Passage":
+        for number, (norm, module) in enumerate(self.family.shortcut_pairs()):
+            own, sublayer = self.block.get_submodule(norm), self.block.get_submodule(module)
+            self._hooks += [
+                own.register_forward_pre_hook(self._enters(number)),
+                own.register_forward_hook(self._normed),
+                sublayer.register_forward_hook(self._added(number)),
+            ]
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def run(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
         """What the block makes of ``x``; None where it was stopped."""
@@ -576,17 +589,17 @@ def _through(
         if not cut.shortcuts or sublayer == last:
             sums.add(stream)
 
-    passage = Passage(model.family, module, bases, seen, last)
     after = []
-    for part in hidden.split(cut.walk.batch):
-        x = part.to(model.device)
-        if entry is not None:
-            x = slicegpt.projected(torch.zeros_like(x), x, entry)
-        y = passage.run(lambda stream: model.run_block(block, module, stream), x)
-        if y is not None:
-            if ends:
-                sums.add(y)
-            after.append(y.cpu())
+    with Passage(model.family, module, bases, seen, last) as passage:
+        for part in hidden.split(cut.walk.batch):
+            x = part.to(model.device)
+            if entry is not None:
+                x = slicegpt.projected(torch.zeros_like(x), x, entry)
+            y = passage.run(lambda stream: model.run_block(block, module, stream), x)
+            if y is not None:
+                if ends:
+                    sums.add(y)
+                after.append(y.cpu())
     return after
 
 
