@@ -49,6 +49,8 @@ _METADATA = {"format": "pt"}
 _SHARD_HEADER_BYTES = 64
 # Tokenizer, chat template, generation settings, licence: small files that belong to the model.
 _COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
+# How sentence-transformers pools: each part of a model has a folder of its own.
+_PARTS = "[0-9]*_*/config.json"
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _REWRITTEN = {"config.json", INDEX, "README.md"}
 
@@ -249,6 +251,9 @@ def _copy_companions(source: Path, folder: Path) -> None:
         weights = path.name in _REWRITTEN or path.name.endswith(".index.json")
         if path.is_file() and belongs and not weights:
             shutil.copyfile(path, folder / path.name)
+    for part in sorted(source.glob(_PARTS)):
+        (folder / part.parent.name).mkdir()
+        shutil.copyfile(part, folder / part.parent.name / part.name)
 
 
 @contextlib.contextmanager
@@ -265,7 +270,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in (*sorted(partial.iterdir()), partial):
+        for path in (*sorted(partial.rglob("*")), partial):
             _flush(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

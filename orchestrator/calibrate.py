@@ -71,6 +71,8 @@ class Walk:
         gradients: sequences per shard for the reverse pass; 0 for none.
         seed: of the labels drawn in the reverse pass.
         fisher: whether the reverse pass also takes the next tokens as labels, for ``fisher``.
+        pooling: of an encoder's hidden states, where the reverse pass begins with embeddings; empty
+            for a language model.
         sampled: tokens that every expert is run on, where ``needs`` name expert statistics.
         sources: text source of every sequence; empty where no expert statistics are wanted.
         store: root of the store.
@@ -96,6 +98,7 @@ class Walk:
     sources: tuple[int, ...] = ()
     prefixes: tuple[str, ...] = ()
     fisher: bool = False
+    pooling: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -111,6 +114,7 @@ class Walk:
             "code": code_digest(
                 "orchestrator/calibrate.py",
                 "orchestrator/gradients.py",
+                "orchestrator/embeddings.py",
                 "orchestrator/statistics.py",
                 "orchestrator/expert_statistics.py",
                 "orchestrator/streaming.py",
@@ -132,7 +136,8 @@ class Walk:
     @property
     def _reverse(self) -> list[Any]:
         """What fixes the reverse pass besides the hidden states."""
-        return [self.gradients, self.seed, *(["fisher"] if self.fisher else [])]
+        more = [*(["fisher"] if self.fisher else []), *filter(None, [self.pooling])]
+        return [self.gradients, self.seed, *more]
 
     def shard_rows(self, shard: int) -> tuple[int, int]:
         """First and one-past-last sequence of a shard."""

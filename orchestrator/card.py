@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import chain_text
-from moesaic.orchestrator.console import figure_text
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.recipe import Recipe, portable
+from moesaic.orchestrator.yardsticks import yardstick_of
 from moesaic.search.base import Plan
 
 
@@ -31,7 +31,7 @@ def model_card(
         f"`{Path(portable(recipe.model)).name}` compressed by moesaic for `{recipe.serve}`:"
         f" {plan.bytes:,} bytes of {experiment.size.dense_bytes:,}.",
         "",
-        *_loading(recipe),
+        *_loading(recipe, experiment.model.family.yardstick.task),
         "| choice | units |",
         "|---|---:|",
         *(f"| {text} | {count} |" for text, count in sorted(counts.items())),
@@ -44,25 +44,27 @@ def model_card(
 
 def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The scores as a table in Markdown."""
+    yardstick = yardstick_of(next(iter(scores.values())))
+    figures = yardstick.figures
     return [
-        "Scores on held-out text (KL to the dense model in nats per token):",
+        f"Scores on held-out text ({yardstick.loss.name}: {yardstick.loss.about}):",
         "",
-        "| | bytes | bits per weight | perplexity | KL |",
-        "|---|---:|---:|---:|---:|",
+        f"| | bytes | bits per weight | {' | '.join(figure.name for figure in figures)} |",
+        f"|---|---:|---:|{'---:|' * len(figures)}",
         *(
             f"| {name} | {s['bytes']:,} | {s['bits_per_weight']:.3f} |"
-            f" {figure_text(s['perplexity'], 3)} | {figure_text(s['kl'], 4)} |"
+            f" {' | '.join(figure.text(s[figure.key]) for figure in figures)} |"
             for name, s in scores.items()
         ),
     ]
 
 
-def _loading(recipe: Recipe) -> list[str]:
+def _loading(recipe: Recipe, task: str) -> list[str]:
+    """Lines of Python that load the checkpoint; ``task`` is the class of transformers."""
+    plain = f'from transformers import {task}\n\nmodel = {task}.from_pretrained("PATH")'
     code = {
-        "moesaic": "import moesaic\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        "transformers": "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "moesaic": f"import moesaic\n{plain}",
+        "transformers": plain,
         "vllm": 'from vllm import LLM\n\nmodel = LLM("PATH")',
     }[recipe.serve]
     return ["```python", code, "```", ""]

@@ -173,7 +173,7 @@ def assemble(
 def evaluate(
     recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """One stage: perplexity and KL of the dense model, the baselines and the plan."""
+    """One stage: scores of the dense model, the baselines and the plan on held-out text."""
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate",))

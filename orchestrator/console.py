@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from moesaic.methods.base import Event
+from moesaic.orchestrator.yardsticks import LANGUAGE, yardstick_of
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
@@ -116,30 +117,26 @@ class View:
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
 
 
-def figure_text(value: float | None, decimals: int) -> str:
-    """A dash where there is no number."""
-    return "–" if value is None else f"{value:.{decimals}f}"
-
-
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Dense, baselines and plan: bytes, bits per weight, perplexity, KL; and the KL before routers
-    learnt, where some did."""
+    """Dense, baselines and plan: bytes, bits per weight, what they were judged by; and the KL
+    before routers learnt, where some did."""
     table = Table(title=None)
-    for name in ("", "bytes", "bits/weight", "perplexity", "KL (nats/token)", "accuracy"):
+    first = next(iter(scores.values()), None)
+    figures = (LANGUAGE if first is None else yardstick_of(first)).everything
+    for name in ("", "bytes", "bits/weight", *(figure.heading for figure in figures)):
         table.add_column(name, justify="left" if not name else "right")
     trained = any("before_router_calibration" in score for score in scores.values())
+    kl = LANGUAGE.loss
     if trained:
-        table.add_column("KL before routers learnt", justify="right")
+        table.add_column(f"{kl.name} before routers learnt", justify="right")
     for name, score in scores.items():
         before = score.get("before_router_calibration")
         table.add_row(
             name,
             f"{score['bytes']:,}",
             f"{score['bits_per_weight']:.3f}",
-            figure_text(score["perplexity"], 3),
-            figure_text(score["kl"], 4),
-            f"{score['accuracy']:.1%}",
-            *([figure_text(before["kl"], 4) if before else ""] if trained else []),
+            *(figure.text(score[figure.key]) for figure in figures),
+            *([kl.text(before[kl.key]) if before else ""] if trained else []),
             style="bold" if name == "plan" else None,
         )
     return table

@@ -1,8 +1,10 @@
-"""Evaluation on held-out text: perplexity, and the KL divergence from the dense model.
+"""Evaluation on held-out text: what is lost against the dense model.
 
-The KL is exact over the vocabulary. The dense side is remembered as final hidden states, which are
-a hundred times smaller than logits; the output head turns them into logits again, a few rows at a
-time. Sequences are independent: a range of them goes through all blocks in one task.
+Of a language model that is perplexity and KL divergence, exact over the vocabulary. The dense side
+is remembered as final hidden states, which are a hundred times smaller than logits; the output head
+turns them into logits again, a few rows at a time. An encoder's embeddings are compared (see
+:mod:`moesaic.orchestrator.embeddings`). Sequences are independent: a range of them goes through all
+blocks in one task.
 """
 
 import math
@@ -10,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.embeddings import Sentences, sentence_score
 from moesaic.orchestrator.store import Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, yardstick_of
 
 # Natural logarithm of what is still a perplexity (1.8e308 is the largest float).
 _LARGEST_LOG = 700.0
@@ -36,6 +40,7 @@ class Judge:
     Attributes:
         original: folder of the dense model where ``model`` is another one, sliced out of it.
         original_fingerprint: digest of its contents.
+        pooling: of an encoder's hidden states; empty for a language model.
     """
 
     model: str
@@ -48,6 +53,7 @@ class Judge:
     store: str
     original: str = ""
     original_fingerprint: str = ""
+    pooling: str = ""
 
     def dense(self) -> "Judge":
         """The same text with the dense model, which all others are compared with."""
@@ -71,13 +77,80 @@ class Judge:
                 "batch": self.batch,
                 "pieces": dict(pieces),
                 **({"original": self.original_fingerprint} if self.original else {}),
-                "code": code_digest("orchestrator/evaluate.py", "orchestrator/streaming.py"),
+                "pooling": self.pooling,
+                "code": code_digest(
+                    "orchestrator/evaluate.py",
+                    "orchestrator/embeddings.py",
+                    "orchestrator/streaming.py",
+                ),
             }
         )
 
     def hidden_key(self, rows: Sequence[int]) -> str:
         """Key of the dense model's last hidden states."""
         return digest([self.dense().key({}), "hidden", list(rows)])
+
+    @property
+    def judging(self) -> "Judging":
+        """How the model is judged."""
+        return Sentences(self.pooling) if self.pooling else Language()
+
+
+class Judging(Protocol):
+    """How some sequences are run, and what is made of what comes out."""
+
+    def batches(self, ids: Tensor, size: int) -> list[Tensor]:
+        """What goes through the model together, ``[B, T]`` each, at most ``size`` sequences."""
+        ...
+
+    def result(self, ids: Tensor, size: int, hidden: Sequence[Tensor]) -> Tensor:
+        """What is kept of the last hidden states of all batches, a row per sequence of ``ids``."""
+        ...
+
+    def figures(
+        self,
+        model: StreamedModel,
+        reference: StreamedModel | None,
+        result: Tensor,
+        dense: Tensor,
+        ids: Tensor,
+    ) -> dict[str, Any]:
+        """Numbers of the sequences.
+
+        Args:
+            reference: the model that ``dense``, its ``result``, comes from; None where it is this
+                one.
+        """
+        ...
+
+
+class Language:
+    """Judges predictions of the next token."""
+
+    def batches(self, ids: Tensor, size: int) -> list[Tensor]:
+        return list(ids.split(size))
+
+    def result(self, ids: Tensor, size: int, hidden: Sequence[Tensor]) -> Tensor:
+        """Last hidden states ``[sequences, length, hidden]``."""
+        return torch.cat(list(hidden))
+
+    def figures(
+        self,
+        model: StreamedModel,
+        reference: StreamedModel | None,
+        result: Tensor,
+        dense: Tensor,
+        ids: Tensor,
+    ) -> dict[str, Any]:
+        """``nll`` and ``kl``: sums over each sequence in nats; ``tokens``: predicted tokens of a
+        sequence; ``correct``: tokens whose most probable prediction was right."""
+        sums = [_sequence(model, reference, *row) for row in zip(result, dense, ids, strict=True)]
+        return {
+            "nll": [row[0] for row in sums],
+            "kl": [row[1] for row in sums],
+            "correct": [row[2] for row in sums],
+            "tokens": ids.shape[1] - 1,
+        }
 
 
 @torch.no_grad()
@@ -86,19 +159,18 @@ def evaluate_rows(
 ) -> dict[str, Any]:
     """Scores of the sequences ``rows`` under the model made of ``pieces`` (unit → file).
 
-    With no pieces the model is the dense one, unless it was sliced out of that, and its final
-    hidden states are remembered for the KL of the others.
+    With no pieces the model is the dense one, unless it was sliced out of that, and what came out
+    of it is remembered for the comparison of the others.
 
     Returns:
-        ``nll`` and ``kl``: sums over each sequence in nats; ``tokens``: predicted tokens of a
-        sequence; ``correct``: tokens whose most probable prediction was right; ``seconds`` spent in
-        blocks; ``peak_bytes``.
+        the numbers of :class:`Judging`, ``seconds`` spent in blocks, and ``peak_bytes``.
     """
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     with safe_open(plan.ids, framework="pt") as file:
         ids = file.get_slice("ids")[rows[0] : rows[1]].long()
-    hidden = [model.embed(part.to(model.device)) for part in ids.split(plan.batch)]
+    judging = plan.judging
+    hidden = [model.embed(part.to(model.device)) for part in judging.batches(ids, plan.batch)]
     block_of = {unit.name: unit.block for unit in model.units()}
     seconds = 0.0
     for index in range(model.blocks):
@@ -107,28 +179,25 @@ def evaluate_rows(
         started = time.monotonic()
         hidden = [model.run_block(index, module, x) for x in hidden]
         seconds += time.monotonic() - started
-    final = torch.cat(hidden)
+    result = judging.result(ids, plan.batch, hidden)
     store = Store(Path(plan.store))
     same = not pieces and not plan.original
     if same:
-        dense = final
-        store.put("hidden", plan.hidden_key(rows), lambda p: save_file({"value": final.cpu()}, p))
+        dense = result
+        store.put("hidden", plan.hidden_key(rows), lambda p: save_file({"value": result.cpu()}, p))
     else:
         dense = dense_hidden(plan, rows).to(model.device)
     reference = None if same else dense_model(state, plan)
-    sums = [_sequence(model, reference, *row) for row in zip(final, dense, ids, strict=True)]
     return {
-        "nll": [row[0] for row in sums],
-        "kl": [row[1] for row in sums],
-        "correct": [row[2] for row in sums],
-        "tokens": ids.shape[1] - 1,
+        **judging.figures(model, reference, result, dense, ids),
         "seconds": seconds,
         "peak_bytes": peak_memory_bytes(),
     }
 
 
 def dense_hidden(judge: Judge, rows: Sequence[int]) -> Tensor:
-    """Last hidden states of the dense model ``[rows, length, H]``, as it was evaluated before."""
+    """What came out of the dense model, as it was evaluated before: of a language model its last
+    hidden states ``[rows, length, H]``."""
     store = Store(Path(judge.store))
     with safe_open(store.path("hidden", judge.hidden_key(rows)), framework="pt") as file:
         value: Tensor = file.get_tensor("value")
@@ -184,7 +253,14 @@ def _sequence(
 def score(
     parts: Sequence[Mapping[str, Any]], source: Sequence[int], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """One plan's score from the parts of all its sequences, in order.
+    """One plan's score from the parts of all its sequences, in order."""
+    return _SCORES[yardstick_of(parts[0])](parts, source, labels)
+
+
+def _language_score(
+    parts: Sequence[Mapping[str, Any]], source: Sequence[int], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The score of a language model.
 
     Returns:
         ``perplexity``, ``kl`` (nats per token), ``accuracy`` (share of next tokens predicted
@@ -208,6 +284,9 @@ def score(
         "peak_memory_bytes": max(part["peak_bytes"] for part in parts),
         "sources": sources,
     }
+
+
+_SCORES = {LANGUAGE: _language_score, SENTENCES: sentence_score}
 
 
 def _means(nll: Sequence[float], kl: Sequence[float], tokens: int) -> dict[str, float | None]:

@@ -35,6 +35,7 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import Chosen, choices, member_choices, tied_choices
 from moesaic.orchestrator.compression import CUT_OF
+from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
@@ -46,7 +47,16 @@ from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import allowed, ties
-from moesaic.orchestrator.texts import Sequences, check_vocabulary, draw, load_tokenizer
+from moesaic.orchestrator.texts import (
+    Cutter,
+    Sequences,
+    check_vocabulary,
+    draw,
+    framed_windows,
+    load_tokenizer,
+    sentences,
+    windows,
+)
 from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
 
 
@@ -133,6 +143,7 @@ class Experiment:
         if offers is not None:
             self.offers = offers
             budget = mistakes.attempt(self._budget)
+        mistakes.attempt(lambda: self.pooling)
         mistakes.attempt(lambda: self.calibration)
         mistakes.attempt(lambda: self.evaluation)
         if mistakes.found or store is None or budget is None:
@@ -218,7 +229,7 @@ class Experiment:
     @property
     def dtype(self) -> torch.dtype:
         """Of the original weights, and so of scales."""
-        return self.model.checkpoint.dtype(self.model.fixed_names()[0])
+        return self.model.stored_dtype(self.model.units()[0])
 
     def _offers(self) -> dict[str, list[Chain]]:
         """Unit → chains that it is measured with.
@@ -600,22 +611,41 @@ class Experiment:
             raise RecipeError(f"model: {error}") from error
         return tokenizer
 
-    def _sequences(self, texts: Texts, what: str) -> Sequences:
+    def _sequences(self, texts: Texts, what: str, cut: Cutter) -> Sequences:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and texts.length > positions:
             raise RecipeError(
                 f"{what}.length: {texts.length} tokens are more than the {positions} positions"
                 f" that the model knows: give {positions} or fewer"
             )
-        return draw(texts, self.tokenizer, self.model.vocab_size, what)
+        return draw(texts, self.tokenizer, self.model.vocab_size, what, cut)
 
     @cached_property
     def calibration(self) -> Sequences:
-        return self._sequences(self.recipe.calibration, "calibration")
+        cut = framed_windows if self.model.family.is_encoder else windows
+        return self._sequences(self.recipe.calibration, "calibration", cut)
 
     @cached_property
     def evaluation(self) -> Sequences:
-        return self._sequences(self.recipe.evaluation, "evaluation")
+        cut = sentences if self.model.family.is_encoder else windows
+        return self._sequences(self.recipe.evaluation, "evaluation", cut)
+
+    @cached_property
+    def pooling(self) -> str:
+        """How an encoder's hidden states become embeddings; empty for a language model.
+
+        Raises:
+            RecipeError: its folder says so in a way that is not known, or it is to be served by
+                an engine that was not tried with encoders.
+        """
+        if not self.model.family.is_encoder:
+            return ""
+        if self.recipe.serve == "vllm":
+            raise RecipeError("serve: vllm: not for encoders: give moesaic or transformers")
+        try:
+            return read_pooling(self.folder)
+        except UserError as error:
+            raise RecipeError(f"model: {error}") from error
 
     def _ids_file(self, sequences: Sequences) -> str:
         key = sequences.digest
@@ -650,6 +680,7 @@ class Experiment:
             sampled=section.expert_tokens if reduced else 0,
             sources=tuple(self.calibration.source.tolist()) if reduced else (),
             fisher=any("fisher" in reverse_needs(chain) for chain in self.recipe.chains()),
+            pooling=self.pooling,
         )
 
     @cached_property
@@ -667,6 +698,7 @@ class Experiment:
             store=str(self.store.root),
             original="" if self.cut is None else str(original.path),
             original_fingerprint="" if self.cut is None else original.fingerprint,
+            pooling=self.pooling,
         )
 
     @cached_property
@@ -681,11 +713,18 @@ class Experiment:
 
     def gradient_tokens(self) -> int:
         """Tokens of the reverse pass."""
+        return self._gradient_sequences() * self.recipe.calibration.length
+
+    def gradient_samples(self) -> int:
+        """What predicted losses are means over: the tokens of the reverse pass, for an encoder its
+        sequences."""
+        encoder = self.model.family.is_encoder
+        return self._gradient_sequences() if encoder else self.gradient_tokens()
+
+    def _gradient_sequences(self) -> int:
         walk = self.walk
         rows = [walk.shard_rows(shard) for shard in range(walk.shards)]
-        return sum(min(walk.gradients, high - low) for low, high in rows) * (
-            self.recipe.calibration.length
-        )
+        return sum(min(walk.gradients, high - low) for low, high in rows)
 
     def entries(self) -> list[Path]:
         """Files of every entry that the recipe uses or will use, and folders of unfinished work."""

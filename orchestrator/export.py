@@ -399,7 +399,7 @@ def _ignored(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) ->
         and name != f"{model.family.embed}.weight"
     ]
     linears = [unit.name for unit in dense if unit.kind == "linear"]
-    names = {model.family.head, *others, *linears}
+    names = {*filter(None, [model.family.head]), *others, *linears}
     return [*sorted(names, key=natural_key), *(_target(model, unit, serve) for unit in banks)]
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, Yardstick
 
 FOLDER = Path(__file__).parent / "families"
 
@@ -124,8 +125,9 @@ class Family(_Strict):
     Attributes:
         model_type: as in ``config.json``; the name of the file.
         embed: path of the embedding, from the top.
-        norm: path of the last norm, from the top.
-        head: path of the output layer, from the top; absent on disk where it is tied.
+        norm: path of the last norm, from the top; empty where blocks end with theirs.
+        head: path of the output layer, from the top; absent on disk where it is tied. Empty for an
+            encoder, which has none: it gives embeddings of sentences.
         block: prefix of a block with ``{block}``, on disk and in the module tree alike.
         attention, mlp, shared_experts: linears of each part.
         experts: the expert bank, if the model type has one.
@@ -141,6 +143,8 @@ class Family(_Strict):
         kept: everything else in a block, kept as it is: norms, routers, sinks …
         renames: name on disk → name in the module, for kept tensors where they differ.
         unused: tensors on disk that the module does not want, copied unread.
+        unused_outside: the same outside of blocks, from the top: tensors, or whole modules, which
+            are taken out of the model.
         extra_blocks: whether blocks behind the last one (multi-token prediction) may be on disk;
             they are copied unread.
     """
@@ -163,6 +167,7 @@ class Family(_Strict):
     kept: list[str]
     renames: dict[str, str] = {}
     unused: list[str] = []
+    unused_outside: list[str] = []
     extra_blocks: bool = False
 
     @model_validator(mode="after")
@@ -202,6 +207,20 @@ class Family(_Strict):
     def shortcut_pairs(self) -> list[tuple[str, str]]:
         """Paths of each norm and of the module behind it, within a block."""
         return [(sublayer.norm, sublayer.module) for sublayer in self.sublayers]
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it gives embeddings of sentences instead of a next token."""
+        return not self.head
+
+    @property
+    def yardstick(self) -> Yardstick:
+        """What such models are judged by."""
+        return SENTENCES if self.is_encoder else LANGUAGE
+
+    def is_unused_outside(self, name: str) -> bool:
+        """Whether a tensor outside of blocks plays no part."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.unused_outside)
 
     def parts(self) -> list[tuple[str, Linears]]:
         """All groups of linears with the name of their part, in model order."""

@@ -213,7 +213,8 @@ def model_layout(
             f"{config}: {len(expected)} blocks (num_hidden_layers), but the files have block "
             f"{behind[-1]}"
         )
-    check_provided(config, "", {name: checkpoint.shape(name) for name in others}, outer)
+    wanted = [name for name in others if not family.is_unused_outside(name)]
+    check_provided(config, "", {name: checkpoint.shape(name) for name in wanted}, outer)
     return [
         _block_layout(family, checkpoint, index, blocks.get(index, []), shapes)
         for index, shapes in enumerate(expected)

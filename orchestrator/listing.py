@@ -8,9 +8,10 @@ from typing import Any
 from moesaic.kernels.discovery import UnknownName, plugins
 from moesaic.methods.base import Spec, chain_text
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.yardsticks import yardstick_of
 
-# What every score of a finished run has; the last two may be null.
-_FIGURES, _MAY_BE_NULL = ("bytes", "bits_per_weight", "accuracy"), ("perplexity", "kl")
+# What every score of a finished run has, whatever it was judged by.
+_SIZES = ("bytes", "bits_per_weight")
 
 
 def _first_line(module: Any) -> str:
@@ -35,9 +36,14 @@ def _methods() -> dict[str, str]:
 def _families() -> dict[str, str]:
     from moesaic.orchestrator.family import families, load_family
 
+    found = {name: load_family(name) for name in families()}
     return {
-        name: "Mixture-of-Experts" if load_family(name).experts is not None else "dense"
-        for name in families()
+        name: "Mixture-of-Experts"
+        if family.experts
+        else "encoder"
+        if family.is_encoder
+        else "dense"
+        for name, family in found.items()
     }
 
 
@@ -76,9 +82,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise _damaged(folder / "plan.json", error) from None
     try:
         for score in scores.values():
-            for name in (*_FIGURES, *_MAY_BE_NULL):
+            figures = yardstick_of(score).everything
+            nullable = {figure.key for figure in figures if figure.nullable}
+            for name in (*_SIZES, *(figure.key for figure in figures)):
                 figure = score[name]
-                if figure is None and name in _MAY_BE_NULL:
+                if figure is None and name in nullable:
                     continue
                 if not isinstance(figure, int | float):
                     raise TypeError(f"{name} is {figure!r:.60}")

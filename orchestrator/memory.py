@@ -143,7 +143,8 @@ class Sizes:
     def squares(self, block: int) -> int:
         """What squared gradients of weights take: a sequence's inputs, and the largest product."""
         kept, products, tokens = 0, [0], self.length
-        for unit in self.block_units(block) if self.walk.fisher else ():
+        wanted = self.walk.fisher or self.walk.pooling
+        for unit in self.block_units(block) if wanted else ():
             reach = self._per_token(unit) if unit.kind == "bank" else 1
             kept += sum({s: unit.shapes[m][-1] for m, s in unit.sites.items()}.values()) * reach
             for *_, out, width in unit.shapes.values():
@@ -212,6 +213,8 @@ class Sizes:
 
     def logits(self, length: int) -> int:
         """Logits of some rows in float32, with what is made of them."""
+        if self.model.family.is_encoder:
+            return 0
         return min(LOGIT_ROWS, length) * self.model.vocab_size * 4 * _LOGIT_COPIES
 
 

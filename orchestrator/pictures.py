@@ -146,24 +146,25 @@ def part_bytes(summary: RunSummary) -> Figure:
 
 
 def loss_and_bytes(summary: RunSummary) -> Figure:
-    """Measured KL against bytes for plan and baselines, each point with its name.
+    """Measured loss against bytes for plan and baselines, each point with its name.
 
-    What has no KL (it was infinite) is left out.
+    What has no number (it was infinite) is left out.
     """
+    loss = summary.yardstick.loss
     points = [
-        (name, summary.scores[name]["bytes"], summary.scores[name]["kl"])
+        (name, summary.scores[name]["bytes"], summary.scores[name][loss.key])
         for name in summary.plans
-        if name in summary.scores and summary.scores[name]["kl"] is not None
+        if name in summary.scores and summary.scores[name][loss.key] is not None
     ]
     largest = max([size for _, size, _ in points], default=summary.budget_bytes)
     scale, unit = byte_scale(largest)
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
-    for number, (name, size, kl) in enumerate(points):
+    for number, (name, size, lost) in enumerate(points):
         ours = name == "plan"
         axes.scatter(
             size / scale,
-            kl,
+            lost,
             s=130 if ours else 55,
             marker="*" if ours else _MARKERS[number % len(_MARKERS)],
             color=_PLAN if ours else _BASELINES[number % len(_BASELINES)],
@@ -171,8 +172,8 @@ def loss_and_bytes(summary: RunSummary) -> Figure:
         )
     budget = summary.budget_bytes / scale
     axes.axvline(budget, color="#202124", linestyle=(0, (4, 3)), linewidth=1)
-    losses = [kl for _, _, kl in points if kl > 0]
-    if losses and min(losses) == min(kl for _, _, kl in points) < max(losses) / 8:
+    losses = [lost for _, _, lost in points if lost > 0]
+    if losses and min(losses) == min(lost for _, _, lost in points) < max(losses) / 8:
         axes.set_yscale("log")
         axes.set_ylim(min(losses) / 1.6, max(losses) * 1.6)
     else:
@@ -181,10 +182,10 @@ def loss_and_bytes(summary: RunSummary) -> Figure:
     space = max(max(sizes) - min(sizes), 0.04 * max(sizes))
     axes.set_xlim(min(sizes) - 0.12 * space, max(sizes) + 0.38 * space)
     axes.set_xlabel(f"bytes of the checkpoint ({unit}); dashed: budget")
-    axes.set_ylabel("KL to the dense model (nats per token)")
+    axes.set_ylabel(loss.about)
     axes.set_title("Measured loss against bytes, held-out text")
     axes.grid()
-    _labels(figure, axes, [(name, size / scale, kl) for name, size, kl in points])
+    _labels(figure, axes, [(name, size / scale, lost) for name, size, lost in points])
     return figure
 
 
@@ -227,8 +228,8 @@ def block_losses(summary: RunSummary) -> Figure:
             zorder=3 if ours else 2,
             label=name,
         )
-    what = "predicted KL (nats per token)" if summary.loss_is_kl else "relative output error"
-    axes.set_ylabel(what)
+    predicted = f"predicted {summary.yardstick.loss.heading}"
+    axes.set_ylabel(predicted if summary.loss_is_predicted else "relative output error")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("transformer block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

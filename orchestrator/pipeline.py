@@ -61,8 +61,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text)
 
 
-def _row(found: Measurement, unit: Unit, weights: int) -> dict[str, Any]:
-    """A row of ``measurements.parquet``; ``weights`` is how many the bytes stand for."""
+def _row(found: Measurement, unit: Unit, weights: int, predicted: str) -> dict[str, Any]:
+    """A row of ``measurements.parquet``; ``weights`` is how many the bytes stand for, ``predicted``
+    the name of the loss's column."""
     return {
         "unit": found.unit,
         "block": unit.block,
@@ -72,7 +73,7 @@ def _row(found: Measurement, unit: Unit, weights: int) -> dict[str, Any]:
         "bytes": found.bytes,
         "bits_per_weight": found.bytes * 8 / weights,
         "error": found.error,
-        "predicted_kl": found.score,
+        predicted: found.score,
         "seconds": found.seconds,
         "events": json.dumps(dict(found.events)),
     }
@@ -132,17 +133,18 @@ class Pipeline:
 
     def _write_table(self) -> None:
         owners = {c.name: (unit, c) for unit in self.experiment.units for c in choices(unit)}
+        predicted = self.experiment.model.family.yardstick.predicted
         rows = []
         shaping = self.experiment.shaping
         for (owner, prefix), m in self.table.reductions.items():
             units = [u for u in self.experiment.units if shaping.owner(u.name) == owner]
             weights = sum(shaping.reduced(unit, prefix).parameters for unit in units)
-            rows.append(_row(m, units[0], weights))
+            rows.append(_row(m, units[0], weights, predicted))
         for m in self.table.measurements:
             unit, choice = owners[m.unit]
             shaped = shaping.reduced(unit, reducing(m.chain)[0])
             out, inputs = shaped.shapes[choice.member][-2:]
-            rows.append(_row(m, unit, out * inputs))
+            rows.append(_row(m, unit, out * inputs, predicted))
         frame = pd.DataFrame(rows)
         write_atomically(self.output / "measurements.parquet", lambda p: frame.to_parquet(p))
 
@@ -379,7 +381,8 @@ class Pipeline:
 
         self.view.advance("assemble")
         experiment = self.experiment
-        ids = torch.from_numpy(experiment.evaluation.ids[:_VERIFY_SEQUENCES, :_VERIFY_LENGTH])
+        beginning = experiment.evaluation.beginning(_VERIFY_SEQUENCES, _VERIFY_LENGTH)
+        ids = torch.from_numpy(beginning)
         serve, checkpoint = experiment.recipe.serve, experiment.model.checkpoint
         try:
             difference = verifier.verify(written, checkpoint, pieces, serve, ids.long())
@@ -387,7 +390,8 @@ class Pipeline:
             reason = str(error).replace(str(written), str(folder))
             earlier = "; the earlier one is still there" if folder.exists() else ""
             raise RunError(f"{reason}; what was written is removed{earlier}") from error
-        self.view.line(f"{folder}: reloaded, logits differ by {difference:.1e} of their scale")
+        outputs = experiment.model.family.yardstick.outputs
+        self.view.line(f"{folder}: reloaded, {outputs} differ by {difference:.1e} of their scale")
 
     def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
         """Everything that the run has to tell."""
@@ -416,6 +420,7 @@ class Pipeline:
             ),
             events=self.events(),
             stage_seconds=self.view.seconds,
+            yardstick=experiment.model.family.yardstick,
         )
 
     def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:

@@ -1,7 +1,8 @@
 """The plug-in that lets transformers load folders written for ``serve: moesaic``.
 
 ``import moesaic`` sees to it that this module is imported right after transformers' table of
-quantizers is there; from then on plain ``AutoModelForCausalLM.from_pretrained(folder)`` works.
+quantizers is there; from then on plain ``AutoModelForCausalLM.from_pretrained(folder)`` works, and
+``AutoModel`` likewise for encoders.
 ``quantization_config=MoesaicConfig(dequantize=True)`` unpacks all weights once, after loading: the
 model then takes the memory of a dense one and runs as fast as one, on a CPU as well.
 """
@@ -133,6 +134,7 @@ class MoesaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _path(model: Any, name: str) -> str:
-    """Where a module of the whole model lies in ``model``, which may be without its head."""
-    prefix: str = model.base_model_prefix
-    return name if hasattr(model, prefix) else name.removeprefix(f"{prefix}.")
+    """Where a module of the checkpoint lies in ``model``: with its head the name has a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    bare = name.removeprefix(prefix)
+    return f"{prefix}{bare}" if hasattr(model, model.base_model_prefix) else bare

@@ -21,7 +21,7 @@ _MESSAGES = 8
 _CAPTIONS = {
     "plan": "Colour and figures are the bits per weight that the file really holds, scales and zero"
     " points included. Grey: left as it was.",
-    "loss_and_bytes": "Lower and further left is better. The dense model has a KL of 0.",
+    "loss_and_bytes": "Lower and further left is better; the dense model is at 0.",
     "bytes": "“Not compressed” are embeddings, norms, routers and whatever the recipe keeps.",
     "block_losses": "What the search predicted for the units of each block, summed.",
     "expert_load": "Tokens of the calibration text that the router sent to each expert.",

@@ -48,7 +48,7 @@ def measurements(experiment: Experiment) -> Table:
     }
     pieces = finished_pieces(experiment, keys.values())
     errors = finished_entries(experiment, "errors", keys.values())
-    tokens = experiment.gradient_tokens()
+    tokens = experiment.gradient_samples()
     found: list[Measurement] = []
     reductions: dict[tuple[str, Chain], Measurement] = {}
     for block in range(experiment.model.blocks):

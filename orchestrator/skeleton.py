@@ -1,4 +1,4 @@
-"""A causal language model of transformers without its weights.
+"""A causal language model, or an encoder, of transformers without its weights.
 
 The model is built on the meta device. Its blocks are taken out as prototypes, and a recorder
 stands in the place of each: running the model's own forward then tells what every block would
@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moesaic.orchestrator import experts
 from moesaic.orchestrator.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ class Skeleton:
     """The model around the blocks; weights are put in and taken out by the owner.
 
     Attributes:
-        model: the causal LM with recorders for blocks.
+        model: the causal LM or encoder with recorders for blocks.
         prototypes: its blocks, on the meta device.
     """
 
@@ -97,11 +98,14 @@ class Skeleton:
         self, config: Any, family: Family, dtype: torch.dtype, device: torch.device, trust: bool
     ) -> None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(family).from_config(
                 config, dtype=dtype, experts_implementation=experts.NAME, trust_remote_code=trust
             )
         self.config = config
         self.model: Any = model.eval().requires_grad_(False)
+        for path in family.unused_outside:
+            if isinstance(getattr(self.model, path, None), nn.Module):
+                setattr(self.model, path, None)
         holder, _, name = family.block.removesuffix(".{block}").rpartition(".")
         layers = self.model.get_submodule(f"{holder}.{name}")
         self.prototypes: list[nn.Module] = list(layers)
@@ -111,8 +115,8 @@ class Skeleton:
         self.recorders = [Recorder(block) for block in self.prototypes]
         setattr(self.model.get_submodule(holder), name, nn.ModuleList(self.recorders))
         fill_buffers(self.model, self.model, device)
-        self._body = getattr(self.model, self.model.base_model_prefix)
-        self._head = _without_body(self.model)
+        self._body = self.model.base_model
+        self._head = None if family.is_encoder else _without_body(self.model)
 
     @torch.no_grad()
     def run(self, **inputs: Tensor) -> list[tuple[Tensor, Call]]:
@@ -122,12 +126,18 @@ class Skeleton:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of normed hidden states, by the model's own forward."""
+        assert self._head is not None, "an encoder has no head"
         logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
         return logits
 
     def fp32_names(self, dtype: torch.dtype) -> tuple[str, ...]:
         """Parts of parameter names that transformers keeps in float32 at ``dtype``."""
         return tuple(self.model._get_dtype_plan(dtype))
+
+
+def model_class(family: Family) -> Any:
+    """The class of transformers that builds and loads such models."""
+    return getattr(transformers, family.yardstick.task)
 
 
 def _without_body(model: Any) -> Any:
@@ -154,13 +164,26 @@ def fill_buffers(owner: Any, module: nn.Module, device: torch.device) -> None:
         for name in names:
             buffer = part._buffers[name]
             assert buffer is not None
-            part._buffers[name] = torch.full_like(buffer, torch.nan, device=device)
+            part._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device=device)
         if not names:
             continue
         owner._init_weights(part)
         for name in names:
             value = part._buffers[name]
             assert value is not None
-            if value.is_floating_point() and bool(torch.isnan(value).any()):
+            if bool(_is_unset(value).any()):
                 kind = type(part).__name__
                 raise UserError(f"buffer {name} of {kind} is in no file and has no known value")
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """What no buffer is meant to hold; of truth values there is nothing of the kind."""
+    if dtype.is_floating_point:
+        return torch.nan
+    return dtype == torch.bool or torch.iinfo(dtype).min
+
+
+def _is_unset(value: Tensor) -> Tensor:
+    if value.is_floating_point():
+        return torch.isnan(value)
+    return (value == _unset(value.dtype)) & (value.dtype != torch.bool)

@@ -181,11 +181,20 @@ class GradientObserver:
         fisher: also sum squared gradients of weights over outputs. Each sequence is then taken
             back twice, and ``following`` says for which labels: False while they are drawn from
             the model, True while they are the next tokens of the text.
+        pooled: what gradients come from is of a whole sequence (an embedding), and the tokens of
+            one act together: see :func:`pooled_squares`.
     """
 
-    def __init__(self, units: list[Unit], device: torch.device, fisher: bool = False) -> None:
+    def __init__(
+        self,
+        units: list[Unit],
+        device: torch.device,
+        fisher: bool = False,
+        pooled: bool = False,
+    ) -> None:
         self.stats: SiteStats = {}
         self.fisher = fisher
+        self.pooled = pooled
         self.following = False
         self._sites = {(unit.name, m): site for unit in units for m, site in unit.sites.items()}
         self._inputs: dict[tuple[str, int | None], Tensor] = {}
@@ -205,23 +214,46 @@ class GradientObserver:
                 sums["fisher"] = torch.zeros([*batch, width], device=device)
 
     def inputs(self, site: str, x: Tensor, expert: int | None) -> None:
-        if self.fisher:
+        if self.fisher or self.pooled:
             self._inputs[site, expert] = x.detach()
 
     def outputs(self, unit: str, member: str, y: Tensor, expert: int | None) -> None:
         sums = self.stats[f"{unit}{SEPARATOR}{member}"].sums
-        x = self._inputs[self._sites[unit, member], expert] if "fisher" in sums else None
+        wanted = "fisher" in sums or self.pooled
+        x = self._inputs[self._sites[unit, member], expert] if wanted else None
         index = ... if expert is None else expert
 
         def add(gradient: Tensor) -> None:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
             if not self.following:
                 sums["grad_tokens"][index] += rows.shape[0]
-                sums["grad_sq"][index] += rows.float().square().sum(0)
+                if self.pooled and x is not None:
+                    sums["grad_sq"][index] += pooled_squares(rows, x)
+                else:
+                    sums["grad_sq"][index] += rows.float().square().sum(0)
             elif x is not None:
                 sums["fisher"][index] += squared_gradients(rows.float(), x.float())
 
         y.register_hook(add)
+
+
+def pooled_squares(g: Tensor, x: Tensor) -> Tensor:
+    """What errors of each output cost a sequence whose tokens act together.
+
+    Errors Δy_t = Δw·x_t of an output cost (Σ_t g_t Δy_t)². Where tokens are taken one by one that
+    is Σ_t g_t² for each unit of the mean of Δy²; but the errors of all tokens come from one Δw. For
+    Δw of any direction alike it is ‖Σ_t g_t x_t‖² for each unit of the mean of ‖x‖².
+
+    Args:
+        g: ``[tokens, out]``, gradients of a layer's outputs for one sequence.
+        x: ``[tokens, in]``, its inputs.
+
+    Returns:
+        ``[out]``.
+    """
+    g, x = g.float(), x.float()
+    scale = x.square().sum() / len(x)
+    return (g.T @ x).square_().sum(1) / scale.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def squared_gradients(g: Tensor, x: Tensor) -> Tensor:

@@ -228,14 +228,17 @@ class StreamedModel:
         return recorded[0][0]
 
     def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """``[B, T, hidden] -> [B, T, hidden]`` through ``block``, causal, without padding."""
+        """``[B, T, hidden] -> [B, T, hidden]`` through ``block``, without padding; which tokens see
+        which is as the model has it."""
         args, kwargs = self._block_calls((hidden.shape[0], hidden.shape[1]))[index]
         output = block(hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The last norm, which the head's input has passed."""
+        """The last norm, which the head's input has passed; without one, what it is given."""
+        if not self.family.norm:
+            return hidden
         self._fill_outer(self.family.norm)
         normed: Tensor = self._skeleton.model.get_submodule(self.family.norm)(hidden)
         return normed
@@ -245,6 +248,12 @@ class StreamedModel:
         the model does."""
         self._fill_outer(self.family.head)
         return self._skeleton.head(hidden)
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """What the model gives in the end for the last block's ``hidden``: logits, or of an encoder
+        the hidden states themselves."""
+        normed = self.final_norm(hidden)
+        return normed if self.family.is_encoder else self.logits(normed)
 
     # Weights
 
@@ -338,10 +347,17 @@ class StreamedModel:
     def _own_dtype(self) -> torch.dtype:
         if self.config.dtype is not None:
             return torch.empty(0, dtype=self.config.dtype).dtype
-        return self.checkpoint.dtype(f"{self.family.embed}.weight")
+        dtypes = (
+            self.checkpoint.dtype(name)
+            for name in self.checkpoint.names()
+            if name.startswith(f"{self.family.embed}.")
+        )
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     def _tied_head(self) -> bool:
         """Whether the head's weight is the embedding's and so not on disk."""
+        if self.family.is_encoder:
+            return False
         on_disk = f"{self.family.head}.weight" in self.checkpoint
         return bool(self.config.tie_word_embeddings) and not on_disk
 
@@ -357,7 +373,12 @@ class StreamedModel:
         return self._skeleton.run(**inputs)
 
     def _fill_outer(self, path: str) -> None:
-        """Reads the weights of the embedding, the last norm or the head, unless they are there."""
+        """Reads the weights of the embedding, the last norm or the head, unless they are there.
+
+        Of the last two some models have none: an empty path.
+        """
+        if not path:
+            return
         module = self._skeleton.model.get_submodule(path)
         state = {}
         for name, parameter in module.named_parameters():
@@ -373,14 +394,18 @@ class StreamedModel:
 
     def drop_outer(self) -> None:
         """Lets go of embedding and head; they are read again when asked for."""
-        for path in (self.family.embed, self.family.head):
+        for path in filter(None, (self.family.embed, self.family.head)):
             module = self._skeleton.model.get_submodule(path)
             for name, parameter in list(module.named_parameters()):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                owner, _, last = name.rpartition(".")
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                setattr(module.get_submodule(owner), last, empty)
 
     def _block_calls(self, shape: tuple[int, int]) -> list[Call]:
         """What each block is called with for hidden states of ``shape``; they do not matter."""
         if shape not in self._calls:
+            if self.family.is_encoder:  # which adds positions, and norms, before the first block
+                self._fill_outer(self.family.embed)
             hidden = torch.zeros(*shape, self.hidden_size, dtype=self.dtype, device=self.device)
             recorded = self._around(inputs_embeds=hidden)
             self._remember(shape, [call for _, call in recorded])

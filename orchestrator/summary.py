@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
+from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
 
 
@@ -24,7 +25,7 @@ class Outcome:
         text: the chain, or how many choices take which.
         bytes: stored.
         error: relative output error, the mean over the choices.
-        score: predicted KL, the sum over the choices; None where no gradients were collected.
+        score: predicted loss, the sum over the choices; None where no gradients were collected.
         loss: what the search minimised, the sum over the choices.
         seconds: that the compression took.
     """
@@ -95,9 +96,10 @@ class RunSummary:
         plan: the plan.
         baselines: name → plan that it is compared with.
         measurements: every unit under every chain of plan and baselines, at least.
-        scores: ``dense``, ``plan`` and each baseline → ``bytes``, ``bits_per_weight``,
-            ``perplexity``, ``kl`` (nats per token), and what else the evaluation gave; numbers but
-            for ``sources``, text source → ``perplexity`` and ``kl``.
+        scores: ``dense``, ``plan`` and each baseline → ``bytes``, ``bits_per_weight``, the figures
+            of the yardstick, and what else the evaluation gave; numbers but for ``sources``, text
+            source → figures.
+        yardstick: what the model was judged by.
         reductions: (bank, reducers) → what the reduction by itself takes and loses.
         expert_load: block → tokens routed to each expert.
         experts: every layer of experts, in model order, where the recipe reduces some.
@@ -125,6 +127,7 @@ class RunSummary:
     experts: Sequence[LayerExperts] = ()
     events: Sequence[Event] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    yardstick: Yardstick = LANGUAGE
 
     @cached_property
     def plans(self) -> dict[str, Plan]:
@@ -184,8 +187,8 @@ class RunSummary:
         return losses
 
     @property
-    def loss_is_kl(self) -> bool:
-        """Whether losses are predicted KL; otherwise they are relative output errors."""
+    def loss_is_predicted(self) -> bool:
+        """Whether losses are those of the yardstick; otherwise they are relative output errors."""
         return all(m.score is not None for m in self.measurements)
 
     @cached_property
@@ -204,7 +207,7 @@ class RunSummary:
                     "bytes": found.bytes,
                     "bits_per_weight": found.bytes * 8 / unit.parameters,
                     "error": found.error,
-                    "predicted_kl": found.score,
+                    self.yardstick.predicted: found.score,
                     "seconds": found.seconds,
                 }
             )

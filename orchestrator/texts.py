@@ -1,11 +1,16 @@
-"""Text sources → token sequences: weighted, packed, seeded."""
+"""Text sources → token sequences: weighted, seeded.
+
+Calibration and the evaluation of language models take windows of running text, all of one length.
+An encoder is judged on sentences, each of its own length.
+"""
 
 import gzip
 import hashlib
 import json
 import random
+import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +26,23 @@ _FILE_CHARACTERS = 64_000_000
 # A dataset is streamed: this many times the tokens that are needed, so that there is a choice.
 _DATASET_OVERSAMPLING = 4
 _PIECE_CHARACTERS = 100_000
+# In a row of tokens, behind the end of a sentence.
+NO_TOKEN = -1
+# A sentence ends with its mark and what closes behind it, before a space and no small letter.
+_SENTENCE = re.compile(r"\S.*?[.!?][\"')\]”’»]*(?=\s+[^a-z\s]|\s*$)", re.S)
+_LEAST_WORDS = 5
+
+# Makes rows of a source: how many there are, and the one with a number. Takes the section, the
+# source, how many rows are wanted, the tokenizer, and the section's name for messages.
+Cutter = Callable[[Texts, Source, int, Any, str], tuple[int, Callable[[int], list[int]]]]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed token sequences.
+    """Token sequences.
 
     Attributes:
-        ids: int32 ``[sequences, length]``.
+        ids: int32 ``[sequences, length]``; behind the end of a shorter one stands -1.
         source: index of each sequence's source in the recipe, int32 ``[sequences]``.
         labels: names of the sources.
     """
@@ -41,6 +55,11 @@ class Sequences:
     def digest(self) -> str:
         """Digest of the tokens themselves: what results are named by, whatever made the tokens."""
         return hashlib.blake2b(self.ids.tobytes(), digest_size=20).hexdigest()
+
+    def beginning(self, sequences: int, length: int) -> NDArray[np.int32]:
+        """First tokens of the first sequences, at most so many of either, and no end among them."""
+        rows = self.ids[:sequences, :length]
+        return rows[:, : int((rows != NO_TOKEN).sum(1).min())]
 
 
 def load_tokenizer(model: str, trust_remote_code: bool) -> Any:
@@ -183,50 +202,92 @@ def _first_token(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-def draw(texts: Texts, tokenizer: Any, vocab_size: int, what: str) -> Sequences:
+def draw(
+    texts: Texts, tokenizer: Any, vocab_size: int, what: str, cut: Cutter | None = None
+) -> Sequences:
     """Draws ``texts.sequences`` sequences of ``texts.length`` tokens from the sources.
 
-    Each source is tokenized, cut into consecutive windows, and a seeded choice without replacement
-    is made among them; then all sources are shuffled together, so that every shard sees the mix.
-    The same recipe gives the same sequences on every machine.
+    A seeded choice without replacement is made among the rows that each source is cut into; then
+    all sources are shuffled together, so that every shard sees the mix. The same recipe gives the
+    same sequences on every machine.
+
+    Args:
+        cut: how sources become rows: :func:`windows`, :func:`framed_windows`, :func:`sentences`.
 
     Raises:
         UserError: a source is empty or too short, or the tokenizer does not fit the model.
     """
-    first = _first_token(tokenizer)
-    body = texts.length - len(first)
+    cut = cut or windows
     chosen: list[list[int]] = []
     origin: list[int] = []
     counts = allotment(texts.sequences, [source.weight for source in texts.texts])
     mistakes = Mistakes()
     for index, (source, count) in enumerate(zip(texts.texts, counts, strict=True)):
-        tokens = mistakes.attempt(
-            partial(_enough_tokens, texts, source, count, body, tokenizer, what), f"{what}.texts"
+        rows = mistakes.attempt(
+            partial(_rows, cut, texts, source, count, tokenizer, what), f"{what}.texts"
         )
-        if tokens is not None:
-            windows = range(len(tokens) // body)
-            starts = random.Random(f"{texts.seed}/{index}").sample(windows, count)
-            chosen += [first + tokens[s * body : (s + 1) * body] for s in starts]
+        if rows is not None:
+            known, row = rows
+            numbers = random.Random(f"{texts.seed}/{index}").sample(range(known), count)
+            chosen += [row(number) for number in numbers]
             origin += [index] * count
     if mistakes.found:
         raise mistakes.error()
     order = list(range(len(chosen)))
     random.Random(texts.seed).shuffle(order)
-    ids = np.array([chosen[i] for i in order], dtype=np.int32)
+    width = max(map(len, chosen))
+    padded = [row + [NO_TOKEN] * (width - len(row)) for row in chosen]
+    ids = np.array([padded[i] for i in order], dtype=np.int32)
     if ids.max() >= vocab_size:
         raise RecipeError(f"model: {_misfit(int(ids.max()), vocab_size)}")
     source_index = np.array([origin[i] for i in order], dtype=np.int32)
     return Sequences(ids, source_index, [source.label for source in texts.texts])
 
 
-def _enough_tokens(
-    texts: Texts, source: Source, count: int, body: int, tokenizer: Any, what: str
-) -> list[int]:
-    """The source's tokens, enough for ``count`` windows of ``body``."""
+def _rows(
+    cut: Cutter, texts: Texts, source: Source, count: int, tokenizer: Any, what: str
+) -> tuple[int, Callable[[int], list[int]]]:
     if count == 0:
         raise RecipeError(
             f"{what}.texts: {source.label} gets none of the {texts.sequences} sequences: its"
             f" weight {source.weight:g} is too small"
+        )
+    return cut(texts, source, count, tokenizer, what)
+
+
+def windows(
+    texts: Texts, source: Source, count: int, tokenizer: Any, what: str
+) -> tuple[int, Callable[[int], list[int]]]:
+    """Consecutive windows of the source's tokens, begun as the tokenizer begins a text."""
+    return _windows(texts, source, count, tokenizer, what, _first_token(tokenizer), [])
+
+
+def framed_windows(
+    texts: Texts, source: Source, count: int, tokenizer: Any, what: str
+) -> tuple[int, Callable[[int], list[int]]]:
+    """The same between what the tokenizer puts before and behind every text."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    places = range(len(whole) - len(bare) + 1)
+    start = next((p for p in places if whole[p : p + len(bare)] == bare), 0)
+    before, behind = whole[:start], whole[start + len(bare) :]
+    return _windows(texts, source, count, tokenizer, what, before, behind)
+
+
+def _windows(
+    texts: Texts,
+    source: Source,
+    count: int,
+    tokenizer: Any,
+    what: str,
+    before: list[int],
+    behind: list[int],
+) -> tuple[int, Callable[[int], list[int]]]:
+    body = texts.length - len(before) - len(behind)
+    if body < 1:
+        raise RecipeError(
+            f"{what}.length: {texts.length} tokens leave none between those that the tokenizer puts"
+            f" around a text: give {texts.length - body + 1} or more"
         )
     tokens = _token_stream(tokenizer, source, count * body)
     if len(tokens) // body < count:
@@ -237,4 +298,47 @@ def _enough_tokens(
             f" {texts.length} tokens need {count * body:,}: give more text, or lower"
             f" {what}.sequences"
         )
-    return tokens
+
+    def row(number: int) -> list[int]:
+        return before + tokens[number * body : (number + 1) * body] + behind
+
+    return len(tokens) // body, row
+
+
+def sentences(
+    texts: Texts, source: Source, count: int, tokenizer: Any, what: str
+) -> tuple[int, Callable[[int], list[int]]]:
+    """The source's different sentences as the tokenizer makes them ready for the model.
+
+    They end with ``.``, ``!`` or ``?``, have at least five words, and are cut to ``texts.length``
+    tokens. Headings, lists and code have no such marks and are left out.
+    """
+    wanted = count * _DATASET_OVERSAMPLING if source.file is None else None
+    found: dict[str, None] = {}
+    for document in documents(source):
+        found.update(dict.fromkeys(_sentences(document)))
+        if wanted is not None and len(found) >= wanted:
+            break
+    if len(found) < count:
+        raise RecipeError(
+            f"{what}.texts: {source.label} has {len(found):,} sentences of {_LEAST_WORDS} words or"
+            f" more, but {count} are wanted: give more text, or lower {what}.sequences"
+        )
+    known = list(found)
+
+    def row(number: int) -> list[int]:
+        ids: list[int] = tokenizer(known[number], truncation=True, max_length=texts.length)[
+            "input_ids"
+        ]
+        return ids
+
+    return len(known), row
+
+
+def _sentences(document: str) -> Iterator[str]:
+    """Sentences of a text whose paragraphs stand between empty lines."""
+    for paragraph in re.split(r"\n\s*\n", document):
+        for match in _SENTENCE.finditer(paragraph):
+            words = match[0].split()
+            if len(words) >= _LEAST_WORDS:
+                yield " ".join(words)

@@ -9,7 +9,7 @@ other users of the machine come on top.
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Unit, link_module, reducing
 from moesaic.methods.chains import but_for_rank, can_be_cut
@@ -63,7 +63,9 @@ class Clock:
         self.per_token = (experts_per_token(self.model.config) or self.experts) if banks else 0
         tokens = self.sizes.batch_tokens()
         few = max(1, tokens * self.per_token // self.experts) if banks else 0
-        self.speeds: Speeds = measure_speeds(experiment, crew, tokens, few)
+        speeds: Speeds = measure_speeds(experiment, crew, tokens, few)
+        # Pooling takes next to nothing.
+        self.speeds = replace(speeds, head=0.0) if self.model.family.is_encoder else speeds
 
     def linears(self, block: int, tokens: int) -> float:
         """The layers of a block for ``tokens`` tokens."""

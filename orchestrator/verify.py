@@ -3,7 +3,8 @@
 The reference is the original model, block by block, with every compressed unit's weight replaced by
 what its piece stands for. Against it stand the logits of the folder: reloaded by transformers, for
 ``vllm`` decoded by the compressed-tensors package through the folder's own configuration (and
-reloaded by transformers as well where it can). Reloading takes the memory that the loaded model has
+reloaded by transformers as well where it can). An encoder has no logits; its last hidden states
+stand for them. Reloading takes the memory that the loaded model has
 in use, and one block in float32.
 
 Both sides compute in float32 with weights rounded alike, so that only the order of sums differs:
@@ -32,6 +33,7 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes, unplaced
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
+from moesaic.orchestrator.skeleton import model_class
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
 from moesaic.orchestrator.tensorfile import Stored, read_file
@@ -71,14 +73,15 @@ def verify(
             return {}
         return {name: member.effective() for name, member in read_piece(pieces[unit.name]).items()}
 
-    reference = _streamed_logits(exact, planned, ids)
+    outputs = exact.family.yardstick.outputs
+    reference = _streamed(exact, planned, ids)
     difference = 0.0
     if serve == "vllm":
-        decoded = _streamed_logits(exact, _Decoder(folder, exact, pieces).weights, ids)
-        difference = _compare(folder, "compressed-tensors", reference, decoded)
+        decoded = _streamed(exact, _Decoder(folder, exact, pieces).weights, ids)
+        difference = _compare(folder, "compressed-tensors", outputs, reference, decoded)
     if serve != "vllm" or _transformers_loads(exact, pieces):
-        reloaded = _reloaded_logits(folder, serve, ids, exact.family)
-        difference = max(difference, _compare(folder, "transformers", reference, reloaded))
+        reloaded = _reloaded(folder, serve, ids, exact)
+        difference = max(difference, _compare(folder, "transformers", outputs, reference, reloaded))
     return difference
 
 
@@ -149,35 +152,33 @@ def _answer() -> None:
     print(json.dumps(answer))
 
 
-def _compare(folder: Path, reader: str, reference: Tensor, logits: Tensor) -> float:
+def _compare(folder: Path, reader: str, what: str, reference: Tensor, found: Tensor) -> float:
     scale = reference.abs().max().item()
-    low, high = logits.sub_(reference).aminmax()
+    low, high = found.sub_(reference).aminmax()
     difference = max(-low.item(), high.item()) / scale
     if not difference <= TOLERANCE:  # NaN, too
         raise RunError(
-            f"{folder}: read by {reader}, its logits differ from the planned model's by "
-            f"{difference:.1e} of the largest logit, limit {TOLERANCE:.0e}"
+            f"{folder}: read by {reader}, its {what} differ from the planned model's by "
+            f"{difference:.1e} of the largest, limit {TOLERANCE:.0e}"
         )
     return difference
 
 
 @torch.no_grad()
-def _streamed_logits(
-    model: StreamedModel, weights: Callable[[Unit], Weights], ids: Tensor
-) -> Tensor:
-    """Logits with each unit's ``weights``, where there are any; one block in memory."""
+def _streamed(model: StreamedModel, weights: Callable[[Unit], Weights], ids: Tensor) -> Tensor:
+    """Outputs with each unit's ``weights``, where there are any; one block in memory."""
     hidden = model.embed(ids)
     for index, layout in enumerate(model.layouts):
         replaced = {unit.name: weights(unit) for unit in layout.units}
         hidden = model.run_block(index, model.load_block(index, replaced), hidden)
-    logits = model.logits(model.final_norm(hidden))
+    outputs = model.outputs(hidden)
     model.drop_outer()
-    return logits
+    return outputs
 
 
 @torch.no_grad()
-def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor, family: Family) -> Tensor:
-    """Logits in float32 of what plain transformers makes of the folder.
+def _reloaded(folder: Path, serve: Serve, ids: Tensor, original: StreamedModel) -> Tensor:
+    """Outputs in float32 of what plain transformers makes of the folder.
 
     The model is loaded in the folder's own dtype, so that weights are rounded as they will be in
     use, and one module at a time computes in float32. Compressed-tensors unpacks on the first call,
@@ -185,15 +186,16 @@ def _reloaded_logits(folder: Path, serve: Serve, ids: Tensor, family: Family) ->
     """
     with _quiet():
         try:
-            model = _load(folder)
+            model = _load(folder, original)
             if serve != "moesaic":
                 model(ids[:1, :1])
-            _compute_in_float32(model, family)
-            logits: Tensor = model(ids).logits
+            _compute_in_float32(model, original.family)
+            found = model(ids)
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise RunError(f"{folder}: transformers cannot load it: {first}") from error
-    return logits
+    outputs: Tensor = found.last_hidden_state if original.family.is_encoder else found.logits
+    return outputs
 
 
 def _compute_in_float32(model: nn.Module, family: Family) -> None:
@@ -202,8 +204,15 @@ def _compute_in_float32(model: nn.Module, family: Family) -> None:
     Of the embedding these are the rows that are looked up, of the head a slice at a time.
     """
     blocks, _, _ = family.block.rpartition(".")
-    for module in (model.get_submodule(family.norm), *model.get_submodule(blocks).children()):
+    for module in model.get_submodule(blocks).children():
         _widen_while_at_work(module)
+    if family.is_encoder:
+        holder, _, _ = blocks.partition(".")
+        for name, module in model.named_children():
+            if name != holder:
+                _widen_while_at_work(module)
+        return
+    _widen_while_at_work(model.get_submodule(family.norm))
     _widen_rows(model.get_submodule(family.embed))
     head: Any = model.get_submodule(family.head)
 
@@ -255,11 +264,10 @@ def _widen_rows(embedding: Any) -> None:
     embedding.forward = look_up
 
 
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _load(folder: Path, original: StreamedModel) -> Any:
+    family = original.family
     # The default implementation of experts demands widths that are multiples of 16 bytes.
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = model_class(family).from_pretrained(
         folder,
         dtype="auto",
         experts_implementation="eager",
@@ -267,8 +275,10 @@ def _load(folder: Path) -> Any:
         output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = sorted(map(str, report[kind]))
+        names = sorted(map(str, report[kind]))
+        # What plays no part may lack in the original as well.
+        names = [name for name in names if not family.is_unused_outside(name)]
+        if names:
             raise RunError(f"{folder}: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
     return model
 

@@ -23,7 +23,7 @@ from tests.orchestrator.tiny import SETTINGS
 
 def test_families_are_those_that_the_tests_cover() -> None:
     assert families() == sorted(SETTINGS)
-    assert len(families()) == 17
+    assert len(families()) == 18
 
 
 @pytest.mark.parametrize("model_type", families())
@@ -45,7 +45,7 @@ def test_units_are_all_matrices_but_routers(model_type: str, tiny: Tiny) -> None
     kept = [
         name
         for name in model.fixed_names()
-        if len(model.checkpoint.shape(name)) > 1 and "layers" in name and not name.endswith("bias")
+        if len(model.checkpoint.shape(name)) > 1 and ".layer" in name and not name.endswith("bias")
     ]
     assert all(".gate.weight" in n or "router" in n or "shared_expert_gate" in n for n in kept)
     routers = {unit.block for unit in model.units() if unit.kind == "bank"}
@@ -172,11 +172,11 @@ def message(folder: Path) -> str:
 
 
 def test_unknown_model_type_is_answered_with_the_list(altered: Path) -> None:
-    edit_config(altered, model_type="bert")
+    edit_config(altered, model_type="t5")
     text = message(altered)
-    assert "unknown model type 'bert'" in text
+    assert "unknown model type 't5'" in text
     assert all(known in text for known in families())
-    assert "put a file bert.yaml" in text
+    assert "put a file t5.yaml" in text
 
 
 def test_missing_model_type_is_told(altered: Path) -> None:
@@ -254,6 +254,18 @@ def test_rotary_frequencies_of_old_checkpoints_are_fixed(tmp_path: Path, tiny: T
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(folder, **{name.replace(".", "__"): torch.ones(6)})
     assert name in StreamedModel(Checkpoint(folder)).fixed_names()
+
+
+def test_what_plays_no_part_in_an_encoder_may_lack_and_is_fixed(tmp_path: Path, tiny: Tiny) -> None:
+    folder = Path(shutil.copytree(tiny("bert"), tmp_path / "model"))
+    assert "pooler.dense.weight" in StreamedModel(Checkpoint(folder)).fixed_names()
+    edit_weights(folder, pooler__dense__weight=None, pooler__dense__bias=None)
+    edit_weights(folder, embeddings__position_ids=torch.arange(64)[None])
+    model = StreamedModel(Checkpoint(folder))
+    assert "embeddings.position_ids" in model.fixed_names()
+    assert model.dtype == torch.float32
+    edit_weights(folder, embeddings__position_embeddings__weight=None)
+    assert "asks for a parameter embeddings.position_embeddings.weight" in message(folder)
 
 
 # Family files

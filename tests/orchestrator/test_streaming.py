@@ -16,16 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.family import families, load_family
+from moesaic.orchestrator.skeleton import model_class
 from moesaic.orchestrator.streaming import KEPT_SHAPES, StreamedModel
 from tests.orchestrator.conftest import Tiny
-from tests.orchestrator.tiny import save_tiny
+from tests.orchestrator.tiny import outputs, save_tiny
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 BANKS = [t for t in families() if load_family(t).experts]
@@ -55,7 +56,8 @@ def some_ids(*shape: int) -> Tensor:
 
 
 def reference(folder: Path, experts: str = "eager", **kwargs: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    kind = model_class(load_family(AutoConfig.from_pretrained(folder).model_type))
+    return kind.from_pretrained(
         folder, dtype="auto", experts_implementation=experts, **kwargs
     ).eval()
 
@@ -75,7 +77,7 @@ def streamed(
             continue
         with observing(model, index, block, observer, experts):
             hidden = model.run_block(index, block, hidden)
-    return model.logits(model.final_norm(hidden))
+    return model.outputs(hidden)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,7 +89,7 @@ def test_streamed_logits_equal_transformers(
     model = StreamedModel(Checkpoint(folder))
     assert model.dtype == dtype
     with torch.no_grad():
-        expected = reference(folder)(ids).logits
+        expected = outputs(reference(folder)(ids))
     assert expected.std() > 0.1  # random weights that do something
     plain = streamed(model, ids)
     assert plain.dtype == expected.dtype
@@ -347,7 +349,7 @@ def test_blocks_hold_what_transformers_loads(model_type: str, tiny: Tiny) -> Non
     model, whole = StreamedModel(Checkpoint(folder)), reference(folder)
     for index in range(model.blocks):
         state = model.load_block(index).state_dict()
-        expected = whole.get_submodule(f"model.layers.{index}").state_dict()
+        expected = whole.get_submodule(model.family.block.format(block=index)).state_dict()
         assert state.keys() == expected.keys()
         for name, tensor in expected.items():
             assert state[name].dtype == tensor.dtype, name  # float32 for correction biases

@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from moesaic.orchestrator.family import load_family
+from moesaic.orchestrator.skeleton import model_class
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -97,6 +101,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "head_dim": 12,
     },
+    "bert": {"intermediate_size": 55},
     "gpt_oss": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -110,7 +115,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model whose norms, biases and routers are all away from their defaults."""
     settings = {**COMMON, **SETTINGS[model_type], **overrides}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    kind = model_class(load_family(model_type))
+    model = kind.from_config(AutoConfig.for_model(model_type, **settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -120,6 +126,12 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
             elif name in model.state_dict():
                 tensor.copy_(0.15 * torch.randn(tensor.shape, generator=generator))
     return model.eval()
+
+
+def outputs(given: Any) -> Tensor:
+    """Logits of what a model of transformers gave, or an encoder's last hidden states."""
+    found: Tensor = given.logits if hasattr(given, "logits") else given.last_hidden_state
+    return found
 
 
 def save_tiny(
