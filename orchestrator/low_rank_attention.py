@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesaic.kernels._lowrank_attention import MAX_HEAD_DIM, Lifted, Options, reference
 from moesaic.orchestrator.compressed_modules import kernels_take
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.low_rank_linears import operands
@@ -68,12 +69,11 @@ def recognise(module: Any, place: Place) -> Form:
     Raises:
         NotUnderstood: nothing that the kernel computes.
     """
-    kernel = _kernel()
     config: Any = getattr(module, "config", None)
-    if kernel is None or getattr(config, "_attn_implementation", None) != _IMPLEMENTATION:
-        raise NotUnderstood(f"it needs Triton and the attention implementation {_IMPLEMENTATION}")
+    if getattr(config, "_attn_implementation", None) != _IMPLEMENTATION:
+        raise NotUnderstood(f"their implementation is not {_IMPLEMENTATION}")
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if size % 2 or size > kernel.MAX_HEAD_DIM:
+    if size % 2 or size > MAX_HEAD_DIM:
         raise NotUnderstood(f"heads have {size} features")
     generator = torch.Generator().manual_seed(0)
 
@@ -86,14 +86,17 @@ def recognise(module: Any, place: Place) -> Form:
     none = {"attention_mask": None, "cache": None}
     trial = tried(module, place, known, position_embeddings=tables, **none)
     scale = float(getattr(module, "scaling", size**-0.5))
-    lifted = [
-        kernel.Lifted(answer, torch.eye(answer.shape[-1], dtype=answer.dtype, device="cpu"))
+    q, k, v = (
+        Lifted(answer, torch.eye(answer.shape[-1], dtype=answer.dtype, device="cpu"))
         for answer in trial.answers.values()
-    ]
+    )
     for causal in (True, False):
         for rotary in ((angles[0].cos(), angles[0].sin()), (None, None)):
-            options = kernel.Options(size, causal, scale, *rotary)
-            expected = kernel.reference(*lifted, options).flatten(2)  # [1, tokens, heads·d]
+            options = Options(size, causal, scale, *rotary)
+            try:
+                expected = reference(q, k, v, options).flatten(2)  # [1, tokens, heads·d]
+            except RuntimeError as error:
+                raise NotUnderstood(f"their linears give no heads of {size} features") from error
             if expected.shape == trial.result.shape and torch.allclose(
                 trial.result, expected, rtol=_TOLERANCE, atol=_TOLERANCE
             ):
@@ -139,15 +142,15 @@ class LowRankAttention(nn.Module):
             if tables is None or any(table.shape != shape for table in tables):
                 return None  # sequences at positions of their own
             rotary = tuple(table[0, :, : form.head_dim // 2].float() for table in tables)
-        options = kernel.Options(form.head_dim, form.causal, form.scale, *(rotary or ()))
+        options = Options(form.head_dim, form.causal, form.scale, *(rotary or ()))
         parts = [each for each in found if each is not None]
         sizes = [
-            kernel.Lifted(x.new_empty((*x.shape[:2], len(right))), left, bias)
+            Lifted(x.new_empty((*x.shape[:2], len(right))), left, bias)
             for right, left, bias in parts
         ]
         if kernel.plan(*sizes, options) != "fused" or not self._tables_fit(tables):
             return None
-        lifted = [kernel.Lifted(F.linear(x, right), left, bias) for right, left, bias in parts]
+        lifted = [Lifted(F.linear(x, right), left, bias) for right, left, bias in parts]
         attended: Tensor = kernel.attention(
             *lifted,
             form.head_dim,

@@ -22,6 +22,7 @@ from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, int_group
 from moesaic.kernels import _residual_triton as residual
+from moesaic.kernels._lowrank_attention import Lifted, rotated
 
 Way = Callable[[], Tensor]
 Ways = dict[str, Way | None]  # None: not for this rank
@@ -133,12 +134,12 @@ def attend(model: Model, batch: int, length: int, rank: int, draw: Draw) -> Ways
     def dense() -> Tensor:
         parts = [F.linear(x, weight).unflatten(-1, (-1, size)) for weight in weights]
         if rotary is not None:
-            parts[:2] = (attention.rotated(part, *rotary) for part in parts[:2])
+            parts[:2] = (rotated(part, *rotary) for part in parts[:2])
         q, k, v = (part.transpose(1, 2) for part in parts)
         return F.scaled_dot_product_attention(q, k, v, is_causal=model.gated).transpose(1, 2)
 
     def factored(path: low_rank.Path) -> Tensor:
-        q, k, v = (attention.Lifted(F.linear(x, each.right), each.left) for each in factors)
+        q, k, v = (Lifted(F.linear(x, each.right), each.left) for each in factors)
         return attention.attention(q, k, v, size, causal=model.gated, rotary=rotary, path=path)
 
     return {

@@ -23,6 +23,7 @@ from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels import dense, int_group, lowrank
 from moesaic.kernels import residual as residual_format
 from moesaic.kernels._int_group_triton import group_span
+from moesaic.kernels._lowrank_attention import Lifted, Options
 from moesaic.kernels.tensor import CompressedTensor
 
 GUARD = 512  # poisoned elements before and behind every operand and the output
@@ -226,7 +227,7 @@ def run_attention(index: int, device: str) -> dict[str, object]:
     draw = Draw(index, dtype, device)
     counts, tokens = (heads, kv_heads, kv_heads), (queries, keys, keys)
     q, k, v = (
-        attention.Lifted(
+        Lifted(
             draw.normal(batch, token, rank),
             draw.normal(count * size, rank, scale=rank**-0.5),
             draw.normal(count * size) if biased else None,
@@ -240,7 +241,7 @@ def run_attention(index: int, device: str) -> dict[str, object]:
         for part, sequence in itertools.product((k, v), range(batch)):
             part.states[sequence, int(lengths[sequence]) :] = float("nan")
     rotary = (cos, sin) if rotates else (None, None)
-    options = attention.Options(size, causal, 0.7 * size**-0.5, *rotary, lengths)
+    options = Options(size, causal, 0.7 * size**-0.5, *rotary, lengths)
     out = Output(batch, queries, heads, size, dtype=q.states.dtype, device=device)
     attention.launch(q, k, v, options, out.value)
     exact = exact_attention(q, k, v, options)
@@ -269,15 +270,15 @@ def run_attention(index: int, device: str) -> dict[str, object]:
 
 
 def exact_attention(
-    q: attention.Lifted,
-    k: attention.Lifted,
-    v: attention.Lifted,
-    options: attention.Options,
+    q: Lifted,
+    k: Lifted,
+    v: Lifted,
+    options: Options,
 ) -> Tensor:
     """One query after another in float64; rotation is by complex numbers."""
     size, half = options.head_dim, options.head_dim // 2
 
-    def lifted(part: attention.Lifted, first: int | None) -> Tensor:
+    def lifted(part: Lifted, first: int | None) -> Tensor:
         """[B, S, heads, d]; ``first``: position of the first token, None if nothing turns."""
         product = part.states.double() @ part.left.double().T
         product = product if part.bias is None else product + part.bias.double()

@@ -14,6 +14,7 @@ from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, dense, int_group
 from moesaic.kernels import _residual_triton as residual
+from moesaic.kernels._lowrank_attention import Lifted, Options
 from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE, answer, run_script
 
 # Every one must run, and must compile.
@@ -116,9 +117,9 @@ def plans() -> dict[str, Callable[[], str]]:
     base = int_group.pack(codes, ones(8, 1), None, bits=4, group_size=-1, dtype=dtype)
     up = mlp.Factors(ones(3, 16), ones(8, 3))
     layer = mlp.Layer(up, mlp.Factors(ones(2, 8), ones(5, 2)), gate=up)
-    lifted = attention.Lifted(ones(1, 60, 3), ones(8, 3))
+    lifted = Lifted(ones(1, 60, 3), ones(8, 3))
     table = ones(60, 2, dtype=torch.float32)
-    options = attention.Options(4, True, 0.5, table, table, torch.tensor([9]))
+    options = Options(4, True, 0.5, table, table, torch.tensor([9]))
     return {
         "residual": lambda: residual.plan(60, base, 3, dtype),
         "mlp": lambda: mlp.plan(60, 16, layer),
@@ -198,7 +199,7 @@ def test_layer_that_does_not_fit_is_refused(
         mlp.check(ones(2, 8), layer._replace(**changes))
 
 
-LIFTED = attention.Lifted(ones(2, 5, 3), ones(8, 3))  # two sequences of 5, two heads of 4
+LIFTED = Lifted(ones(2, 5, 3), ones(8, 3))  # two sequences of 5, two heads of 4
 
 TABLE = ones(5, 2, dtype=torch.float32)
 
