@@ -328,15 +328,14 @@ class Experiment:
             )
         if not reductions:
             return
-        cut = [part.shape.kind for part in self.shaping.parts.values()]
-        useless = [
-            str(spec) for spec in reductions if not (banks or cuts_parts(spec.method) & {*cut})
-        ]
+        kinds = {part.shape.kind for part in self.shaping.parts.values()}
+        useless = [s for s in reductions if not (banks or cuts_parts(s.method) & kinds)]
         if useless:
-            raise RecipeError(
-                f"{key}: {', '.join(useless)}: for experts only, and"
-                f" {self.model.family.model_type} has none: take it out"
-            )
+            what = f"for experts only, and {self.model.family.model_type} has none"
+            if any(cuts_parts(spec.method) for spec in useless):
+                what = "there is nothing that it could cut: no experts, and no part of a block that"
+                what += f" the family {self.model.family.model_type} names and keep leaves whole"
+            raise RecipeError(f"{key}: {', '.join(map(str, useless))}: {what}: take it out")
         kept = [unit.name for unit in banks if self.recipe.kept(unit.name)]
         if kept and self.recipe.serve != "moesaic":
             raise RecipeError(

@@ -413,6 +413,11 @@ class Pipeline:
             baselines=plans,
             measurements=self.table.measurements,
             reductions=self.table.reductions,
+            owners={
+                unit.name: part.name
+                for part in experiment.shaping.parts.values()
+                for unit in part.units.values()
+            },
             scores=scores,
             expert_load=self.table.load,
             experts=expert_layers(

@@ -100,7 +100,8 @@ class RunSummary:
             of the yardstick, and what else the evaluation gave; numbers but for ``sources``, text
             source → figures.
         yardstick: what the model was judged by.
-        reductions: (bank, reducers) → what the reduction by itself takes and loses.
+        reductions: (bank or part, reducers) → what the reduction by itself takes and loses.
+        owners: linear → the part that it can be reduced with.
         expert_load: block → tokens routed to each expert.
         experts: every layer of experts, in model order, where the recipe reduces some.
         events: in order of time.
@@ -123,6 +124,7 @@ class RunSummary:
     measurements: Sequence[Measurement]
     scores: Mapping[str, Mapping[str, Any]]
     reductions: Mapping[tuple[str, Chain], Measurement] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
     expert_load: Mapping[int, Sequence[int]] = field(default_factory=dict)
     experts: Sequence[LayerExperts] = ()
     events: Sequence[Event] = ()
@@ -147,7 +149,7 @@ class RunSummary:
         names = [choice.name for choice in choices_in(unit, plan.units)]
         found = [self._measured[name, plan.units[name]] for name in names]
         prefix = reducing(found[0].chain)[0]
-        own = self.reductions.get((unit.name, prefix)) if prefix else None
+        own = self._reduction(unit.name, prefix) if prefix else None
         counts = Counter(chain_text(measurement.chain) for measurement in found)
         mixed = ", ".join(f"{count} × {text}" for text, count in counts.most_common())
         parts = found if own is None else [own, *found]
@@ -160,6 +162,19 @@ class RunSummary:
             loss=sum(measurement.loss for measurement in parts),
             seconds=sum(measurement.seconds for measurement in parts),
         )
+
+    @cached_property
+    def _first_units(self) -> dict[str, str]:
+        """Bank or part → its first unit."""
+        found: dict[str, str] = {}
+        for unit in self.units:
+            found.setdefault(self.owners.get(unit.name, unit.name), unit.name)
+        return found
+
+    def _reduction(self, unit: str, prefix: Chain) -> Measurement | None:
+        """What reducing a bank or part takes and loses; told with the first unit of a part."""
+        owner = self.owners.get(unit, unit)
+        return self.reductions.get((owner, prefix)) if self._first_units[owner] == unit else None
 
     def choice_bytes(self, plan: Plan) -> dict[str, tuple[int, int]]:
         """Chain → (choices that take it, their bytes), the largest first."""

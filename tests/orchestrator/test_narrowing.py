@@ -305,5 +305,52 @@ def test_a_whole_run_searches_cuts_and_bits_together(
     assert not calls["measure:compress_job"] and project.left() == before
 
 
+@pytest.mark.parametrize("serve", ["transformers", "vllm"])
+@pytest.mark.parametrize("search", ["knapsack", "uniform", "modegpt"])
+def test_a_search_for_engines_leaves_all_mlps_one_width(
+    serve: Serve, search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_folder(tmp_path / "model", "qwen2")
+    project = Project(tmp_path, model, monkeypatch)
+    cuts = {**CUT, "keep": [0.75, 0.5]}
+    project.write(
+        candidates=[[cuts], [cuts, {"method": "rtn", "bits": 8, "group_size": -1}]],
+        baselines=None,
+        serve=serve,
+        search=search,
+        keep=["self_attn"],
+        budget={"bits_per_weight": 11},
+        calibration={"sequences": 4, "length": 16, "shards": 2, "gradient_sequences": 2},
+    )
+    result, _ = project.run()
+    config = json.loads((Path(result["model"]) / "config.json").read_text())
+    assert config["intermediate_size"] in (48, 32)
+    forms = {
+        tuple(s["options"]["keep"] for s in chain if s["method"] == "modegpt")
+        for name, chain in project.json("plan.json")["units"].items()
+    }
+    assert len(forms) == 1 and len(next(iter(forms))) == 1
+
+
+def test_a_plan_is_solved_again_behind_what_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``propagate`` every block is cut for the inputs that the blocks before it leave."""
+    model = make_model_folder(tmp_path / "model", "qwen2")
+    project = Project(tmp_path, model, monkeypatch)
+    changes: dict[str, Any] = {
+        "candidates": [[{**CUT, "keep": 0.75}, {"method": "gptq", "bits": 8, "group_size": -1}]],
+        "baselines": None,
+        "budget": {"bits_per_weight": 7},
+        "calibration": {"sequences": 4, "length": 16, "shards": 2, "gradient_sequences": 2},
+    }
+    project.write(**changes)
+    plain, _ = project.run()
+    project.write(**changes, propagate=True)
+    solved, _ = project.run()
+    assert solved["scores"]["plan"]["bytes"] == plain["scores"]["plan"]["bytes"]
+    assert solved["scores"]["plan"]["kl"] != plain["scores"]["plan"]["kl"]
+
+
 def chain_text_of(specs: list[dict[str, Any]]) -> str:
     return " → ".join(str(spec["method"]) for spec in specs)
