@@ -184,7 +184,7 @@ def measure_speeds(experiment: Experiment, crew: Crew, tokens: int, expert_token
             expert_matmul=_matmul(few, hidden, 2 * narrow, model.dtype, crew.device),
             expert_hessian=_hessian(few, hidden, model.dtype, crew.device),
             head=_head(hidden, model.vocab_size, model.dtype, crew.device),
-            read=_read(model.checkpoint),
+            read=_read(experiment.original.checkpoint),
             add=_add(crew.device),
             write=_write(experiment),
             compress=_compressing(experiment, crew.device),
