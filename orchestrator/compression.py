@@ -9,6 +9,7 @@ it; the errors of all ranks come from one product.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,27 +44,26 @@ Members = Mapping[str, CompressedTensor]
 Rows = dict[str, Tensor]
 
 
-def row_errors(weight: Tensor, other: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared output error of every row, and of the row itself, summed over the tokens of H.
+def row_errors(weight: Tensor, other: Tensor | None, hessian: Tensor) -> Tensor:
+    """Squared output error of every row, summed over the tokens of H.
 
     Args:
-        weight, other: ``[*batch, out, in]``.
+        weight, other: ``[*batch, out, in]``; without ``other`` the squared outputs themselves.
         hessian: Σ x xᵀ ``[*batch, in, in]``.
 
     Returns:
-        diag(ΔW H ΔWᵀ) and diag(W H Wᵀ), float32 ``[*batch, out]`` each.
+        diag(ΔW H ΔWᵀ), float32 ``[*batch, out]``.
     """
     batch = hessian.shape[:-2]
     pieces = []
     step = max(1, ERROR_BYTES // (4 * hessian.shape[-1] * max(hessian.shape[-1], weight.shape[-2])))
     for index in range(0, batch[0] if batch else 1, step):
         rows = slice(index, index + step) if batch else ...
-        dense, h = weight[rows].float(), hessian[rows].float()
-        delta = dense - other[rows].float()
-        pieces.append([((x @ h) * x).sum(-1).clamp_min(0) for x in (delta, dense)])
-    if not batch:
-        return pieces[0][0], pieces[0][1]
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+        x, h = weight[rows].float(), hessian[rows].float()
+        if other is not None:
+            x = x - other[rows].float()
+        pieces.append(((x @ h) * x).sum(-1).clamp_min(0))
+    return torch.cat(pieces) if batch else pieces[0]
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ class Bench:
                     for member, tensor in own.items():
                         weight, site = self.weights[unit.name][member], unit.sites[member]
                         hessian = self.sites[site]["hessian"]
-                        error, norm = row_errors(weight, tensor.effective(), hessian)
-                        rows |= {f"error|{member}": error, f"norm|{member}": norm}
+                        rows[f"error|{member}"] = row_errors(weight, tensor.effective(), hessian)
                     key = keys[unit.name]
                     self._write(unit, key, own, rows, events, seconds)
                     yield unit.name, key, seconds
@@ -160,11 +159,10 @@ class Bench:
         for member, tensor in made.items():
             weight = self.weights[unit.name][member]
             hessian = self.sites[unit.sites[member]]["hessian"]
-            _, norm = row_errors(weight, weight, hessian)
             ranks = [family.ranks[chain][member] for chain in chains]
             curves = cut_errors(weight, tensor, hessian, ranks)
             for own, errors in zip(rows, curves, strict=True):
-                own |= {f"error|{member}": errors.float(), f"norm|{member}": norm}
+                own[f"error|{member}"] = errors.float()
         seconds = (time.monotonic() - started) / len(chains)
         named = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
         for chain, own in zip(chains, rows, strict=True):
@@ -205,11 +203,17 @@ class Bench:
         return members, result.events
 
     def _known_rows(self, unit: Unit) -> Rows:
-        """What every ``errors`` entry of the unit has: tokens that each member saw."""
-        return {
-            f"tokens{SEPARATOR}{member}": self.sites[site]["tokens"]
-            for member, site in unit.sites.items()
-        }
+        """What every ``errors`` entry of the unit has: tokens that each member saw, and the squares
+        of its outputs over them."""
+        rows = {}
+        for member, site in unit.sites.items():
+            stats, weight = self.sites[site], self.weights[unit.name][member]
+            outputs = partial(row_errors, weight, None, stats["hessian"])
+            rows[f"tokens{SEPARATOR}{member}"] = stats["tokens"]
+            rows[f"norm{SEPARATOR}{member}"] = stats.derived(
+                ("outputs", unit.name, member), outputs
+            )
+        return rows
 
     def _write(
         self,

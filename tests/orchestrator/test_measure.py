@@ -65,7 +65,7 @@ def test_row_errors_are_those_of_the_outputs(
     weight = torch.randn(*batch, 5, 7, generator=generator)
     other = weight + 0.1 * torch.randn(*batch, 5, 7, generator=generator)
     x = torch.randn(*batch, 31, 7, generator=generator)
-    error, norm = row_errors(weight, other, x.mT @ x)
+    error, norm = (row_errors(weight, w, x.mT @ x) for w in (other, None))
     y, z = (x.double() @ w.double().mT for w in (weight, other))
     assert error.shape == norm.shape == (*batch, 5)
     assert torch.allclose(error.double(), (y - z).square().sum(-2), rtol=1e-4)
@@ -76,8 +76,8 @@ def test_row_errors_of_equal_weights_are_zero_and_never_negative() -> None:
     weight = torch.randn(4, 6)
     vector = torch.randn(6, 1)
     hessian = vector @ vector.T - 1e-3 * torch.eye(6)  # not quite positive, as rounding makes it
-    assert torch.equal(row_errors(weight, weight, hessian)[0], torch.zeros(4))
-    assert (row_errors(torch.eye(6), torch.zeros(6, 6), hessian)[0] >= 0).all()
+    assert torch.equal(row_errors(weight, weight, hessian), torch.zeros(4))
+    assert (row_errors(torch.eye(6), torch.zeros(6, 6), hessian) >= 0).all()
 
 
 def test_predicted_losses_are_the_formula_expert_by_expert(tmp_path: Path) -> None:
