@@ -62,9 +62,8 @@ def feed_forwards(family: Family) -> Iterator[Place]:
         if inner is None or inner is group or len(inner.linears) != 1:
             continue
         paths = [path.split(".")[:-1] for path in (*group.linears, *inner.linears)]
-        common = os.path.commonprefix(paths)
-        if common:
-            yield Place.within(".".join(common), group.linears, inner.linears[0])
+        common = ".".join(os.path.commonprefix(paths))
+        yield Place.within(common, group.linears, inner.linears[0])
 
 
 def recognise(module: nn.Module, place: Place) -> Form:
@@ -73,6 +72,8 @@ def recognise(module: nn.Module, place: Place) -> Form:
     Raises:
         NotUnderstood: nothing that the kernel computes.
     """
+    if not place.path:
+        raise NotUnderstood("their linears lie in several modules")
     biases = [getattr(module.get_submodule(name), "bias", None) for name in place.first]
     if len(place.first) > 1 and any(bias is not None for bias in biases):
         raise NotUnderstood("it takes no biases of gate and up")

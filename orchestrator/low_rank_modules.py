@@ -71,7 +71,7 @@ def fuse(blocks: nn.Module, family: Family) -> None:
         for place in kind.places(family):
             for number, block in blocks.named_children():
                 names = place.names if kind.last_too else place.first
-                linears = [_submodule(block, f"{place.path}.{name}") for name in names]
+                linears = [_submodule(block, place.in_block(name)) for name in names]
                 if any(factors(linear) is None for linear in linears):
                     continue
                 module: Any = block.get_submodule(place.path)
@@ -79,14 +79,14 @@ def fuse(blocks: nn.Module, family: Family) -> None:
                     module.low_rank_form = kind.recognise(module, place)
                     module.__class__ = _fronted(kind.front, module.__class__)
                 except NotUnderstood as error:
-                    refused.setdefault(str(error), []).append(f"{number}.{place.path}")
-        for reason, places in refused.items():
+                    refused.setdefault(str(error), []).append(number)
+        for reason, numbers in refused.items():
             _log.log(
                 logging.WARNING if torch.cuda.is_available() else logging.INFO,
                 "%d %s of low rank (from block %s on) go without the fused kernel: %s",
-                len(places),
+                len(numbers),
                 kind.name,
-                places[0],
+                numbers[0],
                 reason,
             )
 

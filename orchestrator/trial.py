@@ -22,7 +22,7 @@ class Place:
     """Where a module is, and which of its linears stand where.
 
     Attributes:
-        path: of the module, within a block.
+        path: of the module, within a block; empty: the block itself.
         first: paths, within the module, of the linears that read what it is given.
         last: path of the one whose outputs it returns; None: there is none.
     """
@@ -35,7 +35,7 @@ class Place:
     def within(cls, path: str, first: Sequence[str], last: str) -> "Place":
         """The place of a module, from the linears' paths within the block; ``last`` may lie
         outside of it."""
-        prefix = f"{path}."
+        prefix = f"{path}." if path else ""
         names = tuple(name.removeprefix(prefix) for name in first)
         return cls(path, names, last.removeprefix(prefix) if last.startswith(prefix) else None)
 
@@ -43,6 +43,10 @@ class Place:
     def names(self) -> tuple[str, ...]:
         """Paths of all linears."""
         return self.first if self.last is None else (*self.first, self.last)
+
+    def in_block(self, name: str) -> str:
+        """The path within the block of a linear of the module."""
+        return f"{self.path}.{name}" if self.path else name
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def tried(
         raise NotUnderstood("they have tensors besides those of their linears")
     stand_ins = {name: _StandIn(known(linear.out_features)) for name, linear in linears.items()}
     x = known(linears[place.first[0]].in_features)
+    numbers = [x, *(stand_in.answer for stand_in in stand_ins.values())]
+    before = [number.clone() for number in numbers]
     try:
         for name, stand_in in stand_ins.items():
             module.set_submodule(name, stand_in)
@@ -105,6 +111,8 @@ def tried(
         raise NotUnderstood("they call a linear more than once, or not at all")
     if any(stand_ins[name].asked[0] is not x for name in place.first):
         raise NotUnderstood("they change what goes in")
+    if not all(map(torch.equal, numbers, before)):
+        raise NotUnderstood("they write into what they are given")
     answers = {name: stand_ins[name].answer for name in place.first}
     if place.last is None:
         return Trial(answers, returned)

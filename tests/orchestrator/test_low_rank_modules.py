@@ -19,7 +19,7 @@ from moesaic.methods import svd
 from moesaic.methods.base import Unit
 from moesaic.orchestrator import low_rank_attention, low_rank_mlp, low_rank_modules
 from moesaic.orchestrator.assemble import assemble
-from moesaic.orchestrator.family import load_family
+from moesaic.orchestrator.family import Linears, load_family
 from moesaic.orchestrator.low_rank_attention import LowRankAttention, attentions
 from moesaic.orchestrator.low_rank_mlp import Form, LowRankFeedForward, feed_forwards, recognise
 from moesaic.orchestrator.trial import NotUnderstood, Place
@@ -127,7 +127,7 @@ def test_layers_that_are_not_understood_are_told_once(
     with caplog.at_level(logging.INFO, logger=low_rank_modules.__name__):
         assert not fused(load(folder))
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("2 feed-forward layers of low rank (from block 0.mlp on)")
+    assert said.startswith("2 feed-forward layers of low rank (from block 0 on)")
     assert reason in said
 
 
@@ -153,6 +153,17 @@ def test_sites_tell_where_feed_forward_layers_are() -> None:
     assert list(feed_forwards(load_family("mixtral"))) == []
 
 
+def test_a_layer_spread_over_several_modules_is_not_understood() -> None:
+    """As BERT has it."""
+    groups = [("mlp:in", "intermediate.dense"), ("mlp:mid", "output.dense")]
+    mlp = [Linears(site=site, linears=[path]) for site, path in groups]
+    family = load_family("llama").model_copy(update={"mlp": mlp})
+    (place,) = feed_forwards(family)
+    assert [place.in_block(name) for name in place.names] == [path for _, path in groups]
+    with pytest.raises(NotUnderstood, match="in several modules"):
+        recognise(nn.Module(), place)
+
+
 class Layer(nn.Module):
     """``down(middle(a(x), b(x)))``, or without ``b``."""
 
@@ -172,7 +183,7 @@ class Layer(nn.Module):
 
 def found_out(module: Layer) -> Form:
     first = tuple(name for name in ("a", "b") if hasattr(module, name))
-    return recognise(module, Place("", first, "down"))
+    return recognise(module, Place("mlp", first, "down"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +230,7 @@ def test_anything_else_is_not_understood(module: Layer, reason: str) -> None:
     assert dict(module.named_parameters()) == before
 
 
-@pytest.mark.parametrize("fault", ["twice", "input", "output", "never"])
+@pytest.mark.parametrize("fault", ["twice", "input", "output", "never", "written", "given"])
 def test_a_module_that_does_more_is_not_understood(fault: str) -> None:
     class More(Layer):
         def forward(self, x: Tensor) -> Tensor:
@@ -227,10 +238,14 @@ def test_a_module_that_does_more_is_not_understood(fault: str) -> None:
                 self.a(x)
             if fault == "never":
                 return self.down(F.silu(self.a(x)) ** 2)  # type: ignore[no-any-return]
+            if fault == "given":
+                x.add_(1)
             y = super().forward(x + 0 if fault == "input" else x)
+            if fault == "written":
+                y.mul_(2)
             return y + 1 if fault == "output" else y
 
-    with pytest.raises(NotUnderstood, match="more than once|change what"):
+    with pytest.raises(NotUnderstood, match="more than once|change what|write into"):
         found_out(More(lambda a, b: F.silu(a) * b, True))
 
 
@@ -331,7 +346,7 @@ def test_attention_with_norms_or_sinks_is_not_understood(
     with caplog.at_level(logging.INFO, logger=low_rank_modules.__name__):
         assert not fused(load(folder), LowRankAttention)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and "attentions of low rank (from block 0.self_attn on)" in said[0]
+    assert len(said) == 1 and "attentions of low rank (from block 0 on)" in said[0]
 
 
 class Heads(nn.Module):
