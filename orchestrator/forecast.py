@@ -137,6 +137,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     _, events = expert_load(experiment, experiment.walk)
     events += _expected_events(experiment, left.blocks)
     events += _tokenizer_events(experiment)
+    events += _slicing_events(experiment)
     events += _machine_events(experiment, team, peak, sum(store.values()))
     return {
         "recipe": experiment.recipe.name,
@@ -268,6 +269,22 @@ def _tokenizer_events(experiment: Experiment) -> Iterator[Event]:
             f"{len(extra)} added token(s) of the tokenizer are beyond the model's vocabulary of"
             f" {size:,}: no text may contain {', '.join(map(repr, list(extra)[:3]))}",
             value=float(len(extra)),
+        )
+
+
+def _slicing_events(experiment: Experiment) -> Iterator[Event]:
+    """The width that slicing leaves, where that has still to be done."""
+    cut, store = experiment.cut, experiment.store
+    if cut is None:
+        return
+    missing = sum(store.get("sliced", cut.part_key(part)) is None for part in range(cut.parts))
+    if missing:
+        before, after = experiment.original.checkpoint, experiment.model.checkpoint
+        yield Event(
+            "slice_first",
+            f"hidden size {experiment.original.hidden_size} → {cut.width}, {before.file_bytes:,} →"
+            f" {after.file_bytes:,} bytes, comes first; how long it takes is not predicted",
+            value=float(cut.width),
         )
 
 
