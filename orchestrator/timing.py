@@ -137,7 +137,8 @@ class Clock:
     def gradients(self, lacking: int) -> float:
         """Forward and back through the blocks for a few sequences, and labels from the head.
 
-        With a second loss it goes back twice, and multiplies gradients and inputs.
+        With a second loss it goes back twice, and multiplies gradients and inputs; the latter also
+        for embeddings.
         """
         walk = self.experiment.walk
         if not lacking or not walk.gradients:
@@ -147,7 +148,8 @@ class Clock:
         again = int(walk.fisher)
         seconds = (3 + again) * tokens * self.speeds.head
         for block in range(self.model.blocks):
-            seconds += (2 + 2 * again) * self.linears(block, tokens)
+            products = 2 + 2 * again + bool(walk.pooling)
+            seconds += products * self.linears(block, tokens)
             seconds += (3 + again) * self.calls(block, sequences)
             seconds += self.load(block) * self.walkers + walk.shards * self.speeds.write
         return seconds

@@ -1,8 +1,8 @@
 """moesaic fits a language model into a byte budget.
 
 Importing the package registers the quantizer plug-in, so that afterwards
-``transformers.AutoModelForCausalLM.from_pretrained`` loads folders that moesaic wrote with
-``serve: moesaic``.
+``transformers.AutoModelForCausalLM.from_pretrained``, or ``AutoModel`` for encoders, loads folders
+that moesaic wrote with ``serve: moesaic``.
 """
 
 import importlib as _importlib

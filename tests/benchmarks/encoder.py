@@ -93,7 +93,7 @@ def plans_of(bench: Measured, arguments: argparse.Namespace) -> dict[Case, Plan]
         name = f"{bits} bits"
         plans[name, "rtn", UNIFORM] = bench.everywhere(integers("rtn", bits))
         own = plans[name, "gptq", UNIFORM] = bench.everywhere(integers("gptq", bits))
-        chains = [rounded(share) for share in ranks(arguments)]
+        chains = [rounded(share) for share in arguments.rounded_ranks]
         searched((name, "svd_llm → gptq 8", SEARCHED), chains, own.bytes)
     return plans
 
@@ -105,12 +105,12 @@ def ranks(arguments: argparse.Namespace) -> list[float]:
 
 def candidates(arguments: argparse.Namespace) -> list[Any]:
     """Everything that is measured, as a recipe has it."""
-    shares, widths = ranks(arguments), arguments.bits
+    shares, widths, rounded_shares = ranks(arguments), arguments.bits, arguments.rounded_ranks
     quantizer = {"method": "gptq", "bits": 8, "group_size": FACTOR_GROUP_SIZE}
     return [
         *({"method": method, "rank": shares} for method in arguments.methods),
         *({"method": m, "bits": widths, "group_size": GROUP_SIZE} for m in ("rtn", "gptq")),
-        [{"method": "svd_llm", "rank": shares}, quantizer],
+        [{"method": "svd_llm", "rank": rounded_shares}, quantizer],
     ]
 
 
@@ -186,13 +186,14 @@ def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
     text = ", ".join(path.name for path in arguments.text)
     heldout = ", ".join(path.name for path in arguments.heldout)
     shares = ", ".join(f"{share:g}" for share in ranks(arguments))
+    rounded_shares = ", ".join(f"{share:g}" for share in arguments.rounded_ranks)
     parts = [
         f"{arguments.model.name}: {arguments.sequences} × {arguments.length} calibration tokens"
         f" ({text}), all of them for gradients; {arguments.heldout_sequences} held-out sentences of"
         f" at most {arguments.sentence_length} tokens ({heldout}); float32; seeds: {seeds}. Median"
         " (least–largest) over seeds. Bytes are those of the layers' weights with all that is"
         " stored for them; the embedding of words stays as it is and is not counted. Integers in"
-        f" groups of {GROUP_SIZE}. Rank shares to search: {shares}.",
+        f" groups of {GROUP_SIZE}. Rank shares to search: {shares}; in 8 bits {rounded_shares}.",
         table(headers, rows(found)),
         "\n".join(f"- {line}" for line in verdicts(found)),
     ]
@@ -207,8 +208,11 @@ def main() -> None:
     parser.add_argument("--sentence-length", type=int, default=128)
     parser.add_argument("--methods", nargs="+", default=["svd", "fwsvd", "asvd", "svd_llm"])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    steps = [step / 20 for step in range(2, 20)]
+    steps = [step / 20 for step in range(6, 20)]
     parser.add_argument("--ranks", type=float, nargs="+", default=steps, help="to be searched")
+    # Each is rounded by itself, while factors alone are cuts of the largest.
+    steps = [step / 10 for step in range(3, 10)]
+    parser.add_argument("--rounded-ranks", type=float, nargs="+", default=steps)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():

@@ -33,6 +33,7 @@ from moesaic.orchestrator.embeddings import (
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.evaluate import dense_members, evaluate_rows
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.listing import read_run
 from moesaic.orchestrator.recipe import Source, Texts, load_recipe
 from moesaic.orchestrator.statistics import load_stats
@@ -498,6 +499,29 @@ def test_everything_that_tells_of_a_run_tells_what_encoders_are_judged_by(
     (tracked,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert tracked.data.metrics["cosine"] == scores["plan"]["cosine"]
     assert "cosine, worst 5 %" in tracked.data.tags["mlflow.note.content"]
+
+
+def test_what_a_run_will_take_is_told(experiment: Experiment) -> None:
+    found = forecast(experiment)
+    assert found["model_type"] == "bert" and found["work"]["gradient_tokens"] == 4 * 20
+    assert 0 < found["time"]["gradients"] < 60 and 0 < found["time"]["evaluate"] < 60
+    assert found["bytes"]["dense"]["bytes"] == experiment.model.checkpoint.file_bytes
+
+
+def test_a_plan_is_solved_again_on_its_own_predecessors(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path, models["first"], monkeypatch)
+    ranks = {**RUN, "candidates": RUN["candidates"][:1]}
+    project.write(**ranks)
+    project.run()
+    alone = project.json("scores.json")
+    project.write(**{**ranks, "propagate": True})
+    _, calls = project.run()
+    assert calls["calibrate:collect"] > 0
+    propagated = project.json("scores.json")
+    assert 0 < propagated["plan"]["distance"] != alone["plan"]["distance"]
+    assert propagated["dense"]["distance"] == 0
 
 
 def test_encoders_are_not_offered_to_engines_they_were_not_tried_with(
