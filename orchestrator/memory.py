@@ -385,8 +385,10 @@ def _evaluate(sizes: Sizes, block: int) -> Parts:
         "hidden states": 2 * hidden,
         "activations": sizes.activations(block, tokens),
     }
+    original = sizes.experiment.original  # whose head stands beside that of a sliced model
+    head = original.hidden_size * original.vocab_size * sizes.item
     judging = {
-        "weights": sizes.outer(),
+        "weights": sizes.outer() + (head if sizes.experiment.cut is not None else 0),
         "hidden states": 3 * hidden,
         "activations": sizes.logits(texts.length),
     }
@@ -403,7 +405,9 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     token = sizes.model.hidden_size * sizes.item
     states = walk.sequences * sizes.length * token
     kept = experiment.gradient_tokens() * token * (sizes.model.blocks + 1)
+    sliced = {} if experiment.cut is None else {"sliced": sizes.model.checkpoint.total_bytes}
     return {
+        **sliced,
         "pieces": sum(experiment.predicted_bytes(unit, chain) for unit, chain in pairs),
         "errors": sum(_error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),

@@ -241,6 +241,8 @@ def _specs(link: Any) -> list[Spec]:
     if not isinstance(link, dict) or not isinstance(link.get("method"), str):
         raise ValueError("needs a mapping with the key method and its options")
     method, options = link["method"], {str(k): v for k, v in link.items() if k != "method"}
+    if method == SliceOptions().method:
+        raise ValueError(f"{method} is no candidate: it makes the whole model narrower, key slice")
     try:
         fields = options_of(method).model_fields
     except UnknownName as error:

@@ -6,7 +6,8 @@ from typing import Any
 
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.slicing import Cut, gathered
+from moesaic.orchestrator.slice_walk import gathered
+from moesaic.orchestrator.slicing import Cut
 from moesaic.orchestrator.statistics import ranges
 from moesaic.orchestrator.store import remove_scratch
 
@@ -32,12 +33,12 @@ class Slicing:
         if not cut.shortcuts:
             self._gather_all(steps)
             if places and store.get("stats", cut.sums_key) is None:
-                self._call("add_up", [{}], "add up")
+                self._call("slice_walk:add_up", [{}], "add up")
         for place in places:
             if cut.shortcuts and place in steps:
                 self._gather_all([place])
-            self._call("settle", [{"place": place}], f"axes {place}", counted=True)
-        self._call("write", [{"part": part} for part in parts], "write", counted=True)
+            self._call("slice_walk:settle", [{"place": place}], f"axes {place}", counted=True)
+        self._call("slicing:write", [{"part": part} for part in parts], "write", counted=True)
         remove_scratch(cut.scratch)
 
     def _steps(self, places: Sequence[int]) -> Sequence[int]:
@@ -61,7 +62,7 @@ class Slicing:
             if not all(cut.hidden_path(block, shard).exists() for shard in shards):
                 self._gather(block * cut.sublayers if cut.shortcuts else block - 1)
         spans = [{"step": step, "span": span} for span in ranges(cut.walk.shards, self.pool.size)]
-        self._call("gather", spans, f"slice {step}")
+        self._call("slice_walk:gather", spans, f"slice {step}")
 
     def _call(
         self, function: str, arguments: list[dict[str, Any]], label: str, counted: bool = False
@@ -72,8 +73,5 @@ class Slicing:
             return ()
 
         plain = asdict(self.cut)
-        tasks = [
-            Task(f"slicing:{function}", {"cut": plain, **own}, label, done=done)
-            for own in arguments
-        ]
+        tasks = [Task(function, {"cut": plain, **own}, label, done=done) for own in arguments]
         self.pool.run(tasks, self.view.tick)

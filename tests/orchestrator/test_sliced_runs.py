@@ -83,7 +83,7 @@ def test_slicing_alone_is_a_run(
     own = {"hidden": 32, "shortcuts": shortcuts}
     made = project(tmp_path, models[model_type], monkeypatch, ALONE, slice=own)
     _, calls = made.run(size=2)
-    assert {name.partition(":")[0] for name in calls} == {"slicing", "evaluate"}
+    assert {name.partition(":")[0] for name in calls} == {"slice_walk", "slicing", "evaluate"}
     scores, plan = made.json("scores.json"), made.json("plan.json")
     assert list(scores) == ["dense", "plan"]
     assert set(map(tuple, plan["units"].values())) == {()}
@@ -269,6 +269,7 @@ def refusal(made: Project) -> str:
             "model.layers.0.self_attn.q_proj",
         ),
         (None, {"candidates": []}, "candidates: needs a list with at least one candidate"),
+        (None, {"candidates": [{"method": "slicegpt"}]}, "slicegpt is no candidate"),
         (
             {"hidden": 32},
             {"baselines": {"sliced": {"method": "rtn", "bits": 4}}},

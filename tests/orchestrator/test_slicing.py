@@ -17,13 +17,8 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.family import Sublayer, families, load_family
 from moesaic.orchestrator.slice_stage import Slicing
-from moesaic.orchestrator.slicing import (
-    Cut,
-    Passage,
-    SlicedCheckpoint,
-    dropped_share,
-    slicing_events,
-)
+from moesaic.orchestrator.slice_walk import Passage
+from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, dropped_share, slicing_events
 from moesaic.orchestrator.streaming import StreamedModel
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.inline import InlinePool, Killed
@@ -317,14 +312,14 @@ def test_only_what_is_damaged_or_gone_is_made_again(tiny: Tiny, tmp_path: Path) 
     # Axes in the middle of the model: the text has to come there again.
     store.path("bases", sliced.cut.basis_key(3)).unlink()
     calls = sliced.run().calls
-    assert calls["slicing:settle"] == 1 and "slicing:write" not in calls
+    assert calls["slice_walk:settle"] == 1 and "slicing:write" not in calls
     assert sliced.left() == before
 
 
 def test_another_width_with_shared_axes_needs_no_other_passage(tiny: Tiny, tmp_path: Path) -> None:
     Sliced(tiny("llama"), tmp_path, 32, shortcuts=False).run()
     calls = Sliced(tiny("llama"), tmp_path, 40, shortcuts=False).run().calls
-    assert calls == {"slicing:settle": 1, "slicing:write": 3}
+    assert calls == {"slice_walk:settle": 1, "slicing:write": 3}
 
 
 @pytest.mark.parametrize("shortcuts", [False, True])
