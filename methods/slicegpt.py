@@ -95,7 +95,7 @@ def principal_axes(gram: Tensor, width: int, tokens: int) -> tuple[Tensor, float
     """The axes to keep.
 
     Args:
-        gram: Σ n nᵀ ``[D, D]`` over tokens, n of length √D.
+        gram: Σ n nᵀ ``[D, D]`` over tokens, n of length √D, float64.
         width: how many.
 
     Returns:
@@ -108,11 +108,12 @@ def principal_axes(gram: Tensor, width: int, tokens: int) -> tuple[Tensor, float
     """
     if not gram.isfinite().all():
         raise ValueError("the sum over the residual stream has NaN or infinite entries")
-    values, vectors = torch.linalg.eigh(gram.double())  # ascending
+    values, vectors = torch.linalg.eigh(gram)  # ascending
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     total = float(values.sum())
     dropped = float(values[width:].sum()) / total if total else 0.0
-    rank = int((values > values[0] * len(values) * torch.finfo(torch.float32).eps).sum())
+    # What rounding of the stream to float32 leaves on an axis that nothing uses.
+    rank = int((values > total * torch.finfo(torch.float32).eps ** 2).sum())
     events = []
     if rank < width:
         kind = "few_tokens" if tokens < width else "rank_deficient"

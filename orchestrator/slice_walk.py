@@ -136,14 +136,14 @@ class Passage:
 
 
 class _StreamSums:
-    """Sums n nᵀ over the stream, n of length √D."""
+    """Sums n nᵀ over the stream, n of length √D; in float64, to tell small axes from none."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = torch.zeros((), dtype=torch.int64)
-        self.gram = torch.zeros(width, width, device=device)
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1]).double()
         add_gram(self.gram, rows * rows.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt())
         self.tokens += len(rows)
 
@@ -245,10 +245,10 @@ def _through(
 def add_up(state: WorkerState, cut: dict[str, Any]) -> dict[str, Any]:
     """Sums over the stream of all steps, which share their axes."""
     plan = Cut.of(cut)
-    totals = [_total(plan, step) for step in range(plan.steps)]
-    gram = sum((total["gram"].double() for total in totals), torch.zeros((), dtype=torch.float64))
-    tokens = totals[0]["tokens"] // plan.sublayers
-    sums = {_STREAM: Stats({"tokens": tokens, "gram": gram})}
+    total = _total(plan, 0)
+    for step in range(1, plan.steps):
+        total = total + _total(plan, step)
+    sums = {_STREAM: total}
     plan.store.put("stats", plan.sums_key, lambda p: save_stats(p, sums))
     return {"peak_bytes": peak_memory_bytes()}
 
@@ -260,7 +260,8 @@ def settle(state: WorkerState, cut: dict[str, Any], place: int) -> dict[str, Any
         sums = _total(plan, place)
     else:
         sums = load_stats(plan.store.path("stats", plan.sums_key))[_STREAM]
-    gram, tokens = sums["gram"].to(state.device), int(sums["tokens"])
+    places = 1 if plan.shortcuts else plan.blocks * plan.sublayers + 1  # that were summed over
+    gram, tokens = sums["gram"].to(state.device), int(sums["tokens"]) // places
     basis, dropped, events = slicegpt.principal_axes(gram, plan.width, tokens)
     if plan.shortcuts and place:
         basis = slicegpt.aligned(basis, plan.basis(place - 1).to(basis.device))
