@@ -165,8 +165,9 @@ def gather(state: WorkerState, cut: dict[str, Any], step: int, span: Node) -> di
         sums = _StreamSums(model.hidden_size, model.device)
         hidden = _entering(plan, model, block, shard)
         if module is None:
-            sums.add(hidden.to(model.device))
             after = [hidden]
+            for part in hidden.split(walk.batch):
+                sums.add(part.to(model.device))
         else:
             after = _through(plan, model, block, module, hidden, last, sums)
         if after:

@@ -1,9 +1,8 @@
 """A narrower model before everything else: the original, sliced once into a folder of the store.
 
-:mod:`moesaic.methods.slicegpt` says what is computed. Here the calibration text passes the original
-block by block, on the stream's own axes: cutting a stream is projecting it, and a hook behind every
-attention and MLP does that, so that each place sees what the places before it have left. From the
-sums over the stream come its axes, from those the weights of one block at a time.
+:mod:`moesaic.methods.slicegpt` says what is computed. In :mod:`moesaic.orchestrator.slice_walk` the
+calibration text passes the original, and what it makes of the residual stream gives the stream's
+axes. From those come the weights here, one block at a time.
 
     STORE/bases    axes of a place, float64
     STORE/sliced   one file of weights per block, and one for embedding, last norm and head
@@ -33,9 +32,7 @@ from moesaic.orchestrator.checkpoint import DTYPES, INDEX, Checkpoint, Entry
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
-from moesaic.orchestrator.statistics import (
-    Node,
-)
+from moesaic.orchestrator.statistics import Node
 from moesaic.orchestrator.store import (
     MODELS,
     Store,
