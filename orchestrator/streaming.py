@@ -137,6 +137,16 @@ class StreamedModel:
         """The block's module without weights; it must not be changed."""
         return self._skeleton.prototypes[block]
 
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers around the blocks that no file holds, by path: what they are in the dtype that
+        is computed in, whatever transformers rounds them to when it loads a model."""
+        return {
+            f"{path}.{name}": module._buffers[name]
+            for path, module in self._skeleton.model.named_modules()
+            for name in sorted(module._non_persistent_buffers_set)
+            if module._buffers[name] is not None
+        }
+
     def fixed_names(self) -> list[str]:
         """Names on disk of everything that no unit covers."""
         covered = {

@@ -189,6 +189,7 @@ def _reloaded(folder: Path, serve: Serve, ids: Tensor, original: StreamedModel) 
             model = _load(folder, original)
             if serve != "moesaic":
                 model(ids[:1, :1])
+            _put_constants(model, original)
             _compute_in_float32(model, original.family)
             found = model(ids)
         except (RuntimeError, ValueError) as error:
@@ -196,6 +197,16 @@ def _reloaded(folder: Path, serve: Serve, ids: Tensor, original: StreamedModel) 
             raise RunError(f"{folder}: transformers cannot load it: {first}") from error
     outputs: Tensor = found.last_hidden_state if original.family.is_encoder else found.logits
     return outputs
+
+
+def _put_constants(model: nn.Module, original: StreamedModel) -> None:
+    """Gives a model the original's constants, which transformers makes in the files' dtype: how
+    they are rounded (Gemma's scale of embeddings) is not what is verified."""
+    known = dict(model.named_buffers())
+    for name, value in original.constants().items():
+        if name in known:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = value.clone()
 
 
 def _compute_in_float32(model: nn.Module, family: Family) -> None:
