@@ -116,7 +116,7 @@ def evaluate_rows(
     else:
         dense = dense_hidden(plan, rows).to(model.device)
     reference = None if same else dense_model(state, plan)
-    sums = [_sequence(model, reference, *row) for row in zip(final, dense, ids, strict=True)]
+    sums = [sequence_sums(model, reference, *row) for row in zip(final, dense, ids, strict=True)]
     return {
         "nll": [row[0] for row in sums],
         "kl": [row[1] for row in sums],
@@ -153,7 +153,7 @@ def dense_model(state: WorkerState, judge: Judge) -> StreamedModel:
     return found
 
 
-def _sequence(
+def sequence_sums(
     model: StreamedModel,
     reference: StreamedModel | None,
     hidden: Tensor,
