@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moesaic.orchestrator.pictures import GREY, KINDS, byte_scale, save
+from moesaic.orchestrator.pictures import BEHIND, GREY, KINDS, byte_scale, save
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 
@@ -77,7 +77,7 @@ def importances(study: StudySummary) -> Figure:
     shares = [100 * study.importances[name] for name in names]
     axes.barh(range(len(names)), shares, height=0.62, color=_OTHERS)
     for row, share in enumerate(shares):
-        axes.text(share + 0.8, row, f"{share:.0f} %", va="center", size=8.5)
+        axes.text(share + 0.8, row, f"{share:.0f} %", va="center", size=8.5, bbox=BEHIND)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, max([*shares, 1.0]) * 1.12)
