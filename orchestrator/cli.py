@@ -128,13 +128,54 @@ def run(
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate", "assemble", "report"))
         stderr.print(score_table(result["scores"]))
-        folder = Path(result["output"])
-        stderr.print(f"checkpoint  {folder / 'model'}", markup=False)
-        stderr.print(f"report      {folder / 'report.html'}", markup=False)
-        stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
+        _print_places(result)
         return result
 
     _answer(work, as_json, debug)
+
+
+@app.command()
+def tune(
+    recipe: RecipeFile,
+    trials: Annotated[int, typer.Option(min=1, help="Trials that the study is to have.")],
+    output: Output = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which no new trial begins.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time; default: one per worker.")
+    ] = None,
+    storage: Annotated[
+        Path | None, typer.Option(help="The study's journal; default OUTPUT/journal.log.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with a study that is there, or refuse to.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """As run, with a study (Optuna) of how far to trust the measurements as search."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.run import tune_recipe
+        from moesaic.orchestrator.tune import StudyOptions
+
+        options = StudyOptions(trials, timeout, jobs, storage, resume)
+        result = tune_recipe(recipe, output, options)
+        stderr.print(score_table(result["scores"]))
+        _print_places(result)
+        stderr.print(f"study       optuna-dashboard {result['study']['journal']}", markup=False)
+        return result
+
+    _answer(work, as_json, debug)
+
+
+def _print_places(result: Mapping[str, Any]) -> None:
+    """Where to look at what a run has left."""
+    folder = Path(result["output"])
+    stderr.print(f"checkpoint  {folder / 'model'}", markup=False)
+    stderr.print(f"report      {folder / 'report.html'}", markup=False)
+    stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
 
 
 @app.command()

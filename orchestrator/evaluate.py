@@ -144,7 +144,9 @@ class Language:
     ) -> dict[str, Any]:
         """``nll`` and ``kl``: sums over each sequence in nats; ``tokens``: predicted tokens of a
         sequence; ``correct``: tokens whose most probable prediction was right."""
-        sums = [_sequence(model, reference, *row) for row in zip(result, dense, ids, strict=True)]
+        sums = [
+            sequence_sums(model, reference, *row) for row in zip(result, dense, ids, strict=True)
+        ]
         return {
             "nll": [row[0] for row in sums],
             "kl": [row[1] for row in sums],
@@ -222,7 +224,7 @@ def dense_model(state: WorkerState, judge: Judge) -> StreamedModel:
     return found
 
 
-def _sequence(
+def sequence_sums(
     model: StreamedModel,
     reference: StreamedModel | None,
     hidden: Tensor,

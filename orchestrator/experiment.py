@@ -440,13 +440,11 @@ class Experiment:
             dense_bytes=self.original.checkpoint.file_bytes,
         )
 
-    def _smallest(self, fixed_bytes: int) -> int:
-        """Bytes of the smallest plan that the search can find.
+    def sized_problem(self, fixed_bytes: int) -> Problem:
+        """What a search will be given, as far as it is known before any work: bytes, no losses.
 
-        All experts of a bank stand together here: they are equally large.
-
-        Raises:
-            RecipeError: the candidates allow no plan at all.
+        A choice is a member of a unit, ``UNIT.MEMBER``: all experts of a bank stand together here,
+        because they are equally large. There is no budget.
         """
         members = {unit.name: [f"{unit.name}.{m}" for m in unit.shapes] for unit in self.units}
         offers: dict[str, list[Measurement]] = {}
@@ -465,9 +463,16 @@ class Experiment:
             tied += [[unit.name] for unit in self.units if unit.name not in inside]
         groups = [[name for unit in group for name in members[unit]] for group in tied]
         budget = Budget(0, fixed_bytes)
-        problem = Problem(offers, groups, budget, banks, one_form=not self.mixed_banks)
+        return Problem(offers, groups, budget, banks, one_form=not self.mixed_banks)
+
+    def _smallest(self, fixed_bytes: int) -> int:
+        """Bytes of the smallest plan that the search can find.
+
+        Raises:
+            RecipeError: the candidates allow no plan at all.
+        """
         try:
-            return smallest_bytes(problem, self.recipe.search)
+            return smallest_bytes(self.sized_problem(fixed_bytes), self.recipe.search)
         except ValueError as error:
             raise RecipeError(
                 f"candidates: with search: {self.recipe.search} and serve: {self.recipe.serve}"

@@ -90,7 +90,8 @@ def charged(problem: Problem, charge: float | None) -> Problem:
 def divergences(
     experiment: Experiment, pool: Pool, view: View, plans: Mapping[str, Mapping[str, str]]
 ) -> dict[str, float]:
-    """KL to the dense model on calibration text, nats per token; what was measured before is known.
+    """What a search makes small, on calibration text: KL to the dense model in nats per token, or
+    an encoder's mean distance of embeddings. What was measured before is known.
 
     Args:
         plans: name → unit → file of its piece.
@@ -100,8 +101,9 @@ def divergences(
     starts = [part * count // _PARTS for part in range(_PARTS)] + [count]
     bounds = zip(starts, starts[1:], strict=False)
     rows = [(low, min(low + _SEQUENCES, high)) for low, high in bounds if high > low]
-    length = experiment.calibration.ids.shape[1] - 1
-    tokens = length * sum(high - low for low, high in rows)
+    family = experiment.model.family
+    each = 1 if family.is_encoder else experiment.calibration.ids.shape[1] - 1
+    judged = each * sum(high - low for low, high in rows)
 
     def key(pieces: Mapping[str, str]) -> str:
         made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
@@ -114,9 +116,9 @@ def divergences(
 
     def task(name: str, part: tuple[int, int]) -> Task:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            sums[name][part[0]] = sum(result["kl"])
+            sums[name][part[0]] = sum(result[family.yardstick.loss.key])
             if len(sums[name]) == len(rows):
-                known[name] = sum(sums[name][row] for row, _ in rows) / tokens
+                known[name] = sum(sums[name][row] for row, _ in rows) / judged
                 store.put_json("scores", key(plans[name]), known[name])
                 view.advance("finalists")
             return ()

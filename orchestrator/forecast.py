@@ -395,12 +395,14 @@ def _stage_table(result: Mapping[str, Any]) -> Table:
         "measure": f"{work['pairs_finished']} of {work['pairs']} pairs",
     }
     table = _table("stage", "finished before", "time left", "largest process")
-    for name, seconds in result["time"].items():
-        if isinstance(seconds, float):
-            memory_bytes = stages[name]["total"] if name in stages else None
-            size = "" if memory_bytes is None else _size(memory_bytes)
-            size = _size(result["memory"]["peak"]) if name == "total" else size
-            table.add_row(name, steps.get(name, ""), _duration(seconds), size)
+    times = {name: v for name, v in result["time"].items() if isinstance(v, float)}
+    total = times.pop("total")
+    # How long a study takes is up to whoever starts it.
+    for name in dict.fromkeys([*times, *stages]):
+        size = _size(stages[name]["total"]) if name in stages else ""
+        left = _duration(times[name]) if name in times else ""
+        table.add_row(name, steps.get(name, ""), left, size)
+    table.add_row("total", "", _duration(total), _size(result["memory"]["peak"]))
     return table
 
 

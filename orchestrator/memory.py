@@ -19,6 +19,7 @@ from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
+from moesaic.orchestrator.resident import HIDDEN_BYTES, WEIGHT_BYTES
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
     GradientObserver,
@@ -47,8 +48,9 @@ METHOD = (
     "largest worker process: libraries, weights of the largest block, its statistics once for"
     " every partial sum that is held while shards are added in pairs, hidden states of the worker's"
     " shards, activations of one batch (an upper bound), what oneDNN compiled for experts in 16"
-    " bits; when measuring: weights and statistics of"
-    " the largest site, its factors, the solver's working copies and those of the error"
+    " bits; when measuring: weights and statistics of the largest site, its factors, the solver's"
+    " working copies and those of the error; when tuning: the whole model, and at most what is kept"
+    " of earlier plans"
 )
 
 
@@ -236,6 +238,8 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
         found["gradients"] = _largest(_reverse(sizes, block) for block in blocks)
     found["measure"] = _largest(_measure(sizes, units) for units in jobs)
     found["evaluate"] = _largest(_evaluate(sizes, block) for block in blocks)
+    if sizes.experiment.recipe.tune is not None:
+        found["tune"] = _tune(sizes)
     for stage, parts in found.items():
         parts["compiled products"] = _compiled(sizes, stage)
         parts["allocator"] = int(_KEPT_BY_ALLOCATOR * sum(parts.values()))
@@ -393,6 +397,23 @@ def _evaluate(sizes: Sizes, block: int) -> Parts:
         "activations": sizes.logits(texts.length),
     }
     return _largest([running, judging])
+
+
+def _tune(sizes: Sizes) -> Parts:
+    """The whole model in one process, and what it keeps of the plans before (see ``resident``)."""
+    blocks = range(sizes.model.blocks)
+    texts, units = sizes.experiment.recipe.calibration, sizes.experiment.units
+    model = sum(sizes.weights(block) for block in blocks)
+    offers = sum(unit.parameters * len(sizes.experiment.offers[unit.name]) for unit in units)
+    tokens = min(texts.batch, texts.sequences) * texts.length
+    return {
+        "weights": model + max(map(sizes.weights, blocks)) + sizes.outer(),
+        "weights of other plans": min(WEIGHT_BYTES, offers * sizes.item),
+        "hidden states": HIDDEN_BYTES,
+        "activations": max(
+            sizes.logits(texts.length), *(sizes.activations(block, tokens) for block in blocks)
+        ),
+    }
 
 
 def predict_store(sizes: Sizes) -> dict[str, int]:

@@ -47,7 +47,7 @@ _PLAN = "#D55E00"
 _BASELINES = ["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5f6368"]
 _MARKERS = "osD^vP"
 # Behind text that may lie on a line.
-_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 OUTLINE = [withStroke(linewidth=3, foreground="#202124")]
 _BIT_TICKS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32]
 
@@ -131,7 +131,7 @@ def part_bytes(summary: RunSummary) -> Figure:
         left += values
     for row, total in enumerate(left):
         text = f"{total:,.3g} {unit}"
-        axes.text(total + left.max() * 0.012, row, text, va="center", size=8.5, bbox=_BEHIND)
+        axes.text(total + left.max() * 0.012, row, text, va="center", size=8.5, bbox=BEHIND)
     budget = summary.budget_bytes / scale
     axes.axvline(budget, color="#202124", linestyle=(0, (4, 3)), linewidth=1)
     axes.set_yticks(range(len(bars)), list(bars))
@@ -205,7 +205,7 @@ def _labels(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float
             textcoords="offset points",
             va="center",
             weight="bold" if name == "plan" else "normal",
-            bbox=_BEHIND,
+            bbox=BEHIND,
             zorder=4,
             arrowprops={"arrowstyle": "-", "color": "#9aa0a6", "linewidth": 0.7, "shrinkB": 5},
         )

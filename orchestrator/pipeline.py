@@ -158,7 +158,7 @@ class Pipeline:
             for name, chain in experiment.recipe.baselines.items()
         }
         found["plan"] = self._searched()
-        return {name: replace(p, bytes=self._file_bytes(p)) for name, p in found.items()}
+        return {name: replace(p, bytes=self.file_bytes(p)) for name, p in found.items()}
 
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.
@@ -171,7 +171,7 @@ class Pipeline:
         plans: dict[str, Plan] = {}
         for name, problem in finalists.variants(given).items():
             try:
-                plan = given.plan(self._fitted(problem).units)
+                plan = given.plan(self.fitted(problem).units)
             except (RecipeError, ValueError):
                 if not plans:
                     raise
@@ -184,13 +184,14 @@ class Pipeline:
             name: plan_pieces(experiment, experiment.walk, plan.units)
             for name, plan in plans.items()
         }
-        kl = finalists.divergences(experiment, self.pool, self.view, pieces)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in kl.items())
-        self.view.line(f"finalists, KL on calibration text: {shown}")
-        self.finalists = kl
-        return plans[min(kl, key=lambda name: (kl[name], plans[name].bytes))]
+        losses = finalists.divergences(experiment, self.pool, self.view, pieces)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        figure = experiment.model.family.yardstick.loss.name
+        self.view.line(f"finalists, {figure} on calibration text: {shown}")
+        self.finalists = losses
+        return plans[min(losses, key=lambda name: (losses[name], plans[name].bytes))]
 
-    def _fitted(self, given: Problem) -> Plan:
+    def fitted(self, given: Problem) -> Plan:
         """The plan of least predicted loss whose files fit the budget.
 
         Headers of the files are first reckoned at their bound. Where that matters (small models), a
@@ -205,7 +206,7 @@ class Pipeline:
                 return plan
             trial, total = plan, given.budget.total_bytes
             for _ in range(_REFINEMENTS):
-                size = self._file_bytes(trial)
+                size = self.file_bytes(trial)
                 if size <= total and trial.loss <= plan.loss:
                     plan = trial
                     if total - size < _SPARE * total:
@@ -217,7 +218,7 @@ class Pipeline:
             raise RecipeError(f"budget: {error}") from None
         return plan
 
-    def _file_bytes(self, plan: Plan) -> int:
+    def file_bytes(self, plan: Plan) -> int:
         """Bytes of the safetensors files of a plan, headers included, exactly."""
         experiment = self.experiment
         pieces = plan_pieces(experiment, experiment.walk, plan.units)

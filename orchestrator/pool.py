@@ -30,7 +30,9 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.recipe import Compute
 
-_ATTEMPTS = 4
+# Deaths of its worker that a task outlives, less one; one that may fail is tried once more.
+_ATTEMPTS, _ATTEMPTS_IF_IT_MAY_FAIL = 4, 2
+WORKER_DIED = "worker died"
 _START_SECONDS = 300.0
 _SILENT_SECONDS = 10.0
 _POLL_SECONDS = 1.0
@@ -59,6 +61,8 @@ class Task:
         priority: smaller runs first.
         affinity: worker that holds what the task needs in memory, if it matters.
         done: called in the driver with the result; returns the tasks that can start now.
+        failed: called instead of ending everything, with the kind of error and the reason, when the
+            task failed or killed its worker repeatedly.
     """
 
     function: str
@@ -67,6 +71,7 @@ class Task:
     priority: tuple[int, ...] = (0,)
     affinity: int | None = None
     done: Callable[[Any], Iterable["Task"]] = lambda result: ()
+    failed: Callable[[str, str], Iterable["Task"]] | None = None
     attempts: int = field(default=0, compare=False)
 
 
@@ -378,11 +383,16 @@ class Pool:
             result = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause
+            if task.failed is not None:
+                return task.failed(type(cause).__name__, " ".join(str(cause).split()))
             if isinstance(cause, UserError | RunError):
                 raise cause from error
             raise RunError(f"{task.label}: {type(cause).__name__}: {cause}") from error
         except RayError as error:
             task.attempts += 1
+            if task.failed is not None and task.attempts >= _ATTEMPTS_IF_IT_MAY_FAIL:
+                self._replace(worker)
+                return task.failed(WORKER_DIED, f"its worker died {task.attempts} times")
             if task.attempts >= _ATTEMPTS:
                 raise RunError(
                     f"{task.label}: its worker died {task.attempts} times (out of memory?);"

@@ -29,6 +29,7 @@ from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
+from moesaic.search.samplers import SAMPLERS, refusal
 
 DEMO = Path(__file__).parent / "demo"
 BUILTIN = "builtin:"
@@ -218,6 +219,51 @@ class Tracking(Section):
     register_as: Annotated[Text, AfterValidator(_model_name)] | None = None
 
 
+def _sampler(name: str) -> str:
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
+    return name
+
+
+def _groups(groups: dict[str, str]) -> dict[str, str]:
+    for name in groups:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"{name!r} is no name for a group (letters, digits, _ - only)")
+    _check_patterns(list(groups.values()))
+    return groups
+
+
+class Tune(Section):
+    """What ``moesaic tune`` explores.
+
+    Attributes:
+        objectives: what is to be small; with ``bytes`` the budget is a knob, too.
+        sampler: one of :mod:`moesaic.search.samplers`.
+        seed: of the sampler.
+        sequences: of the calibration text that a trial is judged on, at most.
+        prune: whether trials that fall behind are stopped before they have seen all of them.
+        groups: name → regular expression over names of units; each group gets a weight.
+        knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it.
+    """
+
+    objectives: list[Literal["kl", "bytes"]] = Field(default=["kl"], min_length=1)
+    sampler: Annotated[str, AfterValidator(_sampler)] = "tpe"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    sequences: int = Field(default=64, ge=1, le=10**6)
+    prune: bool = True
+    groups: Annotated[dict[str, str], AfterValidator(_groups)] = {}
+    knobs: dict[str, float | bool | str | list[float | bool | str]] = {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Tune":
+        if len(set(self.objectives)) < len(self.objectives) or "kl" not in self.objectives:
+            raise ValueError("objectives are kl alone, or kl and bytes")
+        reason = refusal(self.sampler, len(self.objectives))
+        if reason is not None:
+            raise ValueError(reason)
+        return self
+
+
 def _chains(value: Any) -> list[Chain]:
     """One candidate entry: a method with its options, or a list of such that follow each other.
 
@@ -340,6 +386,7 @@ class Recipe(Section):
     baselines: Annotated[dict[str, Chain], BeforeValidator(_baselines)] = {}
     keep: Annotated[list[str], AfterValidator(_check_patterns)] = []
     search: Annotated[str, AfterValidator(_known_search)] = "knapsack"
+    tune: Tune | None = None
     propagate: bool = False
     router_calibration: RouterOptions | None = None
     evaluation: Texts
@@ -411,6 +458,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "tracking": Tracking,
     "router_calibration": RouterOptions,
     "slice": SliceOptions,
+    "tune": Tune,
 }
 
 

@@ -12,6 +12,7 @@ from moesaic.methods.base import Event
 from moesaic.orchestrator.expert_pictures import draw_experts
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
 from moesaic.orchestrator.store import write_text
+from moesaic.orchestrator.study_pictures import draw_study
 from moesaic.orchestrator.summary import RunSummary
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -57,7 +58,8 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     """Writes ``report.html`` and ``pictures/*.png`` into a folder; returns the former."""
     pictures = draw(summary, folder / "pictures")
     experts = draw_experts(summary, folder / "pictures")
-    text = render(summary, pictures, experts)
+    study = {} if summary.study is None else draw_study(summary, summary.study, folder / "pictures")
+    text = render(summary, pictures, experts, study)
     path = folder / "report.html"
     write_text(path, text)
     return path
@@ -67,12 +69,14 @@ def render(
     summary: RunSummary,
     pictures: Mapping[str, Path],
     experts: Mapping[str, tuple[Path, str]],
+    study: Mapping[str, tuple[Path, str]] | None = None,
 ) -> str:
     """The HTML with the pictures inside.
 
     Args:
         pictures: name → PNG.
         experts: those of experts, name → PNG and caption, the one of all layers first.
+        study: those of a study, name → PNG and caption.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {
@@ -94,12 +98,17 @@ def render(
             (name, _inline(path), shown_width(path), _CAPTIONS[name])
             for name, path in pictures.items()
         ],
-        expert_pictures=[
-            (name, _inline(path), shown_width(path), caption)
-            for name, (path, caption) in experts.items()
-        ],
+        expert_pictures=_captioned(experts),
+        study_pictures=_captioned(study or {}),
         compared=any(layer.similarity is not None for layer in summary.experts),
     )
+
+
+def _captioned(pictures: Mapping[str, tuple[Path, str]]) -> list[tuple[str, str, int, str]]:
+    return [
+        (name, _inline(path), shown_width(path), caption)
+        for name, (path, caption) in pictures.items()
+    ]
 
 
 def _inline(path: Path) -> str:

@@ -1,8 +1,9 @@
 """A recipe file to results: the stages asked for, with the record kept in MLflow."""
 
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,10 @@ from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe
 from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
+from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
 # What a run leaves besides the checkpoint; see pipeline.py.
 _FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "report.html")
@@ -51,6 +53,9 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
         mistakes.attempt(lambda: crew(recipe.compute))
         mistakes.attempt(lambda: check_cluster(recipe.compute))
         mistakes.attempt(lambda: check_tracking(recipe.tracking, folder.parent))
+        if experiment is not None and recipe.tune is not None:
+            tuned = experiment
+            mistakes.attempt(lambda: check_tune(tuned))
         if experiment is None or mistakes.found:
             raise mistakes.error()
         return forecast(_ready(experiment))
@@ -109,11 +114,47 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
     return result
 
 
+def tune_recipe(recipe_file: Path, output: Path | None, options: StudyOptions) -> dict[str, Any]:
+    """All stages of a recipe, the search being a study (see :mod:`moesaic.orchestrator.tune`).
+
+    Returns:
+        as :func:`run_recipe`, and ``study``: what ``study.json`` has.
+    """
+    started = time.monotonic()
+    recipe = load_recipe(recipe_file)
+    recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
+    folder = _output(recipe, output)
+    result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
+    with (
+        _naming(recipe_file),
+        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
+        _pipeline(
+            recipe,
+            folder,
+            lambda *parts: TunedPipeline(*parts, options=options, tracker=tracker),
+            check_tune,
+        ) as pipeline,
+    ):
+        result["tracking_uri"] = tracker.uri
+        _run(pipeline, ("evaluate", "assemble", "report"), result)
+        _track(tracker, pipeline, result)
+        tracker.log_files(folder / name for name in STUDY_FILES)
+    result["study"] = json.loads((folder / STUDY_FILES[0]).read_text(encoding="utf-8"))
+    result["seconds"] = round(time.monotonic() - started, 1)
+    return result
+
+
 @contextmanager
-def _pipeline(recipe: Recipe, output: Path) -> Iterator[Pipeline]:
+def _pipeline(
+    recipe: Recipe,
+    output: Path,
+    make: Callable[[Experiment, Pool, View], Pipeline] = Pipeline,
+    check: Callable[[Experiment], None] = lambda experiment: None,
+) -> Iterator[Pipeline]:
     experiment = _ready(Experiment(recipe, output))
+    check(experiment)
     with View() as view, Pool(recipe.compute) as pool:
-        yield Pipeline(experiment, pool, view)
+        yield make(experiment, pool, view)
 
 
 def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> None:

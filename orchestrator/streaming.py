@@ -212,6 +212,11 @@ class StreamedModel:
             UserError: a weight is NaN or infinite, or a file has become shorter.
         """
         self.drop_outer()
+        return self.build_block(index, replaced)
+
+    def build_block(self, index: int, replaced: Replaced | None = None) -> nn.Module:
+        """As :meth:`load_block`, which is for who holds one block at a time: embedding and head
+        stay where they are."""
         layout = self.layouts[index]
         # The configuration is shared, not copied: it is the model's one place for settings.
         block = copy.deepcopy(self._skeleton.prototypes[index], {id(self.config): self.config})
@@ -228,6 +233,19 @@ class StreamedModel:
             state[name] = self._placed(f"{prefix}.{name}", state[name])
         block.load_state_dict(state, assign=True)
         return block.requires_grad_(False)
+
+    def unit_state(self, unit: Unit, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of a unit's module within its block, as :meth:`load_block` would make them.
+
+        Args:
+            members: dense weights to use instead of the file's, not of a reduced bank.
+        """
+        state = self._unit_state(unit, members)
+        bias = f"{self.unit_module(unit)}.bias"
+        if bias in self.layouts[unit.block].kept and bias not in state:
+            state[bias] = self._read(self.layouts[unit.block].kept[bias])
+        prefix = self.family.block.format(block=unit.block)
+        return {name: self._placed(f"{prefix}.{name}", value) for name, value in state.items()}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input of the first block, ``[B, T] -> [B, T, hidden]``."""

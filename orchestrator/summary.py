@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
+from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
+from moesaic.search.knobs import Knob
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,69 @@ class LayerExperts:
 
 
 @dataclass(frozen=True)
+class StudySummary:
+    """A study of plans.
+
+    Attributes:
+        journal: its file.
+        objectives: ``kl``, or ``kl`` and ``bytes``.
+        sampler: by name.
+        knobs: what was varied.
+        trials: all that count, in order.
+        best: number of the trial of least KL within the recipe's budget.
+        front: numbers of the trials that no other beats; empty with one objective.
+        importances: knob → its share in what makes trials good, the largest first.
+    """
+
+    journal: Path
+    objectives: Sequence[str]
+    sampler: str
+    knobs: Sequence[Knob]
+    trials: Sequence[Told]
+    best: int
+    front: Sequence[int]
+    importances: Mapping[str, float]
+
+    @property
+    def best_trial(self) -> Told:
+        return next(trial for trial in self.trials if trial.number == self.best)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many trials were ``complete``, ``pruned`` and ``failed``."""
+        return dict(Counter(trial.state for trial in self.trials))
+
+    @property
+    def plans(self) -> int:
+        """How many different plans they led to."""
+        return len({t.attributes["plan"] for t in self.trials if "plan" in t.attributes})
+
+    def to_json(self) -> dict[str, Any]:
+        best, by_number = self.best_trial, {trial.number: trial for trial in self.trials}
+        return {
+            "journal": str(self.journal),
+            "objectives": list(self.objectives),
+            "sampler": self.sampler,
+            "knobs": {
+                knob.name: {**knob.to_json(), "meaning": knob.meaning} for knob in self.knobs
+            },
+            "trials": {"all": len(self.trials), **self.counts},
+            "plans": self.plans,
+            "best": {
+                "trial": best.number,
+                "kl": best.kl,
+                "bytes": best.attributes["bytes"],
+                "values": dict(best.values),
+            },
+            "front": [
+                {"trial": n, "kl": by_number[n].kl, "bytes": by_number[n].attributes["bytes"]}
+                for n in self.front
+            ],
+            "importances": dict(self.importances),
+        }
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """One run.
 
@@ -106,6 +172,7 @@ class RunSummary:
         experts: every layer of experts, in model order, where the recipe reduces some.
         events: in order of time.
         stage_seconds: stage → seconds, in order of time.
+        study: what was explored to find the plan, where something was.
     """
 
     name: str
@@ -130,6 +197,7 @@ class RunSummary:
     events: Sequence[Event] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     yardstick: Yardstick = LANGUAGE
+    study: StudySummary | None = None
 
     @cached_property
     def plans(self) -> dict[str, Plan]:

@@ -73,6 +73,7 @@ class Tracker:
         self._experiment_id = ""
         self._client: Any = None
         self._open_children: list[str] = []
+        self._known_children: dict[str, Any] | None = None
         self._scored_at = 0
 
     @property
@@ -143,6 +144,46 @@ class Tracker:
                 self._open_children.remove(child)
             if "plan" in scores:
                 self._log(self.run_id, numbers(scores["plan"]), at=self._scored_at)
+
+    def log_trial(
+        self,
+        name: str,
+        params: Mapping[str, str],
+        metrics: Mapping[str, float],
+        steps: Mapping[int, float],
+        outcome: str,
+        reason: str = "",
+    ) -> None:
+        """A child run for a trial of a study; nothing if an earlier attempt logged it.
+
+        Args:
+            params: knobs.
+            metrics: numbers.
+            steps: sequences seen → KL so far, ``kl_so_far``.
+            outcome: ``complete``, ``pruned`` or ``failed``, a tag.
+            reason: why it failed, a tag.
+        """
+        with self._talk():
+            from mlflow.entities import Metric, Param
+
+            if self._known_children is None:
+                self._known_children = self._children()
+            earlier = self._known_children.get(name)
+            if earlier is not None and earlier.info.status in ("FINISHED", "FAILED"):
+                return
+            if earlier is None:
+                tags = {_PARENT: self.run_id, "outcome": outcome}
+                tags |= {"failure": reason[:500]} if reason else {}
+                run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+                child = str(run.info.run_id)
+            else:
+                child = str(earlier.info.run_id)
+            at = _now()
+            points = [Metric(legal_name(key), value, at, 0) for key, value in metrics.items()]
+            points += [Metric("kl_so_far", value, at, step) for step, value in steps.items()]
+            pairs = [Param(legal_name(key), value) for key, value in params.items()]
+            self._client.log_batch(child, metrics=points, params=pairs)
+            self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
 
     def log_description(self, text: str) -> None:
         """Markdown that MLflow shows at the top of the run's page."""

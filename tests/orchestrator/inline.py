@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from moesaic.orchestrator import pipeline, run
+from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.summary import RunSummary
+from moesaic.orchestrator.tune import StudyOptions
 from moesaic.orchestrator.verify import verify
 from moesaic.orchestrator.worker import WorkerState, resolve
 from tests.orchestrator.projects import make_recipe
@@ -28,6 +31,7 @@ class InlinePool:
 
     Attributes:
         calls: how often each function was called.
+        judged: arguments of the calls that judged a plan of a study.
         kill_at: number of the call that is not made, from 1; a driver dies there.
     """
 
@@ -36,6 +40,7 @@ class InlinePool:
         self.kill_at = kill_at
         self.states = [WorkerState(1) for _ in range(size)]
         self.calls: Counter[str] = Counter()
+        self.judged: list[dict[str, Any]] = []
 
     def __enter__(self) -> "InlinePool":
         return self
@@ -57,10 +62,19 @@ class InlinePool:
             if self.calls.total() + 1 == self.kill_at:
                 raise Killed
             self.calls[task.function] += 1
+            if task.function == "resident:evaluate_plan":
+                self.judged.append(dict(task.arguments))
             if tick is not None:
                 tick([task.label])
-            result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
-            for new in task.done(result):
+            try:
+                result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
+            except Exception as error:
+                if task.failed is None:
+                    raise
+                following = task.failed(type(error).__name__, str(error))
+            else:
+                following = task.done(result)
+            for new in following:
                 heapq.heappush(waiting, (new.priority, next(order), new))
 
 
@@ -74,6 +88,27 @@ class InlineVerifier:
 
     def __exit__(self, *failure: object) -> None:
         """There is nothing to end."""
+
+
+class InlineTracker:
+    """Stands for MLflow: remembers the trials that it is told, nothing else."""
+
+    uri = "nowhere"
+
+    def __init__(self, trials: list[tuple[Any, ...]]) -> None:
+        self.trials = trials
+
+    def __enter__(self) -> "InlineTracker":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """There is nothing to end."""
+
+    def log_trial(self, *trial: Any) -> None:
+        self.trials.append(trial)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 class Project:
@@ -97,6 +132,33 @@ class Project:
         self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
         result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
         return dict(result), pool.calls
+
+    def tune(
+        self,
+        trials: int,
+        size: int = 1,
+        kill_at: int | None = None,
+        assemble: bool = False,
+        **options: Any,
+    ) -> tuple[dict[str, Any], Counter[str]]:
+        """As :meth:`run`, for a study; without MLflow and pictures, and the checkpoint where it
+        is not asked for."""
+        pool = InlinePool(size, kill_at)
+        self.calls, self.judged = pool.calls, pool.judged
+        self.tracked: list[tuple[Any, ...]] = []
+        self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(run, "Tracker", lambda *about: InlineTracker(self.tracked))
+        self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
+        self.patch.setattr(pipeline, "write_report", self._report)
+        if not assemble:
+            self.patch.setattr(Pipeline, "assemble", lambda this, scores: self.output / "model")
+        study = StudyOptions(trials, **options)
+        result = run.tune_recipe(self.folder / "recipe.yaml", self.output, study)
+        return dict(result), pool.calls
+
+    def _report(self, summary: RunSummary, folder: Path) -> Path:
+        self.summary = summary
+        return folder / "report.html"
 
     def json(self, name: str) -> Any:
         return json.loads((self.output / name).read_text(encoding="utf-8"))

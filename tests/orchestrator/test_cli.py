@@ -49,6 +49,21 @@ def told(result: Result) -> str:
     return text
 
 
+def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
+    model: Path, tmp_path: Path
+) -> None:
+    tune = {"sampler": "grid", "knobs": {"mix": 0}, "seeds": 1}
+    text = refusal("tune", make_recipe(tmp_path, model, tune=tune), "--trials", "3")
+    assert "recipe.yaml: tune.sampler: unknown sampler 'grid': known are tpe, gp" in text
+    assert "recipe.yaml: tune.seeds: unknown key (allowed here: objectives, sampler, seed" in text
+    wrong = make_recipe(tmp_path, model, tune={"knobs": {"mix": 2, "weight.head": 1}})
+    for verb, more in (("tune", ["--trials", "3"]), ("check", [])):
+        text = refusal(verb, wrong, *more)
+        assert "tune.knobs.mix: 2.0 is not within 0 to 1" in text
+        assert "tune.knobs.weight.head: no such knob here (there are: score_exponent" in text
+    assert ask("tune", wrong).exit_code == 2
+
+
 def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_path: Path) -> None:
     result = ask("check", make_recipe(tmp_path, model), "--json")
     assert result.exit_code == 0, result.stderr

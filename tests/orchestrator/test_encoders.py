@@ -40,6 +40,7 @@ from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.texts import draw, framed_windows, sentences
+from moesaic.orchestrator.tune import check_tune
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Project
 from tests.orchestrator.planning import grouped, make_pieces
@@ -476,6 +477,23 @@ def test_a_run_ends_in_a_folder_that_gives_the_embeddings_it_was_scored_with(
     assert copied.read_bytes() == (project.model / "1_Pooling" / "config.json").read_bytes()
     stored = load_file(project.output / "model" / "model.safetensors")
     assert "pooler.dense.weight" in stored
+
+
+def test_finalists_are_compared_by_the_distance_of_embeddings(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path, models["mean"], monkeypatch)
+    three = {"method": "rtn", "bits": 3, "group_size": -1}
+    corrected = [three, {"method": "eora", "rank": [1, 2, 4]}]
+    file = project.write(**{**RUN, "candidates": [three, corrected], "baselines": None})
+    project.run()
+    found = project.json("plan.json")["finalists"]
+    assert {"as offered", "without corrections"} <= found.keys()
+    experiment = Experiment(load_recipe(file), project.output)
+    assert experiment.model.family.is_encoder
+    assert all(0 < value < 1 for value in found.values())
+    with pytest.raises(RecipeError, match="is an encoder, and studies compare KL"):
+        check_tune(experiment)
 
 
 def test_everything_that_tells_of_a_run_tells_what_encoders_are_judged_by(

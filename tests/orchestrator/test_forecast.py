@@ -21,6 +21,7 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast, inspect_model, show_forecast, show_model
 from moesaic.orchestrator.machine import Compressing, Crew, Speeds, crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes, held_adding, held_sums, predict_memory
+from moesaic.orchestrator.resident import HIDDEN_BYTES
 from moesaic.orchestrator.results import measurements, problem
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.stages import Calibration
@@ -358,3 +359,18 @@ def test_too_little_memory_is_an_event(
     monkeypatch.setattr("psutil.virtual_memory", lambda: little)
     result = forecast(_open(tmp_path, moe))
     assert "memory_short" in {event["kind"] for event in result["events"]}
+
+
+def test_a_recipe_with_a_study_is_told_what_a_resident_model_takes(
+    moe: Path, tmp_path: Path, fixed_speeds: None
+) -> None:
+    experiment = _open(tmp_path, moe, tune={"seed": 1})
+    result = forecast(experiment)
+    parts = result["memory"]["stages"]["tune"]
+    assert parts["weights"] > sum(experiment.dense_bytes(u) for u in experiment.units)
+    assert parts["hidden states"] == HIDDEN_BYTES and parts["weights of other plans"] > 0
+    assert result["memory"]["peak"] == parts["total"]
+    console = Console(file=io.StringIO(), width=200)
+    show_forecast(result, console)
+    assert re.search(r"│ tune +│ +│ +│ +1\.\d GB │", console.file.getvalue())
+    assert "tune" not in forecast(_open(tmp_path, moe))["memory"]["stages"]

@@ -43,7 +43,7 @@ def pool(cluster: None) -> Iterator[Pool]:
 
 
 def task(function: str, label: str = "", **changes: Any) -> Task:
-    known = ("priority", "affinity", "done")
+    known = ("priority", "affinity", "done", "failed")
     options = {key: changes.pop(key) for key in known if key in changes}
     return Task(f"{TASKS}:{function}", changes, label or function, **options)
 
@@ -128,6 +128,23 @@ def test_a_task_that_always_kills_its_worker_ends_the_run_by_name(
         pool.run([task("die", "experts 7", file=str(tmp_path / "deaths"), times=99)])
     assert str(error.value).startswith("experts 7: its worker died 2 times")
     assert (tmp_path / "deaths").read_text() == "xx"
+
+
+def test_a_task_that_may_fail_tells_why_and_the_others_go_on(pool: Pool, tmp_path: Path) -> None:
+    notes, told = str(tmp_path / "notes"), []
+
+    def failed(kind: str, reason: str) -> list[Task]:
+        told.append((kind, reason))
+        return [task("note", file=notes, text=kind.replace(" ", "-"))]
+
+    deaths = str(tmp_path / "deaths")
+    pool.run([task("fail", failed=failed), task("die", file=deaths, times=99, failed=failed)])
+    assert sorted(told) == [
+        ("ValueError", "shapes do not fit"),
+        (module.WORKER_DIED, "its worker died 2 times"),
+    ]
+    assert sorted(Path(notes).read_text().split()) == ["ValueError", "worker-died"]
+    assert pool.size == 2
 
 
 def test_the_pool_goes_on_after_a_run_that_failed(pool: Pool, tmp_path: Path) -> None:

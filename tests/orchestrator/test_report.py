@@ -1,5 +1,6 @@
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 from matplotlib.image import imread
 
 from moesaic.orchestrator.pictures import byte_scale, draw
-from moesaic.orchestrator.report import number_text, seconds_text, write_report
-from moesaic.orchestrator.summary import RunSummary, module_names
+from moesaic.orchestrator.report import number_text, render, seconds_text, write_report
+from moesaic.orchestrator.study import Told
+from moesaic.orchestrator.study_pictures import draw_study
+from moesaic.orchestrator.summary import RunSummary, StudySummary, module_names
+from moesaic.search.knobs import Knob
 from tests.orchestrator.summaries import summary, units
 
 
@@ -130,6 +134,60 @@ def test_report_has_dashes_for_scores_without_a_number(tmp_path: Path) -> None:
     rows = {row[0]: row for row in page.tables["scores"][1:]}
     assert rows["plan"][3:5] == ["–", "–"]
     assert len(page.loaded) >= 3
+
+
+def study(several: bool, run: RunSummary) -> StudySummary:
+    """Thirteen trials: two tried first, some given up, one failed."""
+    states = ["complete"] * 9 + ["pruned"] * 3 + ["failed"]
+    trials = [
+        Told(
+            number=number,
+            state=state,
+            values={"mix": 0.1 * number, "order": "any"},
+            kl=None if state == "failed" else 1.0 / (1 + number),
+            attributes={
+                "bytes": run.budget_bytes - 50 + 10 * number,
+                "fits": number < 6,
+                "plan": f"plan {number // 2}",
+                **({"start": "even"} if number < 2 else {}),
+            },
+            steps={2: 1.0},
+        )
+        for number, state in enumerate(states)
+    ]
+    return StudySummary(
+        journal=Path("runs/small/journal.log"),
+        objectives=("bytes", "kl") if several else ("kl",),
+        sampler="tpe",
+        knobs=(
+            Knob("mix", "of two", 0.0, 0.0, 2.0),
+            Knob("order", "", "any", choices=("any", "x")),
+        ),
+        trials=trials,
+        best=5,
+        front=(0, 3, 8) if several else (),
+        importances={"mix": 0.9, "order": 0.1} if not several else {},
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: Path) -> None:
+    found = study(several, run)
+    drawn = draw_study(run, found, tmp_path)
+    page = Page(render(replace(run, study=found), {}, {}, drawn))
+    assert "13 trials by tpe, 9 complete, 3 pruned, 1 failed; 7 different plans" in page.text
+    assert "optuna-dashboard runs/small/journal.log" in page.text
+    share = "–" if several else "90 %"
+    assert page.tables["knobs"][1] == ["mix", "of two", "0 to 2", "0", "0.5", share]
+    assert page.tables["knobs"][2][2:5] == ["any, x", "any", "any"]
+    assert set(drawn) == {"study_history", "study_front" if several else "study_importances"}
+    assert all(imread(path).std() > 0 for path, _ in drawn.values())
+    assert found.to_json()["best"] == {
+        "trial": 5,
+        "kl": 1 / 6,
+        "bytes": run.budget_bytes,
+        "values": {"mix": 0.5, "order": "any"},
+    }
 
 
 def test_pictures_decode_and_show_something(tmp_path: Path) -> None:

@@ -77,6 +77,34 @@ def children(client: MlflowClient, run: Run) -> dict[str, Run]:
     return {child.info.run_name: child for child in found}
 
 
+def test_a_trial_is_a_child_run_that_is_logged_once(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    knobs, metrics = {"weight.mlp": "0.5", "plan": "ab12"}, {"kl": 0.25, "bytes": 100.0}
+    steps = {2: 0.5, 8: 0.25}
+    with pytest.raises(KeyboardInterrupt), track() as tracker:
+        tracker.log_trial("trial 0", knobs, metrics, steps, "complete")
+        raise KeyboardInterrupt
+    with track() as tracker:  # the same run, gone on with
+        tracker.log_trial("trial 0", knobs, {"kl": 9.0}, {}, "complete")
+        tracker.log_trial("trial 1", knobs, metrics, {2: 0.7}, "pruned")
+        tracker.log_trial("trial 2", knobs, {}, {}, "failed", "MemoryError: no room")
+    found = children(client, client.get_run(tracker.run_id))
+    assert sorted(found) == ["trial 0", "trial 1", "trial 2"]
+    first = found["trial 0"]
+    assert first.data.params == knobs
+    assert first.data.metrics == {**metrics, "kl_so_far": 0.25}
+    history = client.get_metric_history(first.info.run_id, "kl_so_far")
+    assert [(point.step, point.value) for point in history] == [(2, 0.5), (8, 0.25)]
+    assert [child.info.status for _, child in sorted(found.items())] == [
+        "FINISHED",
+        "FINISHED",
+        "FAILED",
+    ]
+    assert found["trial 1"].data.tags["outcome"] == "pruned"
+    assert found["trial 2"].data.tags["failure"] == "MemoryError: no room"
+
+
 def artifact(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return Path(client.download_artifacts(run_id, name, str(folder)))

@@ -1,0 +1,391 @@
+"""An Optuna study in a journal file, which outlives whoever works on it.
+
+A trial is asked for, runs, and is told. Whoever dies in between leaves trials that seem to run for
+ever. The next one to open the study enqueues their values again and tells them FAIL, in this order,
+with a mark that says whose values they are: wherever that is interrupted, no trial is lost and none
+is there twice. Such interrupted trials do not count.
+
+A line that a dying process left unfinished at the end of the journal is cut off; it was never told.
+One driver at a time works on a journal: it holds a lock of the system, which ends with it.
+"""
+
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.store import disk_errors, make_folder
+from moesaic.search.knobs import Knob, Values
+from moesaic.search.samplers import make_sampler, start_params, suggest
+
+if TYPE_CHECKING:
+    from optuna.study import Study as OptunaStudy
+    from optuna.trial import FrozenTrial, Trial
+
+JOURNAL = "journal.log"
+# Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
+_GRACE_SECONDS = 5
+# Trials that are not stopped early, so that there is something to compare with.
+_UNPRUNED = 5
+# Complete trials that importances are told from, at least.
+_TELLING = 10
+_MADE_OF, _REASON, _AGAIN, _START, _WANTED = "made_of", "reason", "again", "start", "wanted"
+_INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial that somebody works on.
+
+    Attributes:
+        trial: Optuna's.
+        values: of all knobs, those that are fixed included.
+        start: name of the values, where they are among those tried first.
+    """
+
+    trial: "Trial"
+    values: Values
+    start: str | None
+
+    @property
+    def number(self) -> int:
+        return int(self.trial.number)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A finished trial.
+
+    Attributes:
+        number: in the study.
+        state: ``complete``, ``pruned`` or ``failed``.
+        values: of the knobs.
+        kl: nats per token, on as much text as it saw; None for a failed one.
+        attributes: what else was noted: ``bytes``, ``seconds``, ``plan``, ``reason`` …
+        steps: sequences seen → KL so far.
+    """
+
+    number: int
+    state: str
+    values: Mapping[str, Any]
+    kl: float | None
+    attributes: Mapping[str, Any]
+    steps: Mapping[int, float]
+
+
+class Study:
+    """One study; use as a context manager.
+
+    Args:
+        journal: its file, made if it is not there.
+        name: of the study in the file.
+        knobs: what is varied.
+        objectives: ``kl`` or ``kl`` and ``bytes``, in the order of a trial's values.
+        sampler, seed: which one, and what it starts from.
+        made_of: what the losses depend on; one that went on with something else would compare what
+            cannot be compared.
+        starts: name → values to try first.
+        resume: whether a study that is there already may be gone on with.
+
+    Raises:
+        UserError: the study is there and made of something else or not to be resumed, the journal
+            is damaged, or somebody else is at work on it.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        name: str,
+        knobs: Sequence[Knob],
+        objectives: Sequence[str],
+        sampler: str,
+        seed: int,
+        made_of: Mapping[str, Any],
+        starts: Mapping[str, Values],
+        resume: bool = True,
+    ) -> None:
+        self.journal = journal
+        self.name = name
+        self.knobs = list(knobs)
+        self.objectives = list(objectives)
+        self.sampler, self.seed = sampler, seed
+        self.made_of: dict[str, Any] = json.loads(json.dumps(dict(made_of)))
+        self.made_of["objectives"] = self.objectives
+        self.made_of["knobs"] = {knob.name: knob.to_json() for knob in knobs}
+        self._starts = starts
+        self._resume = resume
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> "Study":
+        self._take_lock()
+        try:
+            _mend(self.journal)
+            self._study = self._open()
+        except BaseException:
+            self._drop_lock()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._drop_lock()
+
+    def _take_lock(self) -> None:
+        make_folder(self.journal.parent, "--storage")
+        path = self.journal.with_name(f"{self.journal.name}.driver")
+        with disk_errors(path):
+            self._lock = path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            who = self._lock.read().strip()
+            self._lock.close()
+            raise UserError(
+                f"{self.journal}: process {who or 'unknown'} is at work on it: wait until it has"
+                " finished, end it, or take another --storage"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+
+    def _drop_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _open(self) -> "OptunaStudy":
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        path = str(self.journal)
+        try:
+            lock = JournalFileOpenLock(path, grace_period=_GRACE_SECONDS)
+            storage = JournalStorage(JournalFileBackend(path, lock_obj=lock))
+            study = optuna.create_study(
+                storage=storage,
+                study_name=self.name,
+                directions=["minimize"] * len(self.objectives),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
+                load_if_exists=True,
+            )
+        except OSError as error:
+            raise UserError(f"{self.journal}: cannot be used: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(_damaged(self.journal, str(error))) from None
+        known = study.user_attrs.get(_MADE_OF)
+        if known is None:
+            for name, values in self._starts.items():
+                params = start_params(self.knobs, values)
+                marks = {_START: name, _WANTED: params}
+                study.enqueue_trial(params, user_attrs=marks, skip_if_exists=True)
+            study.set_user_attr(_MADE_OF, self.made_of)
+        else:
+            self._check(known)
+            _bury_zombies(study)
+        # Not the same draws again after a resume.
+        draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
+        study.sampler = make_sampler(self.sampler, draws % 2**32)
+        return study
+
+    def _check(self, known: Mapping[str, Any]) -> None:
+        where = f"{self.journal}: the study {self.name!r}"
+        if not self._resume:
+            raise UserError(f"{where} is there already: take another --output or --storage")
+        differences = list(_differences(known, self.made_of))
+        if differences:
+            raise UserError(
+                f"{where} was made with something else: {'; '.join(differences)}. Undo that, or"
+                " take another --output or --storage"
+            )
+
+    # Trials
+
+    def ask(self) -> Asked:
+        """The next trial: one that was enqueued, or what the sampler wants to know."""
+        trial = self._study.ask()
+        return Asked(trial, suggest(trial, self.knobs), trial.user_attrs.get(_START))
+
+    def note(self, asked: Asked, notes: Mapping[str, Any]) -> None:
+        """Keeps something about a trial."""
+        for name, value in notes.items():
+            asked.trial.set_user_attr(name, value)
+
+    def behind(self, asked: Asked, sequences: int, kl: float) -> bool:
+        """Takes the KL after so many sequences; whether the trial should be given up."""
+        asked.trial.report(kl, sequences)
+        return asked.start is None and bool(asked.trial.should_prune())
+
+    def tell(self, asked: Asked, values: Mapping[str, float]) -> None:
+        """A trial that is done; objective → value."""
+        self._study.tell(asked.trial, [values[name] for name in self.objectives])
+
+    def tell_pruned(self, asked: Asked) -> None:
+        from optuna.trial import TrialState
+
+        self._study.tell(asked.trial, state=TrialState.PRUNED)
+
+    def tell_failed(self, asked: Asked, reason: str) -> None:
+        from optuna.trial import TrialState
+
+        asked.trial.set_user_attr(_REASON, reason)
+        self._study.tell(asked.trial, state=TrialState.FAIL)
+
+    def told(self) -> list[Told]:
+        """All finished trials that count, in order of their numbers."""
+        from optuna.trial import TrialState
+
+        states = {
+            TrialState.COMPLETE: "complete",
+            TrialState.PRUNED: "pruned",
+            TrialState.FAIL: "failed",
+        }
+        return [
+            self._told(frozen, states[frozen.state])
+            for frozen in self._study.get_trials(deepcopy=False, states=tuple(states))
+            if frozen.user_attrs.get(_REASON) != _INTERRUPTED
+        ]
+
+    def _told(self, frozen: "FrozenTrial", state: str) -> Told:
+        kl = None
+        if state == "complete":
+            kl = frozen.values[self.objectives.index("kl")]
+        elif state == "pruned" and frozen.last_step is not None:
+            kl = frozen.intermediate_values[frozen.last_step]
+        fixed = {knob.name: knob.default for knob in self.knobs if knob.fixed}
+        hidden = (_WANTED, _AGAIN)
+        notes = {name: v for name, v in frozen.user_attrs.items() if name not in hidden}
+        return Told(
+            number=frozen.number,
+            state=state,
+            values=fixed | frozen.params,
+            kl=kl,
+            attributes=notes,
+            steps=dict(frozen.intermediate_values),
+        )
+
+    def front(self) -> list[int]:
+        """Numbers of the trials that no other one beats in all objectives; the first of equals."""
+        first: dict[tuple[float, ...], int] = {}
+        for trial in sorted(self._study.best_trials, key=lambda trial: int(trial.number)):
+            first.setdefault(tuple(trial.values), trial.number)
+        return list(first.values())
+
+    def importances(self) -> dict[str, float]:
+        """Knob → its share in what makes trials good (PED-ANOVA), the largest first.
+
+        Watanabe et al., 2023, 2304.10255. Empty where there are too few trials to tell.
+        """
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+        if sum(trial.state == "complete" for trial in self.told()) < _TELLING:
+            return {}
+        index = self.objectives.index("kl")
+        with warnings.catch_warnings():
+            # It reminds of what is so here: small values are good.
+            warnings.simplefilter("ignore", UserWarning)
+            found = get_param_importances(
+                self._study,
+                evaluator=PedAnovaImportanceEvaluator(),
+                target=lambda trial: float(trial.values[index]),
+            )
+        return {name: float(share) for name, share in found.items()}
+
+    def table(self) -> pd.DataFrame:
+        """A row per trial: number, state, kl, what was noted, knobs."""
+        rows = [
+            {"trial": t.number, "state": t.state, "kl": t.kl, **t.attributes, **_plain(t.values)}
+            for t in self.told()
+        ]
+        return pd.DataFrame(rows)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"knob {name}": value for name, value in values.items()}
+
+
+def _bury_zombies(study: "OptunaStudy") -> None:
+    """Enqueues the values of trials whose driver died, and tells them FAIL."""
+    from optuna.trial import Trial, TrialState
+
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    there = {trial.user_attrs.get(_AGAIN) for trial in waiting}
+    for zombie in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if zombie.number not in there:
+            # One that died before it had all its values was asked for with those wanted.
+            params = {**zombie.user_attrs.get(_WANTED, {}), **zombie.params}
+            marks = {_AGAIN: zombie.number, _WANTED: params}
+            if _START in zombie.user_attrs:
+                marks[_START] = zombie.user_attrs[_START]
+            study.enqueue_trial(params, user_attrs=marks)
+        Trial(study, zombie._trial_id).set_user_attr(_REASON, _INTERRUPTED)
+        study.tell(zombie.number, state=TrialState.FAIL)
+
+
+def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What two studies differ in, for people."""
+    found = []
+    for key in dict.fromkeys([*known, *wanted]):
+        before, now = known.get(key), wanted.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            for name in dict.fromkeys([*before, *now]):
+                if before.get(name) != now.get(name):
+                    found.append(f"{key} {name}: {_shown(before, name)}, now {_shown(now, name)}")
+        else:
+            found.append(f"{key}: {_text(before)}, now {_text(now)}")
+    return found
+
+
+def _shown(value: Mapping[str, Any], name: str) -> str:
+    found = value.get(name, "none")
+    return _text(found["allowed"] if isinstance(found, dict) and "allowed" in found else found)
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]} …"
+
+
+def _damaged(journal: Path, reason: str) -> str:
+    return (
+        f"{journal}: is damaged, or no journal of Optuna ({' '.join(reason.split())[:120]}): move"
+        " it away, or take another --storage"
+    )
+
+
+def _mend(journal: Path) -> None:
+    """Cuts off a line that has no end: whoever wrote it was killed.
+
+    Raises:
+        UserError: another line is no JSON.
+    """
+    if not journal.exists():
+        return
+    try:
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content) and (whole > 0 or content.startswith(b"{")):
+            os.truncate(journal, whole)
+            content = content[:whole]
+        for line in content.splitlines():
+            json.loads(line)
+    except OSError as error:
+        raise UserError(f"{journal}: cannot be used: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(_damaged(journal, str(error))) from None

@@ -1,0 +1,518 @@
+"""A study of plans: knobs are turned, plans come out, workers that keep the model judge them.
+
+One trial is: values for the knobs of the allocator (:mod:`moesaic.search.knobs`), the plan that
+comes of them within the budget, and its KL to the dense model on calibration text. Pieces are there
+already, so a trial costs what running the text costs. As many trials are in flight as there are
+workers; each sees more and more of the text, and one that has fallen behind the others is given up
+before it has seen all (not with several objectives). Held-out text plays no part: the best plan is
+evaluated on it afterwards, assembled and reported as by ``moesaic run``.
+
+Different values often lead to the same plan. It is judged once: its KL is in the store under what
+it consists of, and a trial whose plan another one is just being judged with waits for that.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic.methods.base import Unit
+from moesaic.orchestrator import results
+from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.console import View
+from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.pipeline import Pipeline, write_json
+from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
+from moesaic.orchestrator.recipe import Tune
+from moesaic.orchestrator.resident import Rows, trial_key
+from moesaic.orchestrator.stages import remember_dense
+from moesaic.orchestrator.store import digest, write_atomically
+from moesaic.orchestrator.study import JOURNAL, Asked, Study, Told
+from moesaic.orchestrator.summary import RunSummary, StudySummary
+from moesaic.orchestrator.track import Tracker
+from moesaic.search.alternatives import solve
+from moesaic.search.base import Budget, Infeasible, Layer, Plan, search_module
+from moesaic.search.knobs import Allocator, Knob, Place, Value, narrowed
+
+# What a study leaves in the output folder, besides the journal.
+STUDY_FILES = ("study.json", "trials.parquet")
+# The budget where that is an objective.
+BITS = "bits_per_weight"
+# Shares of the text after which trials are compared.
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+# Failures of one kind, one after another, that end a study.
+_STREAK = 3
+_NO_PLAN = "no plan"
+_ADVICE = {
+    WORKER_DIED: "it probably ran out of memory: fewer workers (compute.workers), or fewer"
+    " sequences (calibration.length, tune.sequences)",
+    "MemoryError": "fewer workers (compute.workers), or fewer sequences (tune.sequences)",
+    "OutOfMemoryError": "fewer workers per GPU, or fewer sequences (tune.sequences)",
+    "not finite": "the budget ruins the model: give more, or fix a knob (tune.knobs)",
+}
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What the command line says of a study.
+
+    Attributes:
+        trials: that the study is to have in the end, those of earlier runs included.
+        timeout: seconds after which no new trial begins.
+        jobs: trials in flight; as many as there are workers, if None.
+        storage: the journal; OUTPUT/journal.log, if None.
+        resume: whether a study that is there already may be gone on with.
+    """
+
+    trials: int
+    timeout: float | None = None
+    jobs: int | None = None
+    storage: Path | None = None
+    resume: bool = True
+
+
+def section(experiment: Experiment) -> Tune:
+    """The recipe's section ``tune``, or its defaults."""
+    return experiment.recipe.tune or Tune()
+
+
+def check_tune(experiment: Experiment) -> None:
+    """Finds out before any work whether a recipe can be tuned, and has the knobs that it names.
+
+    Raises:
+        RecipeError: naming what is wrong.
+    """
+    recipe = experiment.recipe
+    strategy = search_module(recipe.search)
+    if hasattr(strategy, "smallest_bytes") or hasattr(strategy, "SHARES_OUT"):
+        raise RecipeError(
+            f"search: {recipe.search} does not add up losses, so there is nothing to tune: take"
+            " knapsack"
+        )
+    if not recipe.candidates:
+        raise RecipeError("candidates: there are none, so there is nothing to tune")
+    if experiment.model.family.is_encoder:
+        raise RecipeError(
+            f"model: {experiment.model.family.model_type} is an encoder, and studies compare KL:"
+            " moesaic run searches its plans by predicted distance"
+        )
+    scored = recipe.calibration.gradient_sequences > 0
+    given = experiment.sized_problem(experiment.size.fixed_bytes)
+    if scored:
+        offers = {n: [replace(m, score=0.0) for m in ms] for n, ms in given.choices.items()}
+        banks = {
+            bank: [
+                replace(
+                    a,
+                    choices={n: [replace(m, score=0.0) for m in ms] for n, ms in a.choices.items()},
+                )
+                for a in found
+            ]
+            for bank, found in given.banks.items()
+        }
+        given = replace(given, choices=offers, banks=banks)
+    groups = section(experiment).groups
+    for name, pattern in groups.items():
+        if not any(re.search(pattern, unit.name) for unit in experiment.units):
+            raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
+    members = [(unit, member) for unit in experiment.units for member in unit.shapes]
+    places = {f"{unit.name}.{member}": _place(experiment, unit) for unit, member in members}
+    layers = {f"{u.name}.{member}": Layer(math.prod(u.shapes[member])) for u, member in members}
+    _knobs(experiment, Allocator(replace(given, layers=layers), places, recipe.search))
+
+
+def _place(experiment: Experiment, unit: Unit) -> Place:
+    groups = section(experiment).groups
+    inside = tuple(name for name, pattern in groups.items() if re.search(pattern, unit.name))
+    return Place(unit.part, unit.block / max(experiment.model.blocks - 1, 1), inside)
+
+
+def _knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
+    """What the study varies, as the recipe wants it."""
+    tune = section(experiment)
+    knobs = list(allocator.knobs)
+    if "bytes" in tune.objectives:
+        size = experiment.size
+        wanted, smallest, dense = (
+            (total - size.fixed_bytes) * 8 / size.weights
+            for total in (experiment.budget.total_bytes, size.smallest_bytes, size.dense_bytes)
+        )
+        low = math.ceil(smallest * 1000) / 1000
+        meaning = "the budget: stored bits per weight"
+        knobs.append(Knob(BITS, meaning, max(wanted, low), low, max(min(2 * wanted, dense), low)))
+    try:
+        return narrowed(knobs, tune.knobs)
+    except ValueError as error:
+        raise RecipeError(*(f"tune.knobs.{part}" for part in str(error).split("; "))) from None
+
+
+def rungs(experiment: Experiment) -> list[Rows]:
+    """Rows of the calibration text, one range after the other."""
+    tune = section(experiment)
+    total = min(tune.sequences, len(experiment.calibration.ids))
+    if not tune.prune or len(tune.objectives) > 1:
+        return [(0, total)]
+    ends = sorted({math.ceil(total * share) for share in _RUNGS})
+    return list(zip([0, *ends], ends, strict=False))
+
+
+class TunedPipeline(Pipeline):
+    """The stages of a recipe, with the best plan of a study in the place of the searched one."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        pool: Pool,
+        view: View,
+        *,
+        options: StudyOptions,
+        tracker: Tracker,
+    ) -> None:
+        super().__init__(experiment, pool, view)
+        self.options = options
+        self.tracker = tracker
+        self.study: StudySummary | None = None
+
+    def _searched(self) -> Plan:
+        allocator = self._allocator()
+        knobs = _knobs(self.experiment, allocator)
+        tune = section(self.experiment)
+        with Study(
+            self.options.storage or self.output / JOURNAL,
+            self.experiment.recipe.name,
+            knobs,
+            tune.objectives,
+            tune.sampler,
+            tune.seed,
+            self._made_of(),
+            self._starts(allocator, knobs),
+            self.options.resume,
+        ) as study:
+            trials = Trials(self, study, allocator)
+            trials.run()
+            best = self._best(study.told())
+            plan = trials.plan(best.values)
+            self.study = self._summary(study, best)
+            self._write(study)
+        return plan
+
+    def _allocator(self) -> Allocator:
+        experiment = self.experiment
+        places = {
+            choice.name: _place(experiment, unit)
+            for unit in experiment.units
+            for choice in choices(unit)
+        }
+        given = results.problem(experiment, self.table)
+        return Allocator(given, places, experiment.recipe.search)
+
+    def _starts(self, allocator: Allocator, knobs: list[Knob]) -> dict[str, Mapping[str, Value]]:
+        """Values to try first; where the budget is a knob, those as predicted at other sizes."""
+        starts: dict[str, Mapping[str, Value]] = dict(allocator.starts())
+        for knob in knobs:
+            if knob.name == BITS and not knob.fixed:
+                middle = float(knob.default)
+                for bits in ((knob.low + middle) / 2, (middle + knob.high) / 2):
+                    starts[f"as predicted, {bits:.3g} bits"] = {BITS: bits}
+        return starts
+
+    def _made_of(self) -> dict[str, Any]:
+        """What the losses of trials depend on."""
+        experiment = self.experiment
+        recipe, judge = experiment.recipe, experiment.calibration_judge
+        return {
+            "model": judge.fingerprint,
+            "dtype": judge.dtype,
+            "calibration text": judge.ids_digest,
+            "sequences": [list(rows) for rows in rungs(experiment)],
+            "budget in bytes": experiment.budget.total_bytes,
+            "candidates": digest([list(map(str, chain)) for chain in recipe.candidates]),
+            "kept units": recipe.keep,
+            "search": recipe.search,
+            "serve": recipe.serve,
+            "groups": section(experiment).groups,
+        }
+
+    def _best(self, told: list[Told]) -> Told:
+        """The trial of least KL within the recipe's budget.
+
+        Raises:
+            RunError: none succeeded.
+        """
+        fitting = [t for t in told if t.state == "complete" and t.attributes["fits"]]
+        if not fitting:
+            reasons = dict.fromkeys(str(t.attributes.get("reason", t.state)) for t in told)
+            why = "; ".join(list(reasons)[:3]) or "none was made"
+            raise RunError(f"no trial within the budget succeeded: {why}: ask for more (--trials)")
+        return min(fitting, key=lambda t: (t.kl, t.attributes["bytes"], t.number))
+
+    def _summary(self, study: Study, best: Told) -> StudySummary:
+        return StudySummary(
+            journal=study.journal,
+            objectives=tuple(study.objectives),
+            sampler=study.sampler,
+            knobs=tuple(study.knobs),
+            trials=tuple(study.told()),
+            best=best.number,
+            front=tuple(study.front()) if len(study.objectives) > 1 else (),
+            importances=study.importances(),
+        )
+
+    def _write(self, study: Study) -> None:
+        assert self.study is not None, "made before"
+        write_json(self.output / STUDY_FILES[0], self.study.to_json())
+        table = study.table()
+        write_atomically(self.output / STUDY_FILES[1], lambda path: table.to_parquet(path))
+
+    def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
+        return replace(super().summary(scores), study=self.study)
+
+
+@dataclass
+class _Job:
+    """A trial with its plan, while it is judged.
+
+    Attributes:
+        kl: of the sequences seen so far, nats each.
+        followers: trials with the same plan, told what this one is told.
+    """
+
+    asked: Asked
+    pieces: Mapping[str, str]
+    size: int
+    key: str
+    started: float
+    kl: list[float] = field(default_factory=list)
+    followers: list[Asked] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Asked]:
+        return [self.asked, *self.followers]
+
+
+class Trials:
+    """The loop of a study: asks, lets workers judge, tells."""
+
+    def __init__(self, pipeline: TunedPipeline, study: Study, allocator: Allocator) -> None:
+        self.pipeline = pipeline
+        self.experiment = pipeline.experiment
+        self.options = pipeline.options
+        self.view = pipeline.view
+        self.study = study
+        self.allocator = allocator
+        self.rungs = rungs(self.experiment)
+        self.tokens = self.experiment.calibration.ids.shape[1] - 1
+        self.flying: dict[str, _Job] = {}
+        self.finished = self.failed = 0
+        self.streak: list[str] = []
+        self.best: tuple[float, int] | None = None
+
+    def run(self) -> None:
+        """Trials until there are as many as wanted, or time is up."""
+        known = self.study.told()
+        for trial in known:
+            self._track(trial)
+            self._rank(trial)
+        self.begun = len(known)
+        self.view.stage("trials", self.options.trials, self.begun)
+        if self.begun >= self.options.trials:
+            return
+        pool, judge = self.pipeline.pool, self.experiment.calibration_judge
+        remember_dense(pool, self.view, judge, self.rungs)
+        slots = range(min(self.options.jobs or pool.size, pool.size))
+        self.started = time.monotonic()
+        pool.run([task for slot in slots for task in self._next(slot)], self._tick)
+        pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
+        shown = "" if self.best is None else f", best KL {self.best[0]:.4g} (trial {self.best[1]})"
+        self.view.line(f"trials: {self._pace()}{shown}")
+
+    def plan(self, values: Mapping[str, Value]) -> Plan:
+        """The plan of some values.
+
+        Raises:
+            RecipeError, Infeasible, ValueError: there is none.
+        """
+        given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
+        if BITS not in values:
+            return self.allocator.problem.plan(self.pipeline.fitted(given).units)
+        size = self.experiment.size
+        total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
+        given = replace(given, budget=Budget(total, size.fixed_bytes))
+        found = solve(given, self.experiment.recipe.search)
+        return self.allocator.problem.plan(found.units)
+
+    # From trial to trial
+
+    def _next(self, slot: int) -> Iterable[Task]:
+        """The first task of the next trial that needs one; nothing when there are enough."""
+        while self.begun < self.options.trials and not self._late():
+            asked = self.study.ask()
+            self.begun += 1
+            started = time.monotonic()
+            try:
+                plan = self.plan(asked.values)
+            except (RecipeError, Infeasible, ValueError) as error:
+                self._fail([asked], _NO_PLAN, str(error))
+                continue
+            pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
+            made_of = {unit: Path(path).stem for unit, path in pieces.items()}
+            key, size = digest(made_of), self.pipeline.file_bytes(plan)
+            notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
+            self.study.note(asked, {**notes, "fits": self._fits(plan, size)})
+            if key in self.flying:
+                self.flying[key].followers.append(asked)
+                continue
+            job = self.flying[key] = _Job(asked, pieces, size, key, started)
+            task = self._go_on(job, slot)
+            if task is not None:
+                return [task]
+        return ()
+
+    def _fits(self, plan: Plan, size: int) -> bool:
+        """Whether a plan keeps to the recipe's budget; one in bits limits the units alone."""
+        in_bytes = self.experiment.recipe.budget.bytes is not None
+        return (size if in_bytes else plan.bytes) <= self.experiment.budget.total_bytes
+
+    def _late(self) -> bool:
+        limit = self.options.timeout
+        return limit is not None and time.monotonic() - self.started >= limit
+
+    def _go_on(self, job: _Job, slot: int) -> Task | None:
+        """The next piece of work of a trial; None once it is told."""
+        store, judge = self.experiment.store, self.experiment.calibration_judge
+        for rows in self.rungs:
+            if rows[1] <= len(job.kl):
+                continue
+            known = store.get_json("scores", trial_key(judge, rows, job.pieces))
+            if known is None:
+                return self._task(job, rows, slot)
+            if self._seen(job, rows, known):
+                return None
+        return None
+
+    def _task(self, job: _Job, rows: Rows, slot: int) -> Task:
+        judge = self.experiment.calibration_judge
+
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.view.advance("trials", 0, result["peak_bytes"])
+            key = trial_key(judge, rows, job.pieces)
+            self.experiment.store.put_json("scores", key, result["kl"])
+            task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
+            return self._next(slot) if task is None else [task]
+
+        def failed(kind: str, reason: str) -> Iterable[Task]:
+            del self.flying[job.key]
+            self._fail(job.members, kind, reason)
+            return self._next(slot)
+
+        arguments = {
+            "judge": plain(judge),
+            "rows": rows,
+            "pieces": dict(job.pieces),
+            "total": self.rungs[-1][1],
+        }
+        label = f"trial {job.asked.number}"
+        return Task(
+            "resident:evaluate_plan", arguments, label, affinity=slot, done=done, failed=failed
+        )
+
+    def _seen(self, job: _Job, rows: Rows, kl: list[float]) -> bool:
+        """Takes the KL of some more sequences; whether the trial has come to its end."""
+        job.kl += kl
+        mean = math.fsum(job.kl) / (len(job.kl) * self.tokens)
+        last = rows == self.rungs[-1]
+        if not math.isfinite(mean):
+            del self.flying[job.key]
+            self._fail(job.members, "not finite", f"its KL is {mean}")
+            return True
+        pruned = False
+        if len(self.rungs) > 1:
+            pruned = self.study.behind(job.asked, len(job.kl), mean) and not last
+        if not last and not pruned:
+            return False
+        del self.flying[job.key]
+        notes = {
+            "sequences": len(job.kl),
+            "seconds": round(time.monotonic() - job.started, 3),
+        }
+        for asked in job.members:
+            same = {} if asked is job.asked else {"same_as": job.asked.number}
+            if same and len(self.rungs) > 1:
+                self.study.behind(asked, len(job.kl), mean)
+            self.study.note(asked, {**notes, **same})
+            if pruned:
+                self.study.tell_pruned(asked)
+            else:
+                self.study.tell(asked, {"kl": mean, "bytes": float(job.size)})
+            self._count(asked)
+        return True
+
+    def _fail(self, failing: list[Asked], kind: str, reason: str) -> None:
+        """Puts failures on record.
+
+        Raises:
+            RunError: there were several of the same kind one after another.
+        """
+        text = " ".join(f"{kind}: {reason}".split())[:500]
+        for asked in failing:
+            self.study.tell_failed(asked, text)
+            self.failed += 1
+            self.view.line(f"trial {asked.number} failed: {text}")
+            self._count(asked, failed=True)
+        if kind == _NO_PLAN:
+            return
+        self.streak = [*(k for k in self.streak if k == kind), kind]
+        if len(self.streak) >= _STREAK:
+            advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
+            raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
+
+    def _count(self, asked: Asked, failed: bool = False) -> None:
+        """A trial was told."""
+        self.finished += 1
+        self.streak = self.streak if failed else []
+        self.view.advance("trials")
+        told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
+        self._track(told)
+        if self._rank(told):
+            size = told.attributes["bytes"]
+            name = f" ({asked.start})" if asked.start else ""
+            self.view.line(
+                f"trial {told.number}{name}: KL {told.kl:.4g}, {size:,} bytes, the best so far;"
+                f" {self._pace()}"
+            )
+
+    def _rank(self, told: Told) -> bool:
+        """Whether a trial is the best so far, within the recipe's budget."""
+        if told.state != "complete" or told.kl is None or not told.attributes["fits"]:
+            return False
+        if self.best is not None and self.best[0] <= told.kl:
+            return False
+        self.best = (told.kl, told.number)
+        return True
+
+    # What people see
+
+    def _pace(self) -> str:
+        minutes = (time.monotonic() - self.started) / 60
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
+
+    def _tick(self, running: list[str]) -> None:
+        best = "" if self.best is None else f"best {self.best[0]:.4g} (trial {self.best[1]}), "
+        self.view.tick([f"{best}{self._pace()}"])
+
+    def _track(self, told: Told) -> None:
+        notes = told.attributes
+        metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
+        if told.kl is not None:
+            metrics["kl"] = told.kl
+        params = {name: str(value) for name, value in told.values.items()}
+        params |= {name: str(notes[name]) for name in ("plan", "start") if name in notes}
+        reason = str(notes.get("reason", ""))
+        name = f"trial {told.number}"
+        self.pipeline.tracker.log_trial(name, params, metrics, told.steps, told.state, reason)

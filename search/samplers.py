@@ -1,0 +1,75 @@
+"""Optuna's samplers by name, over knobs.
+
+| name | | objectives |
+|---|---|---|
+| tpe | tree-structured Parzen estimators; the default: fast, good from the tenth trial on | any |
+| gp | a Gaussian process; fewer trials, seconds each | any |
+| nsga2 | a genetic algorithm; for several objectives and hundreds of trials | any |
+| random | what the others must beat | any |
+| cmaes | evolves a normal distribution; for numbers, others are drawn at random | one |
+
+Optuna takes a moment to import, so that happens where it is used.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moesaic.search.knobs import Knob, Values
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.trial import Trial
+
+SAMPLERS = ("tpe", "gp", "nsga2", "random", "cmaes")
+# Trials that are drawn at random before a model is trusted; those tried first count.
+_STARTUP = 10
+_POPULATION = 20
+
+
+def refusal(name: str, objectives: int) -> str | None:
+    """Why a sampler cannot be used for so many objectives, or None."""
+    if name == "cmaes" and objectives > 1:
+        others = ", ".join(other for other in SAMPLERS if other != name)
+        return f"cmaes cannot do {objectives} objectives: take {others}, or one objective"
+    return None
+
+
+def make_sampler(name: str, seed: int) -> "BaseSampler":
+    """The sampler.
+
+    Raises:
+        ValueError: no such sampler.
+    """
+    from optuna import samplers
+
+    if name == "tpe":
+        return samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP, multivariate=True)
+    if name == "gp":
+        return samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP)
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=seed, population_size=_POPULATION)
+    if name == "random":
+        return samplers.RandomSampler(seed=seed)
+    if name == "cmaes":
+        return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    raise ValueError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
+
+
+def suggest(trial: "Trial", knobs: Sequence[Knob]) -> dict[str, float | str]:
+    """Values of all knobs, those that are fixed included."""
+    return {knob.name: knob.default if knob.fixed else _suggest(trial, knob) for knob in knobs}
+
+
+def _suggest(trial: "Trial", knob: Knob) -> float | str:
+    if knob.choices:
+        return str(trial.suggest_categorical(knob.name, knob.choices))
+    return float(trial.suggest_float(knob.name, knob.low, knob.high, log=knob.log))
+
+
+def start_params(knobs: Sequence[Knob], start: Values) -> dict[str, Any]:
+    """Some values as params of a trial: the others at their defaults, all within their ranges."""
+    return {
+        knob.name: knob.nearest(start.get(knob.name, knob.default))
+        for knob in knobs
+        if not knob.fixed
+    }

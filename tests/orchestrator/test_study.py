@@ -1,0 +1,212 @@
+"""Studies on disk: what a killed driver leaves, who may go on with what, damaged journals."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.study import Study
+from moesaic.search.knobs import Knob
+
+KNOBS = [
+    Knob("slope", "", 0.0, -1.0, 1.0),
+    Knob("order", "", "any", choices=("any", "true")),
+    Knob("fixed", "", 2.0, 2.0, 2.0),
+]
+STARTS: Mapping[str, Mapping[str, Any]] = {"as predicted": {}, "steep": {"slope": 1.0}}
+
+
+def study(folder: Path, **changes: Any) -> Study:
+    about: dict[str, Any] = {
+        "journal": folder / "journal.log",
+        "name": "small",
+        "knobs": KNOBS,
+        "objectives": ["kl"],
+        "sampler": "tpe",
+        "seed": 3,
+        "made_of": {"model": "a", "sequences": [[0, 4]]},
+        "starts": STARTS,
+    }
+    return Study(**{**about, **changes})
+
+
+def test_starts_come_first_and_fixed_knobs_have_their_value(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        first, second, third = (opened.ask() for _ in range(3))
+        assert first.values == {"slope": 0.0, "order": "any", "fixed": 2.0}
+        assert second.values["slope"] == 1.0
+        assert [asked.start for asked in (first, second, third)] == [*STARTS, None]
+        opened.note(first, {"bytes": 10})
+        opened.tell(first, {"kl": 0.5})
+        told = opened.told()
+    assert [(t.number, t.state, t.kl, t.attributes) for t in told] == [
+        (0, "complete", 0.5, {"bytes": 10, "start": "as predicted"})
+    ]
+    assert told[0].values["fixed"] == 2.0
+
+
+def test_what_a_killed_driver_left_is_asked_for_again_and_counted_once(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        asked = [opened.ask() for _ in range(4)]
+        opened.tell(asked[0], {"kl": 0.5})
+        opened.tell_failed(asked[2], "no plan: too large")
+    for _ in range(2):  # once more before any was asked for: nothing is there twice
+        with study(tmp_path) as opened:
+            assert [(t.number, t.state) for t in opened.told()] == [(0, "complete"), (2, "failed")]
+    with study(tmp_path) as opened:
+        again = [opened.ask() for _ in range(3)]
+        assert [a.values for a in again[:2]] == [asked[1].values, asked[3].values]
+        assert again[0].start == "steep"
+        assert again[2].values not in [a.values for a in asked]
+        for number, trial in enumerate(again):
+            opened.tell(trial, {"kl": float(number)})
+        told = opened.told()
+    assert len(told) == 5
+    assert told[1].attributes["reason"] == "no plan: too large"
+
+
+def test_a_start_that_died_before_it_had_its_values_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with study(tmp_path) as opened:
+        opened._study.ask()  # killed before anything was suggested
+        opened.tell(opened.ask(), {"kl": 1.0})
+    with study(tmp_path) as opened:
+        again = opened.ask()
+        assert (again.start, again.values) == (
+            "as predicted",
+            {"slope": 0.0, "order": "any", "fixed": 2.0},
+        )
+
+
+def test_a_resumed_sampler_does_not_draw_the_same_again(tmp_path: Path) -> None:
+    drawn = []
+    for _ in range(2):
+        with study(tmp_path, starts={}, sampler="random") as opened:
+            for _ in range(3):
+                asked = opened.ask()
+                drawn.append(asked.values["slope"])
+                opened.tell(asked, {"kl": 1.0})
+    assert len(set(drawn)) == 6
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"made_of": {"model": "b", "sequences": [[0, 4]]}}, "model: a, now b"),
+    "range": (
+        {"knobs": [Knob("slope", "", 0.0, -2.0, 1.0), *KNOBS[1:]]},
+        "knobs slope: [-1.0, 1.0], now [-2.0, 1.0]",
+    ),
+    "knob": ({"knobs": KNOBS[:2]}, "knobs fixed: [2.0, 2.0], now none"),
+    "objectives": ({"objectives": ["bytes", "kl"]}, 'objectives: ["kl"], now ["bytes", "kl"]'),
+    "new": ({"resume": False}, "is there already: take another --output or --storage"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_study_of_something_else_is_refused_saying_what(change: str, tmp_path: Path) -> None:
+    with study(tmp_path):
+        pass
+    changes, text = CHANGES[change]
+    with pytest.raises(UserError, match="journal.log") as error, study(tmp_path, **changes):
+        pass
+    assert text in str(error.value)
+    with study(tmp_path, sampler="random", seed=9):
+        pass  # how knobs are drawn changes nothing that was found
+
+
+def test_another_study_may_lie_in_the_same_journal(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    with study(tmp_path, name="other", made_of={"model": "b"}) as opened:
+        assert opened.told() == []
+
+
+def test_a_line_that_was_cut_off_is_taken_away(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    journal = tmp_path / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"wor')
+    with study(tmp_path) as opened:
+        assert journal.read_bytes().startswith(whole)
+        assert all(json.loads(line) for line in journal.read_bytes().splitlines())
+        opened.tell(opened.ask(), {"kl": 2.0})
+    with study(tmp_path) as opened:
+        assert [t.kl for t in opened.told()] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("content", [b"not a journal\n", b"\xff\xfe\x00", b'{"op_code": 1}\n'])
+def test_a_damaged_journal_is_told_and_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.log"
+    journal.write_bytes(content)
+    with pytest.raises(UserError, match=r"journal.log: is damaged.*--storage"), study(tmp_path):
+        pass
+    assert journal.read_bytes() == content
+
+
+def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "journal.log").mkdir()
+    with pytest.raises(UserError, match=r"journal.log: cannot be used"), study(tmp_path):
+        pass
+
+
+HOLD = """
+import fcntl, os, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(f"{os.getpid()}\\n")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_driver_at_a_time_and_a_killed_one_does_not_count(tmp_path: Path) -> None:
+    with study(tmp_path):
+        pass
+    (tmp_path / "journal.log.driver").write_text("")
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "journal.log.driver")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid} is at work"), study(tmp_path):
+            pass
+        other.kill()
+    with study(tmp_path):
+        pass
+
+
+def test_two_objectives_have_a_front(tmp_path: Path) -> None:
+    with study(tmp_path, objectives=["bytes", "kl"], sampler="nsga2") as opened:
+        for size, kl in ((10, 3.0), (20, 1.0), (30, 2.0)):
+            opened.tell(opened.ask(), {"kl": kl, "bytes": float(size)})
+        assert opened.front() == [0, 1]
+        assert [t.kl for t in opened.told()] == [3.0, 1.0, 2.0]
+        assert opened.importances() == {}
+
+
+def test_importances_need_some_trials_and_tell_what_matters(tmp_path: Path) -> None:
+    with study(tmp_path, sampler="random") as opened:
+        for number in range(40):
+            assert opened.importances() == {} or number >= 10
+            asked = opened.ask()
+            opened.tell(asked, {"kl": abs(float(asked.values["slope"]) - 0.3)})
+        found = opened.importances()
+    assert next(iter(found)) == "slope" and sum(found.values()) == pytest.approx(1)
+
+
+def test_the_table_has_a_row_per_trial(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+        opened.tell_failed(opened.ask(), "broken")
+        table = opened.table()
+    assert list(table["trial"]) == [0, 1] and list(table["state"]) == ["complete", "failed"]
+    assert table["reason"][1] == "broken" and table["knob slope"][1] == 1.0
+    assert json.loads(table.to_json())

@@ -1,0 +1,276 @@
+"""moesaic tune: trials on resident models, what they find, what stops them, what they leave."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from moesaic.orchestrator import resident, tune
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.evaluate import evaluate_rows
+from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.worker import WorkerState
+from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.projects import make_model_folder
+
+BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
+CHAINS: dict[str, Any] = {
+    "candidates": [BITS, [{"method": "reap", "keep": [0.5, 0.75]}, {**BITS, "bits": [4, 8]}]],
+    "baselines": {},
+    "budget": {"bits_per_weight": 4.5},
+    "evaluation": {"sequences": 2},
+}
+EVALUATE = "resident:evaluate_plan"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which everything is measured and no plan was judged yet."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        project = Project(folder, model, patch)
+        project.write(**CHAINS)
+        project.run(stages=("measure",))
+    return folder / "store"
+
+
+Make = Callable[..., Project]
+
+
+@pytest.fixture
+def make(model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """``make(**changes)``: a project with experts that may be dropped."""
+
+    def project(**changes: Any) -> Project:
+        made = Project(tmp_path, model, monkeypatch)
+        made.write(**{**CHAINS, **changes})
+        if not (tmp_path / "store").exists():
+            shutil.copytree(measured, tmp_path / "store")
+        return made
+
+    return project
+
+
+def trials(project: Project) -> pd.DataFrame:
+    return pd.read_parquet(project.output / "trials.parquet")
+
+
+def test_a_study_leaves_all_that_a_run_does_and_its_best_plan(make: Make) -> None:
+    project = make(tune={"prune": False})
+    result, calls = project.tune(7, assemble=True)
+    study, table = project.json("study.json"), trials(project)
+    assert result["study"] == study
+    assert list(table["trial"]) == list(range(7)) and set(table["state"]) == {"complete"}
+    best = table.loc[table["kl"].idxmin()]
+    assert study["best"]["kl"] == best["kl"]
+    assert project.json("plan.json")["bytes"] == best["bytes"]
+    scores = project.json("scores.json")
+    assert scores["plan"]["bytes"] == best["bytes"] and scores["plan"]["kl"] > 0
+    assert (project.output / "model" / "config.json").exists()
+    assert calls[EVALUATE] == study["plans"] == table["plan"].nunique()
+    # The first trials: what a run would take without finalists, and all weights alike.
+    assert list(table["start"][:3]) == ["as predicted", "even", "reductions × 4"]
+
+    # A trial's KL is that of the same plan, streamed.
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    judge, rows = plain(experiment.calibration_judge), (0, 12)
+    kl = evaluate_rows(WorkerState(1), judge, rows, project.judged[0]["pieces"])["kl"]
+    assert math.fsum(kl) / (12 * 23) == pytest.approx(table["kl"][0], rel=1e-12)
+    # Some reduced a bank, others did not: both ways of putting pieces into place were used.
+    assert len({tuple(sorted(call["pieces"].values())) for call in project.judged}) > 2
+
+
+def test_the_same_command_again_does_nothing_and_more_trials_go_on(make: Make) -> None:
+    project = make(tune={"prune": False})
+    project.tune(5)
+    first = trials(project)
+    _, calls = project.tune(5)
+    assert calls[EVALUATE] == 0
+    pd.testing.assert_frame_equal(trials(project), first)
+    project.tune(6, size=2)
+    again = trials(project)
+    assert len(again) == 6
+    pd.testing.assert_series_equal(again["kl"][:5], first["kl"])
+    assert [told[0] for told in project.tracked] == [f"trial {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("call", [2, 7])
+def test_a_killed_driver_loses_nothing_and_counts_nothing_twice(call: int, make: Make) -> None:
+    project = make(tune={"seed": call})
+    with pytest.raises(Killed):
+        project.tune(6, size=2, kill_at=call)
+    done = project.calls[EVALUATE]
+    project.tune(6, size=2)
+    table = trials(project)
+    assert len(table) == 6 and set(table["state"]) <= {"complete", "pruned"}
+    assert sorted(table["start"].dropna()) == ["as predicted", "even", "reductions × 4"]
+    assert not table.filter(like="knob").duplicated().any()
+    assert project.json("study.json")["trials"]["all"] == 6
+    assert done == max(0, call - 1 - 4)  # four calls remember the dense model
+
+
+def test_equal_plans_are_judged_once(make: Make) -> None:
+    fixed = {"depth_slope": 0, "mix": 0, "weight.attention": 1, "charge.reductions": 1}
+    project = make(tune={"prune": False, "knobs": {**fixed, "score_exponent": [1, 1.001]}})
+    _, calls = project.tune(6, size=2)
+    table = trials(project)
+    assert calls[EVALUATE] == table["plan"].nunique() == 1
+    assert len(table) == 6 and table["kl"].nunique() == 1
+    assert table["same_as"].notna().sum() >= 1
+
+
+def test_trials_that_fall_behind_stop_early(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make()
+    project.tune(10)
+    table = trials(project)
+    pruned, complete = (table[table["state"] == state] for state in ("pruned", "complete"))
+    assert len(pruned) and set(pruned["sequences"]) <= {2, 3, 6}
+    assert set(complete["sequences"]) == {12}
+    assert pruned["start"].isna().all()
+    assert pruned["kl"].min() > complete["kl"].min()
+    steps = project.tracked[0][3]
+    assert list(steps) == [2, 3, 6, 12]
+
+
+def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) -> None:
+    project = make(tune={"objectives": ["bytes", "kl"], "sampler": "nsga2"})
+    project.tune(9)
+    study, table = project.json("study.json"), trials(project)
+    assert set(table["state"]) == {"complete"} and set(table["sequences"]) == {12}
+    assert table["knob bits_per_weight"].nunique() > 3
+    front = sorted((entry["bytes"], entry["kl"]) for entry in study["front"])
+    assert len(front) > 1
+    for (small, high), (large, low) in zip(front, front[1:], strict=False):
+        assert small < large and high > low
+    plan = project.json("plan.json")
+    assert plan["bytes"] <= plan["budget_bytes"]
+    fitting = table[table["bytes"] <= plan["budget_bytes"]]
+    assert study["best"]["kl"] == fitting["kl"].min()
+
+
+def test_a_failed_trial_is_recorded_and_the_study_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"prune": False})
+    judged = resident.evaluate_plan
+    count = 0
+
+    def sometimes(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in (1, 2, 4):
+            raise MemoryError("no room for 3 GB")
+        found = judged(*arguments, **named)
+        return {**found, "kl": [math.nan] * len(found["kl"])} if count == 5 else found
+
+    monkeypatch.setattr(resident, "evaluate_plan", sometimes)
+    project.tune(8)
+    table = trials(project)
+    failed = table[table["state"] == "failed"]
+    assert len(table) == 8 and len(failed) == 4
+    assert set(failed["reason"]) == {
+        "MemoryError: no room for 3 GB",
+        "not finite: its KL is nan",
+    }
+    assert [told[4] for told in project.tracked].count("failed") == 4
+
+
+def test_three_failures_of_a_kind_stop_the_study_with_advice(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"prune": False})
+
+    def never(*arguments: Any, **named: Any) -> Any:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resident, "evaluate_plan", never)
+        with pytest.raises(RunError, match=r"3 trials in a row.*no room: fewer workers"):
+            project.tune(8)
+    assert len(project.tracked) == 3
+    project.tune(5)
+    assert list(trials(project)["state"]) == ["failed"] * 3 + ["complete"] * 2
+
+
+def test_time_that_is_up_ends_a_study(make: Make) -> None:
+    project = make()
+    with pytest.raises(RunError, match="no trial within the budget succeeded: none was made"):
+        project.tune(5, timeout=0)
+    project.tune(5)
+    project.tune(9, timeout=0)
+    assert len(trials(project)) == 5
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "search": ({"search": "uniform"}, "search: uniform does not add up losses"),
+    "shares": ({"search": "strs"}, "search: strs does not add up losses"),
+    "sampler": ({"tune": {"sampler": "grid"}}, "tune.sampler: unknown sampler 'grid'"),
+    "several": (
+        {"tune": {"sampler": "cmaes", "objectives": ["bytes", "kl"]}},
+        "cmaes cannot do 2 objectives",
+    ),
+    "bytes alone": ({"tune": {"objectives": ["bytes"]}}, "objectives are kl alone, or kl and"),
+    "knob": ({"tune": {"knobs": {"weight.head": 2}}}, "tune.knobs.weight.head: no such knob"),
+    "range": ({"tune": {"knobs": {"mix": [0, 2]}}}, "tune.knobs.mix: [0.0, 2.0] is not within 0"),
+    "group": ({"tune": {"groups": {"a": "nothing_like_it"}}}, "tune.groups.a: 'nothing_like_it'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_tuned_is_refused_before_any_work(case: str, make: Make) -> None:
+    changes, text = REFUSED[case]
+    project = make(**changes)
+    with pytest.raises(UserError) as error:
+        project.tune(3)
+    assert text in str(error.value) and "recipe.yaml" in str(error.value)
+    assert project.calls.total() == 0
+
+
+def test_a_study_with_another_budget_is_refused(make: Make) -> None:
+    project = make()
+    project.tune(4)
+    project = make(budget={"bits_per_weight": 5.0})
+    with pytest.raises(UserError, match="made with something else: budget in bytes"):
+        project.tune(5)
+    with pytest.raises(UserError, match="is there already"):
+        project.tune(5, resume=False)
+    project.tune(4, storage=project.folder / "other.log")
+
+
+def test_groups_and_options_are_knobs(make: Make) -> None:
+    candidates = [
+        {"method": "gptq", "bits": [2, 4, 8], "group_size": -1, "act_order": [True, False]}
+    ]
+    project = make(
+        candidates=candidates,
+        tune={"groups": {"values": "v_proj", "out": r"o_proj$"}, "knobs": {"weight.out": [2, 4]}},
+    )
+    project.tune(4)
+    knobs = project.json("study.json")["knobs"]
+    assert knobs["weight.out"]["allowed"] == [2.0, 4.0] and knobs["weight.out"]["default"] == 2.0
+    assert knobs["weight.values"]["allowed"] == [0.125, 8.0]
+    assert knobs["gptq.act_order"]["allowed"] == ["any", "false", "true"] or knobs[
+        "gptq.act_order"
+    ]["allowed"] == ["any", "true", "false"]
+    assert set(project.json("study.json")["best"]["values"]) == set(knobs)
+
+
+def test_rungs_grow_to_all_sequences(make: Make) -> None:
+    project = make()
+    file = project.folder / "recipe.yaml"
+    experiment = open_experiment(file, project.output)
+    assert tune.rungs(experiment) == [(0, 2), (2, 3), (3, 6), (6, 12)]
+    make(tune={"sequences": 3})
+    assert tune.rungs(open_experiment(file, project.output)) == [(0, 1), (1, 2), (2, 3)]
+    make(tune={"objectives": ["kl", "bytes"]})
+    assert tune.rungs(open_experiment(file, project.output)) == [(0, 12)]

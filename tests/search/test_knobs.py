@@ -1,0 +1,268 @@
+"""Knobs: plans by a few numbers, against every plan there is."""
+
+import itertools
+import json
+import math
+import random
+
+import optuna
+import pytest
+
+from moesaic.methods.base import Spec
+from moesaic.search import samplers
+from moesaic.search.base import Alternative, Budget, Infeasible, Layer, Measurement, Problem
+from moesaic.search.knapsack import search
+from moesaic.search.knobs import Allocator, Knob, Place, narrowed
+from moesaic.search.samplers import SAMPLERS, make_sampler, refusal, start_params, suggest
+from tests.search.problems import best_by_looking_at_all
+
+BITS = (2, 3, 4, 8)
+WEIGHTS = 800
+
+
+def rtn(bits: int, **options: object) -> tuple[Spec, ...]:
+    return (Spec.of("rtn", {"bits": bits, "group_size": -1, **options}),)
+
+
+def layers_problem(sensitivities: list[float], average: float = 4.0) -> Problem:
+    """Equal layers; a layer of sensitivity s loses s·4^-bits."""
+    choices = {
+        f"u{i}": [
+            Measurement(f"u{i}", rtn(b), WEIGHTS * b // 8, 4.0**-b, s * 4.0**-b, 0.0) for b in BITS
+        ]
+        for i, s in enumerate(sensitivities)
+    }
+    total = int(len(sensitivities) * WEIGHTS * average / 8)
+    sizes = {name: Layer(2 * WEIGHTS) for name in choices}
+    return Problem(choices, [], Budget(total, 0), layers=sizes)
+
+
+def placed(problem: Problem, kinds: int = 3) -> dict[str, Place]:
+    count = len(problem.choices)
+    return {
+        name: Place(("attention", "mlp", "experts")[i % kinds], i / max(count - 1, 1))
+        for i, name in enumerate(problem.choices)
+    }
+
+
+def true_loss(sensitivities: list[float], problem: Problem, plan: dict[str, object]) -> float:
+    return sum(
+        s * m.error
+        for s, name in zip(sensitivities, problem.choices, strict=True)
+        for m in problem.choices[name]
+        if m.chain == plan[name]
+    )
+
+
+def test_defaults_are_the_plan_as_predicted() -> None:
+    given = layers_problem([math.exp(random.Random(5).gauss(0, 1)) for _ in range(9)], 3.7)
+    allocator = Allocator(given, placed(given))
+    assert allocator.plan({}) == search(given)
+    same = allocator.reweighted({})
+    assert [m.loss for ms in same.choices.values() for m in ms] == pytest.approx(
+        [m.loss for ms in given.choices.values() for m in ms], rel=1e-12
+    )
+
+
+def test_an_exponent_of_zero_is_the_uniform_plan() -> None:
+    given = layers_problem([10.0, 0.1, 3.0, 1.0, 0.02, 7.0])
+    plan = Allocator(given, placed(given)).plan({"score_exponent": 0.0})
+    assert set(plan.units.values()) == {rtn(4)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_the_best_of_all_under_the_formula(seed: int) -> None:
+    generator = random.Random(seed)
+    given = layers_problem([math.exp(generator.gauss(0, 1.5)) for _ in range(5)], 3.4)
+    places = placed(given)
+    allocator = Allocator(given, places)
+    values = {
+        "score_exponent": generator.uniform(0, 2),
+        "depth_slope": generator.uniform(-3, 3),
+        "mix": generator.uniform(0, 1),
+        "weight.mlp": math.exp(generator.uniform(-2, 2)),
+        "weight.experts": math.exp(generator.uniform(-2, 2)),
+    }
+    assert {knob.name for knob in allocator.knobs} == set(values)
+    plan = allocator.plan(values)
+    assert plan.bytes <= given.budget.total_bytes
+
+    logs = {n: [math.log(m.loss) for m in ms] for n, ms in given.choices.items()}
+    own = {n: sum(ls) / len(ls) - math.log(2 * WEIGHTS) for n, ls in logs.items()}
+    errors = {n: sum(math.log(m.error) for m in ms) / 4 for n, ms in given.choices.items()}
+    scale = sum(own.values()) - sum(e - math.log(2 * WEIGHTS) for e in errors.values())
+
+    def loss(chosen: dict[str, Measurement]) -> float:
+        total = 0.0
+        mix = values["mix"]
+        for name, m in chosen.items():
+            spread = own[name] - sum(own.values()) / 5
+            even = errors[name] - sum(errors.values()) / 5
+            sensitivity = math.exp((1 - mix) * spread + mix * even)
+            weight = values.get(f"weight.{places[name].kind}", 1.0)
+            slope = math.exp(values["depth_slope"] * (places[name].depth - 0.5))
+            mixed = m.loss ** (1 - mix) * (math.exp(scale / 5) * m.error) ** mix
+            total += weight * slope * sensitivity ** (values["score_exponent"] - 1) * mixed
+        return total
+
+    best = math.inf
+    for picked in itertools.product(*given.choices.values()):
+        if sum(m.bytes for m in picked) <= given.budget.total_bytes:
+            best = min(best, loss(dict(zip(given.choices, picked, strict=True))))
+    chosen = {
+        name: next(m for m in given.choices[name] if m.chain == chain)
+        for name, chain in plan.units.items()
+    }
+    assert loss(chosen) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_sixty_trials_come_near_the_optimum_of_24_layers(sampler: str) -> None:
+    """Losses are predicted with a wrong exponent, without the depth's and the kind's share."""
+    reached = []
+    for seed in range(3):
+        generator = random.Random(seed)
+        measured = [math.exp(generator.gauss(0, 1)) for _ in range(24)]
+        noise = [math.exp(generator.gauss(0, 0.1)) for _ in range(24)]
+        kinds = [(1.0, 3.0, 0.3)[i % 3] for i in range(24)]
+        depth = [math.exp(1.5 * (0.5 - i / 23)) for i in range(24)]
+        true = [
+            m**0.6 * n * k * d for m, n, k, d in zip(measured, noise, kinds, depth, strict=True)
+        ]
+        given, real = layers_problem(measured), layers_problem(true)
+        optimum = search(real).loss
+        uniform = sum(true) * 4.0**-4
+        allocator = Allocator(given, placed(given))
+
+        def objective(trial: optuna.Trial) -> float:
+            plan = allocator.plan(suggest(trial, allocator.knobs))  # noqa: B023
+            return true_loss(true, given, dict(plan.units))  # noqa: B023
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=make_sampler(sampler, seed))
+        for start in allocator.starts().values():
+            study.enqueue_trial(start_params(allocator.knobs, start))
+        study.optimize(objective, n_trials=60)
+        values = [t.value for t in study.trials]
+        assert values[1] == pytest.approx(uniform)
+        reached.append((uniform - study.best_value) / (uniform - optimum))
+    if sampler == "tpe":
+        assert min(reached) >= 0.97, reached
+    assert max(reached) <= 1 + 1e-9
+
+
+def option_problem() -> Problem:
+    """Two units with orders, one of them with a correction; 2 and 4 bits."""
+    eora = (Spec.of("eora", {"rank": 1}),)
+    chains = [
+        (Spec.of("gptq", {"bits": b, "group_size": -1, "act_order": o}),)
+        for b in (2, 4)
+        for o in (True, False)
+    ]
+    choices = {
+        "q": [
+            Measurement("q", c, 10 * (2 + i // 2), 0.1, 1.0 / (1 + i), 0.0)
+            for i, c in enumerate(chains)
+        ],
+        "v": [
+            Measurement("v", c, 10 + i, 0.1, 1.0 / (1 + i), 0.0)
+            for i, c in enumerate([chains[0], chains[0] + eora])
+        ],
+    }
+    return Problem(choices, [], Budget(100, 0))
+
+
+def test_options_with_several_values_are_knobs_and_sizes_are_not() -> None:
+    allocator = Allocator(option_problem(), {"q": Place("a", 0.0), "v": Place("a", 0.0)})
+    options = {knob.name: knob.choices for knob in allocator.knobs if knob.choices}
+    # static_groups follows act_order here, and bits and rank are sizes.
+    assert options == {
+        "corrections": ("offered", "left out"),
+        "gptq.act_order": ("any", "true", "false"),
+    }
+    plain = allocator.plan({"gptq.act_order": "true"})
+    assert json.loads(plain.units["q"][0].options) | {"act_order": True, "bits": 4} == json.loads(
+        plain.units["q"][0].options
+    )
+    # v has no other order: it keeps what it has.
+    other = allocator.plan({"gptq.act_order": "false", "corrections": "left out"})
+    assert json.loads(other.units["q"][0].options)["act_order"] is False
+    assert [spec.method for spec in other.units["v"]] == ["gptq"]
+
+
+def bank_problem() -> Problem:
+    reap = (Spec.of("reap", {"keep": 0.5}),)
+
+    def offers(name: str, loss: float) -> list[Measurement]:
+        return [Measurement(name, rtn(b), 10 * b, 0.1, loss / b, 0.0) for b in BITS]
+
+    whole = {f"b.{e}.gate": offers(f"b.{e}.gate", 1.0) for e in (0, 1)}
+    bank = [
+        Alternative((), "2x2", 0, 0.0, whole),
+        Alternative(reap, "1x2", 0, 0.3, {"b.0.gate": offers("b.0.gate", 1.0)}),
+    ]
+    return Problem({}, [], Budget(80, 0), {"b": bank})
+
+
+def test_a_charge_makes_reductions_dearer() -> None:
+    given = bank_problem()
+    places = dict.fromkeys(["b.0.gate", "b.1.gate"], Place("experts", 0.0))
+    allocator = Allocator(given, places)
+    assert "charge.reductions" in {knob.name for knob in allocator.knobs}
+    assert allocator.plan({}).units.keys() == {"b.0.gate"}
+    dear = allocator.plan({"charge.reductions": 4.0})
+    assert dear.units.keys() == {"b.0.gate", "b.1.gate"}
+    assert dear.loss == pytest.approx(2 / 4)  # as predicted, not as weighed
+
+
+def test_a_budget_that_no_plan_meets_is_told() -> None:
+    given = layers_problem([1.0, 2.0], 1.5)
+    with pytest.raises(Infeasible):
+        Allocator(given, placed(given)).plan({})
+    assert best_by_looking_at_all(given) is None
+
+
+KNOBS = [
+    Knob("slope", "", 0.0, -3.0, 3.0),
+    Knob("weight", "", 1.0, 0.125, 8.0, log=True),
+    Knob("order", "", "any", choices=("any", "true", "false")),
+]
+
+
+def test_wishes_fix_and_narrow() -> None:
+    slope, weight, order = narrowed(KNOBS, {"slope": 1, "weight": [2, 4], "order": [True, False]})
+    assert slope.fixed and slope.default == 1.0
+    assert (weight.low, weight.high, weight.default) == (2.0, 4.0, 2.0)
+    assert order.choices == ("true", "false") and order.default == "true"
+    assert narrowed(KNOBS, {"order": "any"})[2].fixed
+    assert start_params([slope, weight, order], {"weight": 1.0, "slope": 0.0}) == {
+        "weight": 2.0,
+        "order": "true",
+    }
+
+
+def test_every_wrong_wish_is_named_with_what_is_allowed() -> None:
+    wishes = {"slop": 1, "slope": [0, 9], "weight": "high", "order": "maybe"}
+    with pytest.raises(ValueError) as error:
+        narrowed(KNOBS, wishes)
+    for part in ("slop: no such knob", "-3 to 3", "'high' is neither", "any, true, false"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_gives_values_within_their_ranges(name: str) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=make_sampler(name, 1))
+    for _ in range(12 if name == "gp" else 25):
+        trial = study.ask()
+        values = suggest(trial, KNOBS)
+        assert -3 <= float(values["slope"]) <= 3 and 0.125 <= float(values["weight"]) <= 8
+        assert values["order"] in KNOBS[2].choices
+        study.tell(trial, float(values["slope"]) ** 2)
+
+
+def test_samplers_are_refused_by_name() -> None:
+    assert refusal("tpe", 2) is None and refusal("cmaes", 1) is None
+    assert "cmaes cannot do 2 objectives" in (refusal("cmaes", 2) or "")
+    with pytest.raises(ValueError, match="known are tpe"):
+        samplers.make_sampler("grid", 0)
