@@ -26,7 +26,7 @@ from moesaic.kernels._lowrank_attention import MAX_HEAD_DIM, Lifted, Options, re
 from moesaic.orchestrator.compressed_modules import kernels_take
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.low_rank_linears import operands
-from moesaic.orchestrator.trial import NotUnderstood, Place, tried
+from moesaic.orchestrator.probing import NotUnderstood, Place, probed
 
 _IMPLEMENTATION = "sdpa"
 _TOKENS, _TOLERANCE = 5, 1e-6
@@ -84,11 +84,11 @@ def recognise(module: Any, place: Place) -> Form:
     angles = known(size // 2)
     tables = tuple(torch.cat((table, table), -1) for table in (angles.cos(), angles.sin()))
     none = {"attention_mask": None, "cache": None}
-    trial = tried(module, place, known, position_embeddings=tables, **none)
+    probe = probed(module, place, known, position_embeddings=tables, **none)
     scale = float(getattr(module, "scaling", size**-0.5))
     q, k, v = (
         Lifted(answer, torch.eye(answer.shape[-1], dtype=answer.dtype, device="cpu"))
-        for answer in trial.answers.values()
+        for answer in probe.answers.values()
     )
     for causal in (True, False):
         for rotary in ((angles[0].cos(), angles[0].sin()), (None, None)):
@@ -97,8 +97,8 @@ def recognise(module: Any, place: Place) -> Form:
                 expected = reference(q, k, v, options).flatten(2)  # [1, tokens, heads·d]
             except RuntimeError as error:
                 raise NotUnderstood(f"their linears give no heads of {size} features") from error
-            if expected.shape == trial.result.shape and torch.allclose(
-                trial.result, expected, rtol=_TOLERANCE, atol=_TOLERANCE
+            if expected.shape == probe.result.shape and torch.allclose(
+                probe.result, expected, rtol=_TOLERANCE, atol=_TOLERANCE
             ):
                 query, key, value = place.first
                 rotates = rotary[0] is not None

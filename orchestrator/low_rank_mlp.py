@@ -2,7 +2,7 @@
 
 A family says which linears read what a feed-forward layer is given and which one reads what comes
 of them (the sites ``…:in`` and ``…:mid``), not what happens in between. That is found out by
-trying (see :mod:`moesaic.orchestrator.trial`): it must be ``down(act(gate(x)) * up(x))`` or
+trying (see :mod:`moesaic.orchestrator.probing`): it must be ``down(act(gate(x)) * up(x))`` or
 ``down(act(up(x)))``, with an activation that the kernel has, and nothing else. Other modules stay
 as they are.
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from moesaic.orchestrator.compressed_modules import kernels_take
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.low_rank_linears import operands
-from moesaic.orchestrator.trial import NotUnderstood, Place, tried
+from moesaic.orchestrator.probing import NotUnderstood, Place, probed
 
 if TYPE_CHECKING:
     from moesaic.kernels._lowrank_mlp_triton import Activation, Layer
@@ -84,9 +84,9 @@ def recognise(module: nn.Module, place: Place) -> Form:
         order = torch.randperm(count, generator=generator, device="cpu").double()
         return (order / count * 2 - 1).view(1, _TOKENS, size) * _LARGEST
 
-    trial = tried(module, place, known)
+    probe = probed(module, place, known)
     assert place.last is not None
-    return _form(trial.result, trial.answers, place.last)
+    return _form(probe.result, probe.answers, place.last)
 
 
 def _form(middle: Tensor, answers: Mapping[str, Tensor], down: str) -> Form:

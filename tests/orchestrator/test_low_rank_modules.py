@@ -22,7 +22,7 @@ from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.family import Linears, load_family
 from moesaic.orchestrator.low_rank_attention import LowRankAttention, attentions
 from moesaic.orchestrator.low_rank_mlp import Form, LowRankFeedForward, feed_forwards, recognise
-from moesaic.orchestrator.trial import NotUnderstood, Place
+from moesaic.orchestrator.probing import NotUnderstood, Place
 from moesaic.orchestrator.verify import verify
 from tests.kernels.test_int_group_triton import answer, run_script
 from tests.orchestrator.conftest import Tiny

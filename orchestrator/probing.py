@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """What came of one call.
 
     Attributes:
@@ -75,9 +75,9 @@ class _StandIn(nn.Module):
         return self.answer
 
 
-def tried(
+def probed(
     module: nn.Module, place: Place, known: Callable[[int], Tensor], **arguments: Any
-) -> Trial:
+) -> Probe:
     """Calls the module at ``place`` with ``known(inputs)`` and ``arguments``.
 
     Args:
@@ -115,10 +115,10 @@ def tried(
         raise NotUnderstood("they write into what they are given")
     answers = {name: stand_ins[name].answer for name in place.first}
     if place.last is None:
-        return Trial(answers, returned)
+        return Probe(answers, returned)
     if returned is not stand_ins[place.last].answer:
         raise NotUnderstood("they change what their last linear gives")
-    return Trial(answers, stand_ins[place.last].asked[0])
+    return Probe(answers, stand_ins[place.last].asked[0])
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
