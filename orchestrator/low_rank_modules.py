@@ -1,7 +1,7 @@
 """Modules whose linears are of low rank, and which one kernel computes, in models that are loaded.
 
 Which linears belong together is told by the family; what a module makes of them is found out by
-trying (see :mod:`moesaic.orchestrator.probing`). A module that is understood gets a class in front of
+trying (see :mod:`moesaic.orchestrator.probing`). A module that is understood gets a class before
 its own, which decides on every call between the kernel and the forward behind it. The kernel is for
 a GPU, for the 16-bit dtype that the weights were compressed in, for shapes where it was the fastest
 way when it was measured (see ``kernels/_plan.py``), and for as long as nobody has hooked the
