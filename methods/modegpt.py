@@ -181,14 +181,24 @@ def _queries(part: Part, kept: int) -> dict[str, Narrowed]:
         "query": torch.cat([places[h // group] + h * size for h in range(shape.heads)]),
         "key": torch.cat([place + head * size for head, place in enumerate(places)]),
     }
-    # A pair that is lost is lost once: it is charged to the query.
-    lost = energy["query"].clone()
-    lost[rows["query"]] = 0
-    errors = {"query": lost, "key": torch.zeros_like(energy["key"])}
+    # A product that is lost is lost once: it is charged to the query, but for what the query's bias
+    # has of it, which the key's own part multiplies whatever the query reads.
+    errors = {"query": energy["query"].clone(), "key": torch.zeros_like(energy["key"])}
+    if "query" in part.biases:
+        bias = _by_key_head(part.biases["query"].double().square(), shape)
+        reads = _by_key_head(energy["query"] / tokens, shape)
+        errors["key"] = energy["key"] * bias / (bias + reads).clamp_min(1e-300)
+    for role, kept_rows in rows.items():
+        errors[role][kept_rows] = 0
     return {
         role: Narrowed(part.weights[role][rows[role]], rows[role], None, errors[role])
         for role in rows
     }
+
+
+def _by_key_head(value: Tensor, shape: PartShape) -> Tensor:
+    """Sums over the query heads that share a key head, ``[heads · d] -> [kv_heads · d]``."""
+    return value.view(shape.kv_heads, -1, shape.head_channels).sum(1).flatten()
 
 
 def _values(part: Part, kept: int) -> dict[str, Narrowed]:

@@ -131,15 +131,13 @@ class Narrowed:
     def narrow_gradients(self, stats: Stats) -> Stats:
         """What the reverse pass left of the outputs and inputs that are left.
 
-        Squares of combined gradients are those of independent ones.
-
-        Raises:
-            ValueError: Fisher information of combined inputs, which is not known.
+        Squares of combined gradients are those of independent ones. Fisher information of combined
+        inputs is not known, and left out.
         """
         sums = {}
         for name, value in stats.sums.items():
             if name == "fisher" and self.inputs is not None:
-                raise ValueError("Fisher information of combined inputs is not known")
+                continue
             if name == "fisher" and self.columns is not None:
                 value = value[self.columns.to(value.device)]
             elif name == "grad_sq" and self.slopes is not None:

@@ -39,6 +39,7 @@ from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
+from moesaic.orchestrator.narrowing import block_parts
 from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
@@ -102,6 +103,8 @@ class Size:
     dense_bytes: int
 
 
+# Parts of blocks, as units say it, whose linears can be cut together.
+_PARTS = ("attention", "mlp")
 # Names shown of what there is, chains shown of those that have the same fault.
 _EXAMPLES, _SHOWN_CHAINS = 3, 3
 
@@ -251,6 +254,12 @@ class Experiment:
         for unit in self.units:
             offers[unit.name] = offered = []
             refusals = []
+            for method in self._not_meant(unit):
+                why = (
+                    f"{method} cuts a part of a block as a whole, and the linears of this one are"
+                    " not all named by the family, or some are kept"
+                )
+                self.unloadable[why] = self.unloadable.get(why, 0) + 1
             for chain in self._chains_for(unit):
                 misfit = self._misfit(unit, chain)
                 reason = misfit or self._unloadable(unit, chain)
@@ -321,7 +330,7 @@ class Experiment:
         names = ", ".join(map(str, reductions))
         tried = any(reducing(chain)[0] for chain in self.recipe.candidates)
         key = "candidates" if tried else "baselines"
-        if not reductions and self.recipe.router_calibration is not None:
+        if not (reductions and banks) and self.recipe.router_calibration is not None:
             raise RecipeError(
                 "router_calibration: nothing in this recipe reduces experts: add such a candidate"
                 " (moesaic list methods), or take it out"
@@ -342,6 +351,14 @@ class Experiment:
                 f"{key}: {names}: serve: {self.recipe.serve} needs equally many experts in"
                 f" all blocks, but keep leaves {kept[0]} as it is: serve: moesaic, or keep none"
             )
+        mlps = [part.name for part in block_parts(self.model) if part.shape.kind == "mlp"]
+        whole = [name for name in mlps if name not in self.shaping.parts]
+        cut = any("mlp" in cuts_parts(spec.method) for spec in reductions)
+        if cut and 0 < len(whole) < len(mlps) and self.recipe.serve != "moesaic":
+            raise RecipeError(
+                f"{key}: {names}: serve: {self.recipe.serve} needs MLPs of one width, but keep"
+                f" leaves {whole[0]} or some of it as it is: serve: moesaic, or keep all or none"
+            )
 
     def _chains_for(self, unit: Unit) -> list[Chain]:
         """The chains of the recipe that are meant for a unit.
@@ -358,6 +375,14 @@ class Experiment:
         ]
         wanted = dict.fromkeys([*meant, *filter(None, rest)])
         return [chain for chain in wanted if not chains.for_banks(chain)]
+
+    def _not_meant(self, unit: Unit) -> list[str]:
+        """Reducers of parts among the candidates that leave a linear of such a part out."""
+        if unit.kind == "bank" or unit.part not in _PARTS:
+            return []
+        prefixes = [reducing(chain)[0] for chain in self.recipe.candidates]
+        methods = [p[0].method for p in prefixes if p and not self.shaping.meant(unit, p)]
+        return [name for name in dict.fromkeys(methods) if cuts_parts(name)]
 
     def open_specs(self) -> list[Spec]:
         """Reducers whose layers are still to share out how many experts each keeps."""

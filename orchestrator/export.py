@@ -37,7 +37,7 @@ from moesaic.orchestrator.bank import (
 )
 from moesaic.orchestrator.compressed_modules import METHOD, VERSION
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.narrowing import BIAS as LINEAR_BIAS
+from moesaic.orchestrator.narrowing import LINEAR_BIAS
 from moesaic.orchestrator.pieces import Member, tensor_blob
 from moesaic.orchestrator.shortcuts import CONFIG_KEY
 from moesaic.orchestrator.streaming import StreamedModel

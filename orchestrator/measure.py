@@ -39,6 +39,9 @@ Pairs = Mapping[str, Sequence[tuple[Sequence[tuple[str, str]], str]]]
 class Job:
     """Units of one site and the chains that each still needs; plain data for workers.
 
+    A part has two sites; who comes first makes its reduction, and two that come at once both do, to
+    the same bytes.
+
     Attributes:
         units: names, in model order.
         missing: unit → [(chain as (method, options) pairs, key of its entries)].

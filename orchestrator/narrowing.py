@@ -32,7 +32,7 @@ from moesaic.orchestrator.store import Entry, Store
 from moesaic.orchestrator.streaming import StreamedModel
 
 # Member of a linear's piece besides its weight.
-BIAS = "bias"
+LINEAR_BIAS = "bias"
 # What an entry holds of a role: fields of Narrowed.
 _TENSORS = ("weight", "rows", "columns", "error", "bias", "inputs", "slopes")
 _NORM = "norm"
@@ -96,7 +96,7 @@ def narrowed_unit(unit: Unit, shape: tuple[int, int]) -> Unit:
     return replace(unit, shapes={"weight": shape})
 
 
-def place_bytes(unit: Unit, shape: tuple[int, int]) -> int:
+def unit_place_bytes(unit: Unit, shape: tuple[int, int]) -> int:
     """Bytes of the places of what is left of a linear."""
     pairs = zip(unit.shapes["weight"], shape, strict=True)
     return sum(channels.place_bytes(before, after) for before, after in pairs)
@@ -141,7 +141,7 @@ class NarrowedPart:
         linear, unit = self.linears[name], self.part.units[self.part.role(name)]
         shape = unit.shapes["weight"]
         members = {"weight": channels.pack(weight, shape, rows=linear.rows, columns=linear.columns)}
-        return members if linear.bias is None else {**members, BIAS: dense.pack(linear.bias)}
+        return members if linear.bias is None else {**members, LINEAR_BIAS: dense.pack(linear.bias)}
 
     def loss(self, gradients: Mapping[str, Stats], all_tokens: int) -> float:
         """Second-order estimate of the KL that the cut costs by itself, in nats per token:

@@ -10,7 +10,7 @@ from functools import cached_property
 from moesaic.methods.base import Chain, Unit, reverse_needs
 from moesaic.methods.parts import cuts_parts, outline_part
 from moesaic.methods.reduction import LayerShape, Outline, is_open
-from moesaic.orchestrator.narrowing import BlockPart, block_parts, narrowed_unit, place_bytes
+from moesaic.orchestrator.narrowing import BlockPart, block_parts, narrowed_unit, unit_place_bytes
 from moesaic.orchestrator.reductions import layer_shape, outline, reduced_unit, side_bytes
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, part_problem, reduction_problem
@@ -102,7 +102,7 @@ class Shaping:
         part = self.part(unit.name)
         if part is not None:
             (shape,) = self.reduced(unit, prefix).shapes.values()
-            return place_bytes(unit, (shape[0], shape[1])) if self.serve == "moesaic" else 0
+            return unit_place_bytes(unit, (shape[0], shape[1])) if self.serve == "moesaic" else 0
         return self._bank_side_bytes(unit, prefix)
 
     def _bank_side_bytes(self, bank: Unit, prefix: Chain) -> int:

@@ -267,7 +267,7 @@ class Store:
             if any(p.resolve() in keep for p in (path, path.parent, *sealed)):
                 continue
             with contextlib.suppress(FileNotFoundError):  # its writer finished or removed it
-                state = path.stat()
+                state = path.lstat()  # links of models are no second copies
                 if state.st_mtime > newest:
                     continue
                 path.unlink()
@@ -287,7 +287,9 @@ class Store:
 
     def _files(self) -> list[Path]:
         """Every file of the store, temporary ones included."""
-        own = [path for folder in self._folders() for path in folder.iterdir() if path.is_file()]
+        inside = (path for folder in self._folders() for path in folder.iterdir())
+        # Links of models may lead to what is not made yet, or no more.
+        own = [path for path in inside if path.is_file() or path.is_symlink()]
         return sorted([*own, *self.root.glob(f"{_TEMPORARY}*")])
 
 

@@ -237,6 +237,25 @@ def test_query_and_key_channels_go_in_pairs_and_the_largest_products_stay() -> N
     assert not key.error.any()
 
 
+def test_keys_are_charged_for_what_large_biases_of_queries_have_of_them() -> None:
+    """What a cut does to row-centred scores, as softmax sees them, is charged as nearly as that."""
+    part, x, _ = attention(biases=True)
+    part.weights["query"].mul_(0.01)
+    part.biases["query"].fill_(3.0)
+    linears = cut(part, keep=0.5, head_multiple=2).linears
+    rows = linears["key"].rows
+    assert rows is not None
+    keys = x @ part.weights["key"].double().T
+    gone = torch.ones(KV_HEADS * SIZE, dtype=torch.bool)
+    gone[rows] = False
+    energy = keys.square().sum(0)
+    torch.testing.assert_close(
+        linears["key"].error[gone], energy[gone], rtol=0.05, atol=0.05 * float(energy.max())
+    )
+    assert not linears["key"].error[rows].any()
+    assert linears["query"].error.sum() < 0.01 * linears["key"].error.sum()
+
+
 def test_queries_stay_where_something_looks_at_single_channels() -> None:
     part, _, _ = attention(paired=False)
     reduction = cut(part, keep=0.5, head_multiple=2)
@@ -296,8 +315,8 @@ def test_gradients_of_what_is_left() -> None:
     torch.testing.assert_close(
         linears["value"].narrow_gradients(values)["grad_sq"].double(), slopes.square().sum(1)
     )
-    with pytest.raises(ValueError, match="combined inputs"):
-        linears["output"].narrow_gradients(Stats({"fisher": torch.rand(HEADS * SIZE)}))
+    both = Stats({"fisher": torch.rand(HEADS * SIZE), "grad_sq": torch.ones(HIDDEN)})
+    assert set(linears["output"].narrow_gradients(both).sums) == {"grad_sq"}
 
 
 @pytest.mark.parametrize(

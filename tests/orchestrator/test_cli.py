@@ -185,6 +185,20 @@ def others(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, P
         ),
         (
             "llama",
+            {
+                **reduced(method="modegpt"),
+                "serve": "transformers",
+                "keep": ["self_attn", r"layers\.0\.mlp\.down"],
+            },
+            r"needs MLPs of one width, but keep leaves model\.layers\.0\.mlp or some of it",
+        ),
+        (
+            "llama",
+            {**reduced(method="modegpt"), "router_calibration": {"epochs": 1}},
+            "router_calibration: nothing .* reduces",
+        ),
+        (
+            "llama",
             {**reduced(method="modegpt"), "serve": "vllm", "keep": ["mlp"]},
             "modegpt.*: serve: vllm cannot load narrower heads: serve: moesaic",
         ),

@@ -332,6 +332,26 @@ def test_a_search_for_engines_leaves_all_mlps_one_width(
     assert len(forms) == 1 and len(next(iter(forms))) == 1
 
 
+def test_fisher_information_stands_beside_cuts_and_a_kept_linear_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model_folder(tmp_path / "model", "qwen2")
+    project = Project(tmp_path, model, monkeypatch)
+    project.write(
+        candidates=[RTN, {"method": "fwsvd", "rank": [2, 4]}, [CUT, RTN]],
+        baselines=None,
+        serve="moesaic",
+        keep=[r"layers\.1\.self_attn\.q_proj"],
+        budget={"bits_per_weight": 5},
+        calibration={"sequences": 4, "length": 16, "shards": 2, "gradient_sequences": 2},
+    )
+    result, _ = project.run()
+    assert result["scores"]["plan"]["kl"] > 0
+    assert "not offered on 3 unit(s): modegpt cuts a part of a block as a whole" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_a_plan_is_solved_again_behind_what_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

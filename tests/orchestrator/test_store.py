@@ -318,3 +318,16 @@ def test_digests_depend_on_the_value_only(tmp_path: Path) -> None:
     assert file_digest(one) == file_digest(two)
     two.write_bytes(b"x" * 2_999_999 + b"y")
     assert file_digest(one) != file_digest(two)
+
+
+def test_gc_removes_links_that_lead_nowhere_and_counts_no_target_twice(store: Store) -> None:
+    entry = store.put("ids", "ab" * 20, writing(b"x" * 1000))
+    folder = store.root / module.MODELS / ("cd" * 20)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to(entry.path)
+    (folder / "gone.safetensors").symlink_to(store.root / "ids" / "nothing")
+    links = sum(path.lstat().st_size for path in folder.iterdir())
+    seal = sum(path.stat().st_size for path in entry.path.parent.iterdir()) - 1000
+    removed, freed = store.gc([], 0)
+    assert not folder.exists() and removed == 4
+    assert freed == 1000 + seal + links
