@@ -1,12 +1,12 @@
 """Plans that trust predictions more or less, measured on calibration text before one is taken.
 
 What bits cost, what a reduction (fewer experts, narrower parts) costs and what a correction gains
-are all predicted, but not equally well. A reduction changes a layer's output by more than a second-order estimate is good
-for; a correction gains so little that it drowns in what the estimate is wrong by. So the search is
-made several times: with reductions charged once, twice and four times what was predicted for them,
-and not offered at all; and each of these without corrections as well. The plans that come out are
-really run on some of the calibration text, and the one with the least KL to the dense model is
-taken. Held-out text plays no part.
+are all predicted, but not equally well. A reduction changes a layer's output by more than a
+second-order estimate is good for; a correction gains so little that it drowns in what the estimate
+is wrong by. So the search is made several times: with reductions charged once, twice and four times
+what was predicted for them, and not offered at all; and each of these without corrections as well.
+The plans that come out are really run on some of the calibration text, and the one that is nearest
+to the dense model is taken. Held-out text plays no part.
 
 So on that text the plan taken is never worse than that of bits alone. On other text it may be, by
 as much as the sample is unlike it.
