@@ -63,7 +63,9 @@ def chain(name: str, options: Mapping[str, Any]) -> Chain:
 
 def fewer(model_type: str, name: str) -> dict[str, Any]:
     """Options that take something away from a layer of the tiny model."""
-    return {"width": 0.5} if name == "slim" else {"keep": FEWER.get(model_type, 0.7)}
+    if name == "slim":
+        return {"width": 0.5}
+    return {"keep": 0.7 if name == "modegpt" else FEWER.get(model_type, 0.7)}
 
 
 def everything(name: str) -> dict[str, Any]:
