@@ -413,10 +413,9 @@ class Experiment:
         chosen: dict[str, Chain] = {}
         for unit in self.units:
             own = self.closed(unit.name, chain)
-            part = self.shaping.part(unit.name)
-            together = [unit.name] if part is None else [u.name for u in part.units.values()]
+            together = self.shaping.units_of(self.shaping.owners.get(unit.name, ""))
             offered = [own, reducing(own)[1]]
-            if not all(own in self.offers[name] for name in together):
+            if not all(own in self.offers[other.name] for other in together):
                 offered = offered[1:]
             own = next((chain for chain in offered if chain in self.offers[unit.name]), ())
             prefix = reducing(own)[0]
@@ -479,7 +478,7 @@ class Experiment:
             prefixes = self.prefixes(units)
             banks[owner] = [self._sized_alternative(units, prefix) for prefix in prefixes]
         for unit in self.units:
-            if self.shaping.owner(unit.name) not in owners:
+            if self.shaping.owners.get(unit.name) not in owners:
                 (name,) = members[unit.name]
                 offers[name] = self._sized_offers(unit, (), "weight", name)
         tied = ties(self.units, self.recipe.serve)
@@ -506,12 +505,12 @@ class Experiment:
 
     def owners(self, candidates_only: bool = True) -> dict[str, list[Unit]]:
         """What can be reduced → its units: every bank, and parts where a reduction is offered."""
-        found: dict[str, list[Unit]] = {}
-        for unit in self.units:
-            owner, part = self.shaping.owner(unit.name), self.shaping.part(unit.name)
-            units = [unit] if part is None else list(part.units.values())
-            if owner is not None and (part is None or any(self.prefixes(units, candidates_only))):
-                found.setdefault(owner, units)
+        found = {}
+        known = (self.shaping.owners.get(unit.name) for unit in self.units)
+        for owner in dict.fromkeys(name for name in known if name is not None):
+            units = self.shaping.units_of(owner)
+            if owner not in self.shaping.parts or any(self.prefixes(units, candidates_only)):
+                found[owner] = units
         return found
 
     def prefixes(self, units: Sequence[Unit], candidates_only: bool = True) -> list[Chain]:
@@ -805,7 +804,7 @@ class Experiment:
         """Key of what reducers make of a bank, or of a linear's part, with the statistics of a
         walk."""
         stats = walk.stats_key(self.by_name[unit].block)
-        return reduction_key(walk.fingerprint, self.shaping.owner(unit) or unit, prefix, stats)
+        return reduction_key(walk.fingerprint, self.shaping.owners.get(unit, unit), prefix, stats)
 
 
 def _listed(chains: list[Chain]) -> str:

@@ -102,6 +102,7 @@ def piece_key(
                 "orchestrator/compression.py",
                 "orchestrator/measure.py",
                 "orchestrator/narrowing.py",
+                "orchestrator/reduction_entries.py",
                 "orchestrator/reductions.py",
             ),
         }
@@ -132,7 +133,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     elif part is not None:
         store, prefix = Store(Path(plan.store)), _prefix(plan)
         narrowed = narrowed_part(store, plan.reduction, model, part, prefix, stats)
-        units = [narrowed.unit(unit.name) for unit in units]
+        units = [narrowed.shaped(unit.name) for unit in units]
         weights = {unit.name: {"weight": narrowed.linears[unit.name].weight} for unit in units}
         # Units of one site lose the same inputs.
         stats = {
@@ -141,13 +142,17 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
             )
             for unit in units
         }
-        slopes = narrowed.gradients(slopes, list(plan.units)) if slopes else {}
+        slopes = {
+            name: own
+            for unit in (plan.units if slopes else ())
+            for name, own in narrowed.gradients(slopes, unit).items()
+        }
     else:
         (unit,) = units
         bank = _reduced(plan, model, unit)
         units, weights, side = [bank.unit], {unit.name: bank.members}, bank.side
         stats = bank.merged_inputs(stats)
-        slopes = bank.merged_gradients(slopes) if slopes else {}
+        slopes = bank.gradients(slopes, unit.name) if slopes else {}
     weights = {
         name: {member: value.to(state.device) for member, value in members.items()}
         for name, members in weights.items()

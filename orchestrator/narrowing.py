@@ -1,8 +1,8 @@
 """Dense parts of blocks made narrower: opened for a reducer, kept in the store, put into place.
 
-An entry ``reductions`` of a part is written like a piece: what is left of every linear, where it
-stands, and how it was reached. Chains that begin with the reducer compress what is left, with the
-statistics of what is left. A plan's piece puts that back into the layer's own shape, in the format
+An entry ``reductions`` of a part holds what is left of every linear, where it stands, and how it
+was reached. Chains that begin with the reducer compress what is left, with the statistics of what
+is left. A plan's piece puts that back into the layer's own shape, in the format
 ``channels``, so that everything around it is as it was; engines that know no such format get the
 narrower matrices themselves, where ``config.json`` can say so.
 """
@@ -10,14 +10,13 @@ narrower matrices themselves, where ``config.json`` can say so.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels import channels, dense
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import Chain, Event, Stats, Unit
+from moesaic.methods.base import Chain, Stats, Unit
 from moesaic.methods.parts import (
     Narrowed,
     Part,
@@ -26,9 +25,9 @@ from moesaic.methods.parts import (
     PartShape,
     part_reducer,
 )
-from moesaic.orchestrator.pieces import read_piece, write_piece
+from moesaic.orchestrator.reduction_entries import KIND, Reduced, get_reduction, put_reduction
 from moesaic.orchestrator.statistics import SEPARATOR
-from moesaic.orchestrator.store import Entry, Store
+from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 
 # Member of a linear's piece besides its weight.
@@ -103,38 +102,25 @@ def unit_place_bytes(unit: Unit, shape: tuple[int, int]) -> int:
 
 
 @dataclass(frozen=True)
-class NarrowedPart:
+class NarrowedPart(Reduced):
     """A part after a reduction.
 
     Attributes:
         linears: unit → what is left of it.
         norm: unit → Σ over the tokens of the square of each output, float64 ``[out]``.
-        entry: of the store.
     """
 
     part: BlockPart
     linears: Mapping[str, Narrowed]
     norm: Mapping[str, Tensor]
-    entry: Entry
 
-    @property
-    def seconds(self) -> float:
-        return float(self.entry.metadata["seconds"])
+    def shaped(self, unit: str) -> Unit:
+        out, inputs = self.linears[unit].weight.shape
+        return narrowed_unit(self.part.units[self.part.role(unit)], (out, inputs))
 
-    @property
-    def events(self) -> list[Event]:
-        return [Event(**event) for event in self.entry.metadata["events"]]
-
-    def unit(self, name: str) -> Unit:
-        """A unit with its new shape."""
-        unit = self.part.units[self.part.role(name)]
-        out, inputs = self.linears[name].weight.shape
-        return narrowed_unit(unit, (out, inputs))
-
-    def gradients(self, stats: Mapping[str, Stats], names: list[str]) -> dict[str, Stats]:
-        """What the reverse pass left of units, for what is left of them."""
-        keys = {name: f"{name}{SEPARATOR}weight" for name in names}
-        return {key: self.linears[name].narrow_gradients(stats[key]) for name, key in keys.items()}
+    def gradients(self, stats: Mapping[str, Stats], unit: str) -> dict[str, Stats]:
+        key = f"{unit}{SEPARATOR}weight"
+        return {key: self.linears[unit].narrow_gradients(stats[key])}
 
     def placed(self, name: str, weight: CompressedTensor) -> dict[str, CompressedTensor]:
         """Members of the piece of a unit of which ``weight`` is left."""
@@ -144,13 +130,7 @@ class NarrowedPart:
         return members if linear.bias is None else {**members, LINEAR_BIAS: dense.pack(linear.bias)}
 
     def loss(self, gradients: Mapping[str, Stats], all_tokens: int) -> float:
-        """Second-order estimate of the KL that the cut costs by itself, in nats per token:
-        ½ · Σ E[g²] · E[Δy²] over the outputs of its linears, for which all else is as it was.
-
-        Args:
-            gradients: ``unit|member`` → sums of the reverse pass.
-            all_tokens: of the reverse pass.
-        """
+        """½ · Σ E[g²] · E[Δy²] over the outputs of its linears, for which all else is as it was."""
         tokens = max(1, int(self.entry.metadata["tokens"]))
         total = 0.0
         for name, linear in self.linears.items():
@@ -159,8 +139,8 @@ class NarrowedPart:
         return total
 
     @property
-    def error(self) -> float:
-        """Part of the outputs' square that changes, of the linears that change any."""
+    def relative_error(self) -> float:
+        """Of the outputs of those linears that change any."""
         changed = {n: float(x.error.sum()) for n, x in self.linears.items() if x.error.any()}
         norm = sum(float(self.norm[name].sum()) for name in changed)
         return sum(changed.values()) / max(norm, 1e-30)
@@ -179,7 +159,7 @@ def narrowed_part(
     Args:
         stats: site → statistics.
     """
-    if store.get("reductions", key) is None:
+    if store.get(KIND, key) is None:
         started = time.monotonic()
         opened = _open_part(model, part, stats)
         (spec,) = prefix
@@ -221,31 +201,19 @@ def _write(
             value: Tensor | None = getattr(linear, name)
             if value is not None:
                 tensors[f"{role}{SEPARATOR}{name}"] = value
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{part.name}: the reduction's {name} is not finite")
-    members = {name: dense.pack(tensor.contiguous()) for name, tensor in tensors.items()}
-    metadata: dict[str, Any] = {
-        "unit": part.name,
-        "seconds": seconds,
-        "tokens": int(next(iter(opened.stats.values()))["tokens"]),
-        "events": [
-            {"kind": e.kind, "message": e.message, "unit": part.name, "value": e.value}
-            for e in reduction.events
-        ],
-    }
-    store.put("reductions", key, lambda p: write_piece(p, members, {"unit": part.name}), metadata)
+    tokens = int(next(iter(opened.stats.values()))["tokens"])
+    put_reduction(store, key, part.name, tensors, reduction.events, seconds, tokens=tokens)
 
 
 def read_narrowed(store: Store, key: str, part: BlockPart) -> NarrowedPart | None:
     """A finished reduction of ``part``; None where there is none. Tensors are mapped."""
-    entry = store.get("reductions", key)
-    if entry is None:
+    found = get_reduction(store, key)
+    if found is None:
         return None
-    tensors = {name: member.dense() for name, member in read_piece(entry.path).items()}
+    entry, tensors = found
     linears, norm = {}, {}
     for role, unit in part.units.items():
         fields = {name: tensors.get(f"{role}{SEPARATOR}{name}") for name in _TENSORS}
         linears[unit.name] = Narrowed(**fields)  # type: ignore[arg-type]
         norm[unit.name] = tensors[f"{role}{SEPARATOR}{_NORM}"]
-    return NarrowedPart(part, linears, norm, entry)
+    return NarrowedPart(entry, part, linears, norm)

@@ -137,7 +137,7 @@ class Pipeline:
         rows = []
         shaping = self.experiment.shaping
         for (owner, prefix), m in self.table.reductions.items():
-            units = [u for u in self.experiment.units if shaping.owner(u.name) == owner]
+            units = shaping.units_of(owner)
             weights = sum(shaping.reduced(unit, prefix).parameters for unit in units)
             rows.append(_row(m, units[0], weights, predicted))
         for m in self.table.measurements:
@@ -300,7 +300,7 @@ class Pipeline:
         """(bank or part, reducers) of what a plan reduces."""
         units, found = self.plans[name].units, {}
         for unit in self.experiment.units:
-            owner = self.experiment.shaping.owner(unit.name)
+            owner = self.experiment.shaping.owners.get(unit.name)
             prefix = reducing(chains_of(unit, units)[0])[0]
             if owner is not None and prefix:
                 found[owner] = prefix
@@ -414,11 +414,7 @@ class Pipeline:
             baselines=plans,
             measurements=self.table.measurements,
             reductions=self.table.reductions,
-            owners={
-                unit.name: part.name
-                for part in experiment.shaping.parts.values()
-                for unit in part.units.values()
-            },
+            owners=experiment.shaping.owners,
             scores=scores,
             expert_load=self.table.load,
             experts=expert_layers(
@@ -446,7 +442,7 @@ class Pipeline:
                     raise RunError(f"{unit.name}: its piece is gone; run the same command again")
                 events += [Event(**event) for event in entry.metadata["events"]]
         for owner, prefix in self.reduced("plan"):
-            unit = next(u for u in experiment.units if experiment.shaping.owner(u.name) == owner)
+            unit = experiment.shaping.units_of(owner)[0]
             key = experiment.reduction_key(unit.name, prefix, self.walks["plan"])
             entry = experiment.store.get("reductions", key)
             if entry is not None:

@@ -1,8 +1,7 @@
 """Reduced expert layers: opened for a reducer, measured, and kept in the store.
 
-An entry ``reductions`` is written like a piece whose members are all dense: the new experts, what
-comes with them, and how it was reached. It is made once per bank and reducer; every chain that
-begins so reads it and goes on from there.
+An entry ``reductions`` holds the new experts, what comes with them, and how it was reached. It is
+made once per bank and reducer; every chain that begins so reads it and goes on from there.
 """
 
 import copy
@@ -14,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.kernels import dense
-from moesaic.methods.base import Chain, Event, Stats, Unit
+from moesaic.methods.base import Chain, Stats, Unit
 from moesaic.methods.reduction import (
     ExpertLayer,
     LayerShape,
@@ -25,10 +23,10 @@ from moesaic.methods.reduction import (
     reducer_module,
 )
 from moesaic.orchestrator.bank import CONSTANTS, side_members, split_biases
-from moesaic.orchestrator.pieces import read_piece, write_piece
+from moesaic.orchestrator.reduction_entries import KIND, Reduced, get_reduction, put_reduction
 from moesaic.orchestrator.reshape import resize_router
 from moesaic.orchestrator.statistics import SEPARATOR
-from moesaic.orchestrator.store import Entry, Store, code_digest, digest
+from moesaic.orchestrator.store import Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 
 Gating = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
@@ -118,6 +116,7 @@ def reduction_key(fingerprint: str, owner: str, prefix: Chain, stats_key: str) -
             "code": code_digest(
                 "methods",
                 "orchestrator/narrowing.py",
+                "orchestrator/reduction_entries.py",
                 "orchestrator/reductions.py",
                 "orchestrator/bank.py",
                 "orchestrator/reshape.py",
@@ -173,7 +172,7 @@ def open_layer(model: StreamedModel, unit: Unit, stats: Stats) -> ExpertLayer:
 
 
 @dataclass(frozen=True)
-class ReducedBank:
+class ReducedBank(Reduced):
     """A bank after a reduction.
 
     Attributes:
@@ -184,7 +183,6 @@ class ReducedBank:
         channels: see :class:`~moesaic.methods.reduction.Reduction`.
         error, norm: mean squares over the sample of every component ``[H]`` of the change of the
             layer's output, and of the output.
-        entry: of the store.
     """
 
     unit: Unit
@@ -194,15 +192,9 @@ class ReducedBank:
     channels: Tensor | None
     error: Tensor
     norm: Tensor
-    entry: Entry
 
-    @property
-    def seconds(self) -> float:
-        return float(self.entry.metadata["seconds"])
-
-    @property
-    def events(self) -> list[Event]:
-        return [Event(**event) for event in self.entry.metadata["events"]]
+    def shaped(self, unit: str) -> Unit:
+        return self.unit
 
     def merged_inputs(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
         """Statistics of the new experts' sites: sums over the old ones that went into each."""
@@ -214,8 +206,8 @@ class ReducedBank:
             found[sites[member]] = Stats({k: self._merged(v, channels) for k, v in sums.items()})
         return found
 
-    def merged_gradients(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The same for what the reverse pass left of every member."""
+    def gradients(self, stats: Mapping[str, Stats], unit: str) -> dict[str, Stats]:
+        """Sums over the old experts, as for their inputs."""
         found = {}
         for member in self.unit.shapes:
             name = f"{self.unit.name}{SEPARATOR}{member}"
@@ -226,6 +218,16 @@ class ReducedBank:
                 sums[key] = self._merged(value, self.channels if inside else None)
             found[name] = Stats(sums)
         return found
+
+    def loss(self, gradients: Mapping[str, Stats], all_tokens: int) -> float:
+        """½ · Σ_c E[g_c²] · E[Δy_c²], with the gradient g at the layer's output and the change Δy
+        of that output really run, routers included, on the sampled tokens."""
+        squares = gradients[f"{self.unit.name}{SEPARATOR}output"]["grad_sq"].double() / all_tokens
+        return 0.5 * float((squares * self.error).sum())
+
+    @property
+    def relative_error(self) -> float:
+        return float(self.error.sum()) / max(float(self.norm.sum()), 1e-30)
 
     def _merged(self, value: Tensor, channels: Tensor | None) -> Tensor:
         """A statistic ``[E, ...]`` of the old experts as that of the new ones."""
@@ -249,7 +251,7 @@ def reduced_bank(
     Args:
         stats: of the expert layer.
     """
-    if store.get("reductions", key) is None:
+    if store.get(KIND, key) is None:
         started = time.monotonic()
         layer = open_layer(model, unit, stats)
         (spec,) = prefix
@@ -264,10 +266,10 @@ def reduced_bank(
 
 def read_reduction(store: Store, key: str, unit: Unit) -> ReducedBank | None:
     """A finished reduction of ``unit``; None where there is none. Tensors are mapped."""
-    entry = store.get("reductions", key)
-    if entry is None:
+    found = get_reduction(store, key)
+    if found is None:
         return None
-    tensors = {name: member.dense() for name, member in read_piece(entry.path).items()}
+    entry, tensors = found
     gate = tensors["gate"]
     left = Outline(experts=gate.shape[0], width=gate.shape[1], rows=0)
     own = {*unit.shapes, _GROUP, _CHANNELS, _ERROR, _NORM}
@@ -310,26 +312,4 @@ def _write(
         tensors[CONSTANTS] = tensors[CONSTANTS].to(tensors["gate"].dtype)
     if reduction.channels is not None:
         tensors[_CHANNELS] = reduction.channels
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{unit.name}: the reduction's {name} is not finite")
-    members = {name: dense.pack(tensor.contiguous()) for name, tensor in tensors.items()}
-    metadata = {
-        "unit": unit.name,
-        "seconds": seconds,
-        "events": [
-            {"kind": e.kind, "message": e.message, "unit": unit.name, "value": e.value}
-            for e in reduction.events
-        ],
-    }
-    store.put("reductions", key, lambda p: write_piece(p, members, {"unit": unit.name}), metadata)
-
-
-def reduction_loss(bank: ReducedBank, gradients: Mapping[str, Stats], all_tokens: int) -> float:
-    """Second-order estimate of the KL that a reduction costs by itself, in nats per token.
-
-    ½ · Σ_c E[g_c²] · E[Δy_c²], with the gradient g at the layer's output and the change Δy of that
-    output really run, routers included, on the sampled tokens.
-    """
-    squares = gradients[f"{bank.unit.name}{SEPARATOR}output"]["grad_sq"].double() / all_tokens
-    return 0.5 * float((squares * bank.error).sum())
+    put_reduction(store, key, unit.name, tensors, reduction.events, seconds)

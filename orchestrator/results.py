@@ -11,10 +11,11 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
-from moesaic.orchestrator.narrowing import NarrowedPart, read_narrowed
-from moesaic.orchestrator.reductions import ReducedBank, read_reduction, reduction_loss
+from moesaic.orchestrator.narrowing import read_narrowed
+from moesaic.orchestrator.reduction_entries import Reduced
+from moesaic.orchestrator.reductions import read_reduction
 from moesaic.orchestrator.stages import finished_entries, finished_pieces
-from moesaic.orchestrator.statistics import BLOCK, SiteStats, load_stats
+from moesaic.orchestrator.statistics import BLOCK, load_stats
 from moesaic.search.base import Alternative, Budget, Layer, Measurement, Problem
 
 
@@ -56,18 +57,23 @@ def measurements(experiment: Experiment) -> Table:
         if walk.gradients and experiment.recipe.chains():
             path = experiment.store.path("gradients", walk.gradients_key(block))
             gradients = load_stats(path)
+        reduced: dict[tuple[str, Chain], Reduced] = {}
         for unit in (u for u in experiment.units if u.block == block):
-            shaped = _shaped(experiment, unit, walk, gradients, tokens)
+            owner = experiment.shaping.owners.get(unit.name, unit.name)
             for chain in experiment.offers[unit.name]:
                 key, prefix = keys[unit.name, chain], reducing(chain)[0]
                 own, slopes = unit, gradients
                 if prefix:
-                    own, slopes = shaped[prefix].unit, shaped[prefix].gradients
+                    if (owner, prefix) not in reduced:
+                        reduced[owner, prefix] = _reduced(experiment, unit, prefix, walk)
+                    left = reduced[owner, prefix]
+                    own = left.shaped(unit.name)
+                    slopes = None if gradients is None else left.gradients(gradients, unit.name)
                 found += to_measurements(own, chain, pieces[key], errors[key], slopes, tokens)
-            owner = experiment.shaping.owner(unit.name) or unit.name
-            for prefix, own_shape in shaped.items():
-                reductions.setdefault((owner, prefix), own_shape.reduction)
             found += _dense(experiment, unit, None if gradients is None else 0.0)
+        for (owner, prefix), left in reduced.items():
+            loss = None if gradients is None else left.loss(gradients, tokens)
+            reductions[owner, prefix] = _reduction(experiment, owner, prefix, left, loss)
     load, events = expert_load(experiment, walk)
     return Table(found, reductions, load, events, _influence(experiment, walk))
 
@@ -83,63 +89,31 @@ def _influence(experiment: Experiment, walk: Walk) -> dict[int, float]:
     return found
 
 
-@dataclass(frozen=True)
-class _Shaped:
-    """A unit after a reduction: its new shapes and gradients, and the reduction by itself."""
-
-    unit: Unit
-    gradients: SiteStats | None
-    reduction: Measurement
-
-
-def _shaped(
-    experiment: Experiment, unit: Unit, walk: Walk, gradients: SiteStats | None, tokens: int
-) -> dict[Chain, _Shaped]:
-    """Reducers → what they leave of a unit."""
-    prefixes = dict.fromkeys(reducing(chain)[0] for chain in experiment.offers[unit.name])
-    return {
-        prefix: _reduced(experiment, unit, prefix, walk, gradients, tokens)
-        for prefix in prefixes
-        if prefix
-    }
-
-
-def _reduced(
-    experiment: Experiment,
-    unit: Unit,
-    prefix: Chain,
-    walk: Walk,
-    gradients: SiteStats | None,
-    tokens: int,
-) -> _Shaped:
+def _reduced(experiment: Experiment, unit: Unit, prefix: Chain, walk: Walk) -> Reduced:
+    """What reducers left of a bank, or of a linear's part."""
     key = experiment.reduction_key(unit.name, prefix, walk)
     part, store = experiment.shaping.part(unit.name), experiment.store
-    found: ReducedBank | NarrowedPart | None
-    if part is None:
-        found = bank = read_reduction(store, key, unit)
-        if bank is not None:
-            slopes = None if gradients is None else bank.merged_gradients(gradients)
-            loss = None if gradients is None else reduction_loss(bank, gradients, tokens)
-            own, error = bank.unit, float(bank.error.sum()) / max(float(bank.norm.sum()), 1e-30)
-    else:
-        found = narrowed = read_narrowed(store, key, part)
-        if narrowed is not None:
-            slopes = None if gradients is None else narrowed.gradients(gradients, [unit.name])
-            loss = None if gradients is None else narrowed.loss(gradients, tokens)
-            own, error = narrowed.unit(unit.name), narrowed.error
+    found: Reduced | None = (
+        read_reduction(store, key, unit) if part is None else read_narrowed(store, key, part)
+    )
     if found is None:
         raise RunError(f"{unit.name}: its reduction is gone; run the same command again")
-    units = [unit] if part is None else list(part.units.values())
-    measurement = Measurement(
-        unit=unit.name if part is None else part.name,
+    return found
+
+
+def _reduction(
+    experiment: Experiment, owner: str, prefix: Chain, reduced: Reduced, loss: float | None
+) -> Measurement:
+    shaping = experiment.shaping
+    return Measurement(
+        unit=owner,
         chain=prefix,
-        bytes=sum(experiment.shaping.side_bytes(u, prefix) for u in units),
-        error=error,
+        bytes=sum(shaping.side_bytes(unit, prefix) for unit in shaping.units_of(owner)),
+        error=reduced.relative_error,
         score=loss,
-        seconds=found.seconds,
-        events=dict(Counter(event.kind for event in found.events)),
+        seconds=reduced.seconds,
+        events=dict(Counter(event.kind for event in reduced.events)),
     )
-    return _Shaped(own, slopes, measurement)
 
 
 def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Measurement]:

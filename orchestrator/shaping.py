@@ -4,7 +4,7 @@ A bank is reduced by itself; the linears of a dense part are reduced together. B
 the bank's own name, or that of the part. Nothing is computed here but numbers from headers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from moesaic.methods.base import Chain, Unit, reverse_needs
@@ -26,6 +26,7 @@ class Shaping:
 
     Attributes:
         parts: name → part, in model order.
+        owners: unit → what is reduced where it is, for all that can be.
     """
 
     def __init__(self, model: StreamedModel, units: Sequence[Unit], serve: Serve) -> None:
@@ -36,17 +37,21 @@ class Shaping:
             for part in block_parts(model)
             if names >= {unit.name for unit in part.units.values()}
         }
-        self._owner = {
+        self.owners: Mapping[str, str] = {
             unit.name: part.name for part in self.parts.values() for unit in part.units.values()
         } | {unit.name: unit.name for unit in units if unit.kind == "bank"}
+        self._together: dict[str, list[Unit]] = {}
+        for unit in units:
+            if unit.name in self.owners:
+                self._together.setdefault(self.owners[unit.name], []).append(unit)
 
-    def owner(self, unit: str) -> str | None:
-        """What is reduced where a unit is; None where nothing can."""
-        return self._owner.get(unit)
+    def units_of(self, owner: str) -> list[Unit]:
+        """The units that are reduced together: the linears of a part, or a bank."""
+        return self._together.get(owner, [])
 
     def part(self, unit: str) -> BlockPart | None:
         """The part that a linear belongs to, if it can be reduced."""
-        return self.parts.get(self._owner.get(unit, ""))
+        return self.parts.get(self.owners.get(unit, ""))
 
     def meant(self, unit: Unit, prefix: Chain) -> bool:
         """Whether reducers are meant for a unit: all are for banks, some for parts, too."""

@@ -167,7 +167,7 @@ class RunSummary:
             source → figures.
         yardstick: what the model was judged by.
         reductions: (bank or part, reducers) → what the reduction by itself takes and loses.
-        owners: linear → the part that it can be reduced with.
+        owners: unit → the bank or part that is reduced where it is.
         expert_load: block → tokens routed to each expert.
         experts: every layer of experts, in model order, where the recipe reduces some.
         events: in order of time.

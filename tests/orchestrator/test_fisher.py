@@ -177,7 +177,7 @@ def test_merged_experts_have_the_sums_of_those_that_went_into_them() -> None:
     inner, outer = torch.rand(3, width), torch.rand(3, hidden)
     up = Stats({"grad_tokens": torch.tensor([1, 2, 4]), "grad_sq": inner, "fisher": outer})
     down = Stats({"grad_tokens": torch.tensor([1, 2, 4]), "grad_sq": outer, "fisher": inner})
-    found = bank.merged_gradients({"bank|gate": up, "bank|up": up, "bank|down": down})
+    found = bank.gradients({"bank|gate": up, "bank|up": up, "bank|down": down}, "bank")
     cut = inner.gather(1, channels)
     inside, outside = (torch.stack([v[1], v[0] + v[2]]) for v in (cut, outer))
     for member in shapes:

@@ -198,7 +198,7 @@ def test_predicted_loss_of_a_cut_is_that_of_its_outputs(
     for part in experiment.shaping.parts.values():
         name = next(iter(part.units.values())).name
         found = read_narrowed(experiment.store, experiment.reduction_key(name, prefix, walk), part)
-        assert found is not None and 0 < found.error < 1
+        assert found is not None and 0 < found.relative_error < 1
         gradients = load_stats(experiment.store.path("gradients", walk.gradients_key(part.block)))
         tokens = experiment.gradient_tokens()
         total = 0.0

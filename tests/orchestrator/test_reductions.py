@@ -29,7 +29,6 @@ from moesaic.orchestrator.reductions import (
     open_layer,
     outline,
     reduced_bank,
-    reduction_loss,
     side_bytes,
 )
 from moesaic.orchestrator.store import Store
@@ -339,7 +338,7 @@ def test_statistics_of_merged_experts_add_up(
 
     slopes = {f"{unit.name}|{m}": squares(outputs) for m in ("gate", "up")}
     slopes[f"{unit.name}|down"] = squares(gate)
-    back = bank.merged_gradients(slopes)
+    back = bank.gradients(slopes, unit.name)
     groups = list(enumerate(reduction.groups))
     for member, values in (("gate", moved(outputs)), ("up", moved(outputs)), ("down", gate)):
         wanted = squares({n: torch.cat([values[old] for old in group]) for n, group in groups})
@@ -347,7 +346,7 @@ def test_statistics_of_merged_experts_add_up(
             torch.testing.assert_close(back[f"{unit.name}|{member}"][key], value)
     pooled = torch.cat([*gate.values()])
     slope = Stats({"grad_sq": pooled.square().sum(0)})
-    loss = reduction_loss(bank, {f"{unit.name}|output": slope}, len(pooled))
+    loss = bank.loss({f"{unit.name}|output": slope}, len(pooled))
     expected = 0.5 * (pooled.double().square().mean(0) * bank.error).sum()
     assert loss == pytest.approx(float(expected), rel=1e-5) and loss > 0
 
