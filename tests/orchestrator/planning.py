@@ -1,13 +1,18 @@
 """Plans and their pieces for tests: every unit compressed with the options a test wants."""
 
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moesaic.methods import rtn
 from moesaic.methods.base import Unit
+from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.streaming import StreamedModel
@@ -77,3 +82,34 @@ def loadable(index: int, unit: Unit) -> Choice:
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Name → content of every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@torch.no_grad()
+def streamed_logits(model: StreamedModel, pieces: Mapping[str, Path]) -> Tensor:
+    """Logits of ``IDS`` under a plan, unit → file of its piece."""
+    hidden = model.embed(IDS)
+    replaced = dense_members({unit: str(path) for unit, path in pieces.items()})
+    for index in range(model.blocks):
+        hidden = model.run_block(index, model.load_block(index, replaced), hidden)
+    return model.logits(model.final_norm(hidden))
+
+
+def logits_without_us(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Logits of ``IDS`` by the models in ``folder``, in a process that never imports moesaic."""
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+for name in {list(names)!r}:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, experts_implementation="eager", output_loading_info=True)
+    assert not any(report.values()), (name, report)
+    with torch.no_grad():
+        torch.save(model(torch.tensor({IDS.tolist()})).logits, name + ".pt")
+assert not [name for name in sys.modules if name.startswith("moesaic")]
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in names}

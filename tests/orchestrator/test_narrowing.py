@@ -1,9 +1,6 @@
 """Dense parts made narrower: bytes, what loads them, and what they compute."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -12,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.methods.base import Chain, chain_text, reducing
 from moesaic.orchestrator.assemble import assemble, folder_bytes, header_bytes_bound
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.family import families, load_family
@@ -31,7 +26,7 @@ from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import verify
 from tests.orchestrator.inline import Project
-from tests.orchestrator.planning import IDS
+from tests.orchestrator.planning import IDS, logits_without_us, streamed_logits
 from tests.orchestrator.projects import make_model_folder
 
 RTN = {"method": "rtn", "bits": 4, "group_size": -1}
@@ -98,15 +93,6 @@ class Measured:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Measured]]:
     yield cache(lambda name: Measured(tmp_path_factory.mktemp(name), name))
-
-
-@torch.no_grad()
-def streamed_logits(model: StreamedModel, pieces: Mapping[str, Path]) -> Tensor:
-    hidden = model.embed(IDS)
-    replaced = dense_members({unit: str(path) for unit, path in pieces.items()})
-    for index in range(model.blocks):
-        hidden = model.run_block(index, model.load_block(index, replaced), hidden)
-    return model.logits(model.final_norm(hidden))
 
 
 def test_parts_are_those_that_families_name() -> None:
@@ -254,22 +240,7 @@ def test_plain_transformers_needs_nothing_of_ours(
     pieces = {u: p for u, p in own.pieces(own.cut).items() if ".mlp." in u}
     own.assemble(pieces, "transformers", tmp_path / "out")
     expected = streamed_logits(StreamedModel(own.model.checkpoint, dtype=torch.float32), pieces)
-    script = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM
-model, report = AutoModelForCausalLM.from_pretrained(
-    "out", dtype=torch.float32, output_loading_info=True)
-assert not any(report.values()), report
-with torch.no_grad():
-    torch.save(model(torch.tensor({IDS.tolist()})).logits, "logits.pt")
-assert not [name for name in sys.modules if name.startswith("moesaic")]
-"""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "logits.pt")
+    found = logits_without_us(tmp_path, ["out"])["out"]
     assert bool((found - expected).abs().max() <= 5e-6 * expected.abs().max())
 
 

@@ -1,9 +1,6 @@
 """Checkpoints with fewer or narrower experts: their bytes, what they say, who loads them."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from moesaic.methods.base import Chain, chain_text, reducing
 from moesaic.orchestrator.assemble import assemble, folder_bytes, header_bytes_bound
 from moesaic.orchestrator.bank import is_reduced
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
@@ -32,7 +28,7 @@ from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import verify
 from tests.orchestrator.inline import Project
-from tests.orchestrator.planning import IDS
+from tests.orchestrator.planning import IDS, logits_without_us, streamed_logits
 from tests.orchestrator.projects import make_model_folder
 
 FAMILIES = [name for name in families() if load_family(name).experts is not None]
@@ -238,15 +234,6 @@ def test_engines_are_not_given_what_they_would_misread(
     assert "equally many experts of one width" in refused(four, ())
 
 
-@torch.no_grad()
-def streamed_logits(model: StreamedModel, pieces: Mapping[str, Path]) -> Tensor:
-    hidden = model.embed(IDS)
-    replaced = dense_members({unit: str(path) for unit, path in pieces.items()})
-    for index in range(model.blocks):
-        hidden = model.run_block(index, model.load_block(index, replaced), hidden)
-    return model.logits(model.final_norm(hidden))
-
-
 def test_plain_transformers_needs_nothing_of_ours(
     measured: Callable[[str], Measured], tmp_path: Path
 ) -> None:
@@ -264,24 +251,8 @@ def test_plain_transformers_needs_nothing_of_ours(
         assert "quantization_config" not in config
         exact = StreamedModel(own.model.checkpoint, dtype=torch.float32)
         expected[name] = streamed_logits(exact, pieces)
-    script = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM
-for name in {FAMILIES!r}:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, experts_implementation="eager", output_loading_info=True)
-    assert not any(report.values()), (name, report)
-    with torch.no_grad():
-        torch.save(model(torch.tensor({IDS.tolist()})).logits, name + ".pt")
-assert not [name for name in sys.modules if name.startswith("moesaic")]
-"""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, wanted in expected.items():
-        found = torch.load(tmp_path / f"{name}.pt")
+    for name, found in logits_without_us(tmp_path, FAMILIES).items():
+        wanted = expected[name]
         assert bool((found - wanted).abs().max() <= 5e-6 * wanted.abs().max()), name
 
 
