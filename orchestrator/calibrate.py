@@ -172,9 +172,13 @@ def save_tensor(path: Path, value: Tensor) -> None:
 
 def token_ids(walk: Walk, shard: int) -> Tensor:
     """``[sequences of the shard, length]``"""
-    low, high = walk.shard_rows(shard)
-    with safe_open(walk.ids, framework="pt") as file:
-        rows: Tensor = file.get_slice("ids")[low:high].long()
+    return read_ids(walk.ids, *walk.shard_rows(shard))
+
+
+def read_ids(file: str, low: int, high: int) -> Tensor:
+    """Tokens of the sequences ``low … high - 1``, int64 ``[sequences, length]``."""
+    with safe_open(file, framework="pt") as opened:
+        rows: Tensor = opened.get_slice("ids")[low:high].long()
         return rows
 
 

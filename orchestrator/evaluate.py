@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.orchestrator.calibrate import dense_members
-from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.embeddings import Sentences, sentence_score
 from moesaic.orchestrator.store import Store, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
@@ -169,8 +168,7 @@ def evaluate_rows(
     """
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
-    with safe_open(plan.ids, framework="pt") as file:
-        ids = file.get_slice("ids")[rows[0] : rows[1]].long()
+    ids = read_ids(plan.ids, *rows)
     judging = plan.judging
     hidden = [model.embed(part.to(model.device)) for part in judging.batches(ids, plan.batch)]
     block_of = {unit.name: unit.block for unit in model.units()}
@@ -208,18 +206,13 @@ def dense_hidden(judge: Judge, rows: Sequence[int]) -> Tensor:
 
 def dense_model(state: WorkerState, judge: Judge) -> StreamedModel:
     """The dense model, whose norm and head the remembered hidden states belong to."""
+    dense = judge.dense()
+    opened = (dense.model, dense.dtype, dense.trust_remote_code)
     if not judge.original:
-        model: StreamedModel = state.model(judge.model, judge.dtype, judge.trust_remote_code)
+        model: StreamedModel = state.model(*opened)
         return model
-    key = ("original", judge.original, judge.dtype)
-    found: StreamedModel | None = state.take(key)
-    if found is None:
-        found = StreamedModel(
-            Checkpoint(Path(judge.original)),
-            dtype=None if judge.dtype == "auto" else getattr(torch, judge.dtype),
-            device=state.device,
-            trust_remote_code=judge.trust_remote_code,
-        )
+    key = ("original", *opened)
+    found: StreamedModel = state.take(key) or state.open(*opened)
     state.put(key, found)
     return found
 

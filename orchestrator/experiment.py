@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from moesaic.methods.base import (
     reducing,
     reverse_needs,
 )
-from moesaic.methods.parts import cuts_parts
+from moesaic.methods.parts import PartKind, cuts_parts
 from moesaic.methods.reduction import is_open
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.allotment import Allotted, allotted
@@ -46,7 +46,7 @@ from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.shaping import Shaping
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
-from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.streaming import StreamedModel, dtype_named
 from moesaic.orchestrator.targets import allowed, ties
 from moesaic.orchestrator.texts import (
     Cutter,
@@ -103,8 +103,6 @@ class Size:
     dense_bytes: int
 
 
-# Parts of blocks, as units say it, whose linears can be cut together.
-_PARTS = ("attention", "mlp")
 # Names shown of what there is, chains shown of those that have the same fault.
 _EXAMPLES, _SHOWN_CHAINS = 3, 3
 
@@ -154,10 +152,12 @@ class Experiment:
         self.store, self.budget = store, budget
 
     def _open(self) -> StreamedModel:
-        dtype = self.compute_dtype
+        return self._streamed(Checkpoint(self.folder))
+
+    def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
         return StreamedModel(
-            Checkpoint(self.folder),
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            checkpoint,
+            dtype=dtype_named(self.compute_dtype),
             trust_remote_code=self.recipe.trust_remote_code,
         )
 
@@ -191,12 +191,7 @@ class Experiment:
         )
         sublayers = len(self.original.family.sublayers)
         self.cut = Cut(walk, width, options.shortcuts, self.original.blocks, sublayers)
-        dtype = self.compute_dtype
-        return StreamedModel(
-            SlicedCheckpoint(self.original, self.cut),
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
+        return self._streamed(SlicedCheckpoint(self.original, self.cut))
 
     @cached_property
     def compute_dtype(self) -> str:
@@ -378,7 +373,7 @@ class Experiment:
 
     def _not_meant(self, unit: Unit) -> list[str]:
         """Reducers of parts among the candidates that leave a linear of such a part out."""
-        if unit.kind == "bank" or unit.part not in _PARTS:
+        if unit.kind == "bank" or unit.part not in get_args(PartKind):
             return []
         prefixes = [reducing(chain)[0] for chain in self.recipe.candidates]
         methods = [p[0].method for p in prefixes if p and not self.shaping.meant(unit, p)]
@@ -564,17 +559,12 @@ class Experiment:
         return unit.kind != "bank" or not self.mixed_banks or not self.recipe.candidates
 
     def dense_bytes(self, unit: Unit) -> int:
-        """Bytes of the unit as the original holds it."""
-        names = {name for group in self.model.unit_tensors(unit).values() for name in group}
-        return sum(self.model.checkpoint.nbytes(name) for name in names)
+        """Bytes of the unit before it is compressed."""
+        return _held_bytes(self.model, unit)
 
     def original_bytes(self) -> dict[str, int]:
         """Unit → bytes as the original holds it, before it was sliced."""
-        model = self.original
-        names = {
-            u.name: {n for own in model.unit_tensors(u).values() for n in own} for u in self.units
-        }
-        return {unit: sum(map(model.checkpoint.nbytes, own)) for unit, own in names.items()}
+        return {unit.name: _held_bytes(self.original, unit) for unit in self.units}
 
     def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
         """Bytes of the unit under a chain, before any work."""
@@ -812,6 +802,12 @@ def _listed(chains: list[Chain]) -> str:
     shown = ", ".join(map(chain_text, chains[:_SHOWN_CHAINS]))
     more = len(chains) - _SHOWN_CHAINS
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _held_bytes(model: StreamedModel, unit: Unit) -> int:
+    """Bytes of a unit in a model's files."""
+    names = {name for group in model.unit_tensors(unit).values() for name in group}
+    return sum(model.checkpoint.nbytes(name) for name in names)
 
 
 def plain(value: Walk | Judge | Job) -> dict[str, Any]:

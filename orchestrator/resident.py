@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import ROUTER
-from moesaic.orchestrator.calibrate import dense_members
+from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model, sequence_sums
 from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import code_digest, digest
@@ -100,8 +99,7 @@ class Resident:
             keys.append(digest([keys[-1], block]))
         start, hidden = self._furthest(keys)
         if hidden is None:
-            with safe_open(judge.ids, framework="pt") as file:
-                ids = file.get_slice("ids")[rows[0] : rows[1]].long()
+            ids = read_ids(judge.ids, *rows)
             hidden = [self.model.embed(part) for part in ids.split(judge.batch)]
         size = sum(tensor.nbytes for tensor in hidden) // (rows[1] - rows[0]) * total
         step = max(1, -(-self.model.blocks * size // max(self._hidden.limit_bytes, 1)))
@@ -205,8 +203,7 @@ def evaluate_plan(
         held = Resident(model, weight_bytes, hidden_bytes)
     before = held.ran, held.built, held.swapped
     final = held.final(plan, rows, pieces, total)
-    with safe_open(plan.ids, framework="pt") as file:
-        ids = file.get_slice("ids")[rows[0] : rows[1]].long()
+    ids = read_ids(plan.ids, *rows)
     dense = dense_hidden(plan, rows).to(model.device)
     reference = dense_model(state, plan)
     kl = [sequence_sums(model, reference, *row)[1] for row in zip(final, dense, ids, strict=True)]

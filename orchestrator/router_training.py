@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from moesaic.kernels import dense
 from moesaic.methods.base import Event
 from moesaic.methods.router_calibration import TRAINED, Options, divergence_gradient
 from moesaic.orchestrator.bank import ROUTER, is_reduced
-from moesaic.orchestrator.calibrate import dense_members
+from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
@@ -87,8 +86,7 @@ def chunk(
     """
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
-    with safe_open(plan.ids, framework="pt") as file:
-        ids = file.get_slice("ids")[rows[0] : rows[1]].long()
+    ids = read_ids(plan.ids, *rows)
     blocks = _Blocks(state, model, pieces, load_file(routers))
     with torch.no_grad():
         hidden = [model.embed(ids.to(model.device))]

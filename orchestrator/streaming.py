@@ -42,6 +42,12 @@ Replaced = Mapping[str, Mapping[str, Tensor]]
 KEPT_SHAPES = 4
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """A dtype by its name; None for ``auto``, the checkpoint's own."""
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
+
+
 class StreamedModel:
     """A checkpoint as blocks between an embedding and a head.
 

@@ -22,22 +22,20 @@ class WorkerState:
         self._cache: dict[Any, Any] = {}
 
     def model(self, path: str, dtype: str, trust_remote_code: bool) -> Any:
-        """The :class:`StreamedModel` at ``path``, opened once."""
-        import torch
-
-        from moesaic.orchestrator.checkpoint import Checkpoint
-        from moesaic.orchestrator.streaming import StreamedModel
-
+        """The :class:`StreamedModel` at ``path``, opened once; the one before is let go."""
         key = (path, dtype, trust_remote_code)
         if key not in self._models:
             self._models.clear()
-            self._models[key] = StreamedModel(
-                Checkpoint(Path(path)),
-                dtype=None if dtype == "auto" else getattr(torch, dtype),
-                device=self.device,
-                trust_remote_code=trust_remote_code,
-            )
+            self._models[key] = self.open(*key)
         return self._models[key]
+
+    def open(self, path: str, dtype: str, trust_remote_code: bool) -> Any:
+        """The :class:`StreamedModel` at ``path``, opened anew for who keeps it."""
+        from moesaic.orchestrator.checkpoint import Checkpoint
+        from moesaic.orchestrator.streaming import StreamedModel, dtype_named
+
+        checkpoint = Checkpoint(Path(path))
+        return StreamedModel(checkpoint, dtype_named(dtype), self.device, trust_remote_code)
 
     def take(self, key: Any) -> Any | None:
         """Removes and returns what :meth:`put` kept, or None."""
