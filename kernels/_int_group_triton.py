@@ -10,6 +10,9 @@ from there: so the compiler puts all values of a chunk into one thread, knows ev
 the words that do not matter to a value. (Loaded as ``[N, C]``, the values end up across threads,
 and the loop has ten times the shifts and shared-memory reads.)
 
+With few rows there are few programs. They then share the inputs of a block of outputs by sections:
+each writes its partial sums, float32, and these are added in their order.
+
 Imported only when a product is asked for, since Triton does not run everywhere.
 """
 # Triton's decorators and kernel arguments, and torch.cuda.device_of, carry no Python types.
@@ -27,6 +30,8 @@ from moesaic.kernels.tensor import CompressedTensor
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16)
 INTERPRETED: bool = triton.knobs.runtime.interpret
+# With few rows: how many programs keep a multiprocessor busy, and how many may share a sum.
+PROGRAMS_PER_PROCESSOR, MAX_SECTIONS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -98,24 +103,42 @@ def operands(weight: CompressedTensor) -> tuple[list[Tensor], dict[str, int | bo
     return [packed, scale, zero], constants
 
 
-def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; under the interpreter a few, to share work as a GPU does."""
+    if INTERPRETED:
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def sections_for(rows: int, outputs: int, inputs: int, config: Config, device: torch.device) -> int:
+    """Sections of the inputs: one, or so many that every multiprocessor has programs."""
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n)
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device) // max(1, programs)
+    return int(max(1, min(wanted, triton.cdiv(inputs, config.block_k), MAX_SECTIONS)))
+
+
+def launch(x: Tensor, weight: CompressedTensor, out: Tensor, sections: int | None = None) -> None:
     """Writes ``x @ weightᵀ`` into ``out``.
 
     Args:
         x: float16 or bfloat16 ``[M, K]``, contiguous.
         weight: ``[N, K]`` in the format ``int_group``, on the device of ``x``.
         out: ``[M, N]``, contiguous, of any floating dtype.
+        sections: of the inputs, summed by different programs; ``sections_for``, if None.
     """
     outputs, inputs = weight.shape
     parts, constants = operands(weight)
     packed, scale, _ = parts
     config = config_for(len(x), inputs, constants["SPAN"])
-    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
+    if sections is None:
+        sections = sections_for(len(x), outputs, inputs, config, x.device)
+    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n), sections)
+    target = out if sections == 1 else partial_sums(sections, out)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         int_group_matmul[grid](
             x,
             *parts,
-            out,
+            target,
             len(x),
             outputs,
             inputs,
@@ -125,6 +148,26 @@ def launch(x: Tensor, weight: CompressedTensor, out: Tensor) -> None:
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             **config.arguments,
         )
+    if sections > 1:
+        add_sections(target, out)
+
+
+def partial_sums(sections: int, out: Tensor) -> Tensor:
+    """Room for the sums of every section, float32 ``[sections, *out.shape]``."""
+    return torch.empty((sections, *out.shape), dtype=torch.float32, device=out.device)
+
+
+def add_sections(partial: Tensor, out: Tensor) -> None:
+    """Adds ``[sections, M, N]`` in the order of the sections, and rounds once into ``out``."""
+    out.copy_(partial.sum(0))
+
+
+@triton.jit
+def section_of_inputs(inputs, BLOCK_K: tl.constexpr):
+    """First and last input of this program's section: whole blocks, some sections empty."""
+    blocks = tl.cdiv(tl.cdiv(inputs, BLOCK_K), tl.num_programs(2))
+    begin = tl.program_id(2) * blocks * BLOCK_K
+    return begin, tl.minimum(begin + blocks * BLOCK_K, inputs)
 
 
 @triton.jit
@@ -218,7 +261,8 @@ def int_group_matmul(
     row = n[:, None, None]
     compute: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    begin, end = section_of_inputs(inputs, BLOCK_K)
+    for start in range(begin, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         weight = weight_tile(
             packed,
@@ -241,5 +285,6 @@ def int_group_matmul(
         xt = tl.load(x + m[None, :] * inputs + k[:, None], mask=inside, other=0)
         total = tl.dot(weight, xt.to(compute), total, input_precision="ieee")
     inside = (m < rows)[None, :] & (n < outputs)[:, None]
+    out += tl.program_id(2).to(tl.int64) * rows * outputs
     target = out + m[None, :] * outputs + n[:, None]
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.kernels import _plan
-from moesaic.kernels._int_group_triton import Config
+from moesaic.kernels._int_group_triton import Config, processors
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Largest rank whose tile fits the registers; above, two products. The second is for inputs or ranks
@@ -160,13 +160,6 @@ def _sections_to_fill(rows: int, inputs: int, outputs: int, rank: int, device: t
     config = config_for(rows, inputs, rank)
     wanted = processors(device) // triton.cdiv(rows, config.block_m)
     return int(max(1, min(wanted, triton.cdiv(outputs, config.block_n))))
-
-
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; under the interpreter a few, to share work as a GPU does."""
-    if INTERPRETED:
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch(x: Tensor, right: Tensor, left: Tensor, out: Tensor, sections: int = 1) -> None:

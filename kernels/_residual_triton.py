@@ -2,7 +2,8 @@
 
 ``out = x @ dequantized(base)ᵀ + (x @ rightᵀ) @ leftᵀ``: the loop over the inputs that dequantizes
 tiles of ``base`` also sums ``t = right @ xᵀ``, from the tile of ``x`` that is there anyway; after
-it ``left @ t`` joins the sum. As in ``_int_group_triton``, everything is transposed.
+it ``left @ t`` joins the sum. As in ``_int_group_triton``, everything is transposed, and with few
+rows the inputs are shared by sections, each with the ``t`` of its inputs.
 
 Every block of outputs reads ``right`` and sums ``t`` anew: with few rows and a large rank two
 launches may win, and for ranks above ``MAX_RANK`` they are the only way. ``plan`` measures.
@@ -20,7 +21,15 @@ from torch.nn import functional as F
 
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, int_group
-from moesaic.kernels._int_group_triton import Config, operands, weight_tile
+from moesaic.kernels._int_group_triton import (
+    Config,
+    add_sections,
+    operands,
+    partial_sums,
+    section_of_inputs,
+    sections_for,
+    weight_tile,
+)
 from moesaic.kernels.tensor import CompressedTensor
 
 MAX_RANK = 128
@@ -125,7 +134,14 @@ def plan(
     return "fused" if best == "fused" else "products"
 
 
-def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: Tensor) -> None:
+def launch(
+    x: Tensor,
+    base: CompressedTensor,
+    right: Tensor,
+    left: Tensor,
+    out: Tensor,
+    sections: int | None = None,
+) -> None:
     """Writes ``x @ baseᵀ + (x @ rightᵀ) @ leftᵀ`` into ``out``.
 
     Args:
@@ -134,19 +150,23 @@ def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: 
         right: ``[r, K]`` with r at most ``MAX_RANK``.
         left: ``[N, r]``.
         out: ``[M, N]`` of any floating dtype.
+        sections: of the inputs, summed by different programs; ``sections_for``, if None.
     """
     outputs, inputs = base.shape
     parts, constants = operands(base)
     packed, scale, _ = parts
     config = config_for(len(x), inputs, constants["SPAN"], len(right))
-    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n))
+    if sections is None:
+        sections = sections_for(len(x), outputs, inputs, config, x.device)
+    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n), sections)
+    target = out if sections == 1 else partial_sums(sections, out)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         residual_matmul[grid](
             x,
             *parts,
             right,
             left,
-            out,
+            target,
             len(x),
             outputs,
             inputs,
@@ -158,6 +178,8 @@ def launch(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor, out: 
             RANK=low_rank.padded_rank(len(right)),
             **config.arguments,
         )
+    if sections > 1:
+        add_sections(target, out)
 
 
 @triton.jit
@@ -192,7 +214,8 @@ def residual_matmul(
     compute: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     t = tl.zeros([RANK, BLOCK_M], dtype=tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    begin, end = section_of_inputs(inputs, BLOCK_K)
+    for start in range(begin, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         weight = weight_tile(
             packed,
@@ -221,5 +244,6 @@ def residual_matmul(
     factor = tl.load(left + n[:, None] * rank + r[None, :], mask=inside, other=0)  # [N, RANK]
     total = tl.dot(factor.to(compute), t.to(compute), total, input_precision="ieee")
     inside = (m < rows)[None, :] & (n < outputs)[:, None]
+    out += tl.program_id(2).to(tl.int64) * rows * outputs
     target = out + m[None, :] * outputs + n[:, None]
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)

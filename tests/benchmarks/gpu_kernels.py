@@ -1,11 +1,12 @@
-"""Layers of low rank on a GPU: the fused kernels, plain products, and the dense layer.
+"""Compressed layers on a GPU: the fused kernels, library products, and the dense layer.
 
-    python tests/benchmarks/lowrank_kernels.py [--models bert llama] [--parts 8 4 2] [--write FILE]
+    python tests/benchmarks/gpu_kernels.py [--models bert llama] [--parts 8 4 2] [--write FILE]
 
 Latency is the median with a cold L2 cache; activation memory is what the call allocates at its
-peak, its result included. Weights are products of random factors, and the ways are compared with
-one another before they are timed. A dash: the kernel does not take this rank. Exits with 2 where
-there is no GPU.
+peak, its result included. Products of integers are those of a weight that is dequantized first,
+every time. Weights are products of random factors, and the ways are compared with one another
+before they are timed. A dash: the kernel does not take this rank. Exits with 2 where there is no
+GPU.
 """
 
 import sys
@@ -23,12 +24,14 @@ from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, int_group
 from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels._lowrank_attention import Lifted, rotated
+from moesaic.kernels.tensor import CompressedTensor
 
 Way = Callable[[], Tensor]
 Ways = dict[str, Way | None]  # None: not for this rank
 WAYS = ("dense", "products", "fused")
 TOLERANCE = 2**-5  # largest difference over largest output
 CORRECTION_RANK, GROUP_SIZE = 64, 128
+WIDTHS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,32 @@ def attend(model: Model, batch: int, length: int, rank: int, draw: Draw) -> Ways
     }
 
 
+def integers(outputs: int, inputs: int, bits: int, draw: Draw) -> CompressedTensor:
+    """A weight of so many bits whose products with normal inputs are near one."""
+    limit = 1 << (bits - 1)
+    shape, groups = (outputs, inputs), inputs // GROUP_SIZE
+    codes = torch.randint(-limit, limit, shape, generator=draw.generator, device=draw.device)
+    scale = (draw.normal(outputs, groups).abs() + 0.1) * inputs**-0.5 / limit
+    return int_group.pack(codes, scale, None, bits=bits, group_size=GROUP_SIZE, dtype=draw.dtype)
+
+
+def rounded(model: Model, batch: int, length: int, bits: int, draw: Draw) -> Ways:
+    """``width → hidden`` in integers."""
+    x = draw.normal(batch, length, model.width)
+    weight = integers(model.hidden, model.width, bits, draw)
+    dense = weight.dense()
+    return {
+        "dense": lambda: F.linear(x, dense),
+        "products": lambda: F.linear(x, weight.dense()),
+        "fused": lambda: int_group.matmul(x, weight),
+    }
+
+
 def corrected(model: Model, batch: int, length: int, draw: Draw) -> Ways:
     """``hidden → width`` in 4 bits with a correction; products: a launch for each summand."""
     x = draw.normal(batch, length, model.hidden)
-    shape, groups = (model.width, model.hidden), model.hidden // GROUP_SIZE
-    codes = torch.randint(-8, 8, shape, generator=draw.generator, device=draw.device)
-    scale = draw.normal(model.width, groups).abs() * model.hidden**-0.5 / 8
-    base = int_group.pack(codes, scale, None, bits=4, group_size=GROUP_SIZE, dtype=draw.dtype)
+    shape = (model.width, model.hidden)
+    base = integers(*shape, 4, draw)
     factors = draw.factors(*shape, CORRECTION_RANK)
     weight = base.dense() + product(factors)
     return {
@@ -169,6 +191,8 @@ def cases(model: Model, parts: list[int], draw: Draw) -> Iterator[tuple[list[str
     """What the rows of the table are called, and the ways, made when it is their turn."""
     for batch, length in model.batches:
         shape = f"{batch} × {length}"
+        for bits in WIDTHS:
+            yield [f"{bits} bits", shape, "–"], rounded(model, batch, length, bits, draw)
         yield (
             ["4 bits + correction", shape, str(CORRECTION_RANK)],
             corrected(model, batch, length, draw),
@@ -219,7 +243,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("lowrank_kernels.py needs a GPU that PyTorch can use, there is none", file=sys.stderr)
+        print("gpu_kernels.py needs a GPU that PyTorch can use, there is none", file=sys.stderr)
         return 2
     draw = Draw(getattr(torch, arguments.dtype), "cuda")
     sections = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}."]
@@ -235,7 +259,7 @@ def main() -> int:
             rows.append([*labels, *figures(ways)])
         title = f"## {model.name}, {model.hidden} / {model.width}"
         sections.append(f"{title}\n\n{table(headers, rows)}")
-    report("Kernels of low rank", "\n\n".join(sections), arguments.write)
+    report("Compressed layers on a GPU", "\n\n".join(sections), arguments.write)
     return 0
 
 
