@@ -10,6 +10,9 @@ from there: so the compiler puts all values of a chunk into one thread, knows ev
 the words that do not matter to a value. (Loaded as ``[N, C]``, the values end up across threads,
 and the loop has ten times the shifts and shared-memory reads.)
 
+One row to four, as in decoding, go through ``int_group_matvec``: multiplied where it was unpacked,
+a weight crosses no threads, and nothing waits for tensor cores that would be idle anyway.
+
 With few rows there are few programs. They then share the inputs of a block of outputs by sections:
 each writes its partial sums, float32, and these are added in their order.
 
@@ -30,6 +33,8 @@ from moesaic.kernels.tensor import CompressedTensor
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16)
 INTERPRETED: bool = triton.knobs.runtime.interpret
+# Rows of the smallest tile that tensor cores take.
+SMALLEST_TILE = 16
 # With few rows: how many programs keep a multiprocessor busy, and how many may share a sum.
 PROGRAMS_PER_PROCESSOR, MAX_SECTIONS = 2, 8
 
@@ -57,10 +62,13 @@ class Config:
 
 
 # Every configuration that ships. The tests compile each one ahead of time for sm_80 and sm_90 and
-# look at spills, shared memory and tensor cores; the sizes were chosen by these, not by timing.
+# look at spills, shared memory and tensor cores; of what passes, these are the fastest on an H200
+# (tests/benchmarks/kernel_configs.py).
 CONFIGS = {
-    "decode": Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4),
-    "batch": Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+    # Of int_group_matvec; block_m: the rows up to which it is taken.
+    "vector": Config(block_m=4, block_n=8, block_k=1024, num_warps=4, num_stages=2),
+    "decode": Config(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
+    "batch": Config(block_m=64, block_n=128, block_k=64, num_warps=8, num_stages=4),
     "prefill": Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
     # For group sizes and rows that are no multiple of 16: many scales, and loads of single values,
     # want the registers that larger tiles would take.
@@ -72,9 +80,8 @@ def config_for(rows: int, inputs: int, span: int) -> Config:
     """The configuration for x ``[rows, inputs]`` when ``span`` inputs in a row share a scale."""
     if span < 16 or inputs % 16:
         return CONFIGS["odd"]
-    if rows <= CONFIGS["decode"].block_m:
-        return CONFIGS["decode"]
-    return CONFIGS["batch" if rows <= CONFIGS["batch"].block_m else "prefill"]
+    fitting = (name for name in ("vector", "decode", "batch") if rows <= CONFIGS[name].block_m)
+    return CONFIGS[next(fitting, "prefill")]
 
 
 def group_span(group_size: int) -> int:
@@ -110,9 +117,14 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def row_blocks(rows: int, config: Config) -> int:
+    """Programs that share the rows of x: one for each row where tensor cores take no part."""
+    return rows if config.block_m < SMALLEST_TILE else int(triton.cdiv(rows, config.block_m))
+
+
 def sections_for(rows: int, outputs: int, inputs: int, config: Config, device: torch.device) -> int:
     """Sections of the inputs: one, or so many that every multiprocessor has programs."""
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n)
+    programs = row_blocks(rows, config) * triton.cdiv(outputs, config.block_n)
     wanted = PROGRAMS_PER_PROCESSOR * processors(device) // max(1, programs)
     return int(max(1, min(wanted, triton.cdiv(inputs, config.block_k), MAX_SECTIONS)))
 
@@ -132,22 +144,18 @@ def launch(x: Tensor, weight: CompressedTensor, out: Tensor, sections: int | Non
     config = config_for(len(x), inputs, constants["SPAN"])
     if sections is None:
         sections = sections_for(len(x), outputs, inputs, config, x.device)
-    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(outputs, config.block_n), sections)
     target = out if sections == 1 else partial_sums(sections, out)
+    sizes = (len(x), outputs, inputs, packed.shape[1], scale.shape[1])
+    options = constants | config.arguments
+    if config.block_m < SMALLEST_TILE:
+        kernel = int_group_matvec
+        del options["BLOCK_M"]
+    else:
+        kernel = int_group_matmul
+        options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
+    grid = (row_blocks(len(x), config), triton.cdiv(outputs, config.block_n), sections)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        int_group_matmul[grid](
-            x,
-            *parts,
-            target,
-            len(x),
-            outputs,
-            inputs,
-            packed.shape[1],
-            scale.shape[1],
-            **constants,
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            **config.arguments,
-        )
+        kernel[grid](x, *parts, target, *sizes, **options)
     if sections > 1:
         add_sections(target, out)
 
@@ -202,6 +210,38 @@ def _zero_points(zero, row, group, inside, groups, BITS: tl.constexpr):
 
 
 @triton.jit
+def _values(
+    packed,
+    zero,
+    row,  # outputs [N, 1, 1]
+    start,  # first input, a multiple of 32
+    outputs,
+    words,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # 0: one group
+    SPAN: tl.constexpr,  # inputs that surely share a scale, 1 to 32
+    SYMMETRIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What is multiplied by the scales, float32 [N, BLOCK_K / SPAN, SPAN], and their groups."""
+    chunk = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None]
+    code = _chunks(packed, row, chunk, outputs, words, BITS)  # [N, C, 32]
+    code = code.reshape(row.shape[0], BLOCK_K // SPAN, SPAN)
+    first = start + tl.arange(0, BLOCK_K // SPAN)[None, :, None] * SPAN
+    group = first // GROUP_SIZE if GROUP_SIZE > 0 else first * 0
+    inside = (row < outputs) & (group < groups)
+    # As the last bits of a float at 2^23 an integer is its value: cheaper than converting it.
+    value = (code | 0x4B000000).to(tl.float32, bitcast=True)
+    if SYMMETRIC:
+        value -= 8388608.0 + (1 << (BITS - 1))
+    else:
+        point = _zero_points(zero, row, group, inside, groups, BITS)
+        value -= 8388608.0 + point.to(tl.float32)
+    return value, group, inside
+
+
+@triton.jit
 def weight_tile(
     packed,
     scale,
@@ -218,20 +258,61 @@ def weight_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Weights float32 [N, BLOCK_K]; zero beyond the last row, anything beyond the last input."""
-    BLOCK_N: tl.constexpr = row.shape[0]
-    chunk = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None]
-    code = _chunks(packed, row, chunk, outputs, words, BITS).to(tl.int32)  # [N, C, 32]
-    code = code.reshape(BLOCK_N, BLOCK_K // SPAN, SPAN)
-
-    first = start + tl.arange(0, BLOCK_K // SPAN)[None, :, None] * SPAN
-    group = first // GROUP_SIZE if GROUP_SIZE > 0 else first * 0
-    inside = (row < outputs) & (group < groups)
-    if SYMMETRIC:
-        code -= 1 << (BITS - 1)
-    else:
-        code -= _zero_points(zero, row, group, inside, groups, BITS)
+    value, group, inside = _values(
+        packed, zero, row, start, outputs, words, groups, BITS, GROUP_SIZE, SPAN, SYMMETRIC, BLOCK_K
+    )
     step = tl.load(scale + row * groups + group, mask=inside, other=0)
-    return (code.to(tl.float32) * step.to(tl.float32)).reshape(BLOCK_N, BLOCK_K)
+    return (value * step.to(tl.float32)).reshape(row.shape[0], BLOCK_K)
+
+
+@triton.jit
+def int_group_matvec(
+    x,
+    packed,
+    scale,
+    zero,
+    out,
+    rows,
+    outputs,
+    inputs,
+    words,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # 0: one group
+    SPAN: tl.constexpr,  # inputs that surely share a scale, 1 to 32
+    SYMMETRIC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row of x for each program: sums stay in the threads that unpack, tensor cores rest."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n[:, None, None]
+    total = tl.zeros([BLOCK_N, BLOCK_K // SPAN, 1], dtype=tl.float32)
+    begin, end = section_of_inputs(inputs, BLOCK_K)
+    for start in range(begin, end, BLOCK_K):
+        value, group, inside = _values(
+            packed,
+            zero,
+            row,
+            start,
+            outputs,
+            words,
+            groups,
+            BITS,
+            GROUP_SIZE,
+            SPAN,
+            SYMMETRIC,
+            BLOCK_K,
+        )
+        k = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        xs = tl.load(x + m * inputs + k, mask=k < inputs, other=0).to(tl.float32)
+        xs = xs.reshape(1, BLOCK_K // SPAN, SPAN)
+        step = tl.load(scale + row * groups + group, mask=inside, other=0).to(tl.float32)
+        total += tl.sum(value * xs, 2, keep_dims=True) * step
+    y = tl.sum(tl.sum(total, 2), 1)
+    out += (tl.program_id(2).to(tl.int64) * rows + m) * outputs
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=n < outputs)
 
 
 @triton.jit

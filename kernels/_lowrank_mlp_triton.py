@@ -32,15 +32,19 @@ from moesaic.kernels._lowrank_triton import Path, factor_tile, project
 
 # As in _lowrank_triton.
 MAX_RANK, MAX_ODD_RANK = 512, 256
-PRODUCT_ROWS = 4096
+PRODUCT_ROWS = 2048
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
-# Every configuration that ships, by the largest rank it takes. block_n: tiles of the width and of
-# the outputs.
+# Every configuration that ships, by the largest rank it takes; gated layers keep twice as much in
+# registers. block_n: tiles of the width and of the outputs. The fastest on an H200 of those that
+# do not spill, on sm_80 either (tests/benchmarks/kernel_configs.py).
 CONFIGS = {
-    "rank_64": Config(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=2),
-    "rank_256": Config(block_m=64, block_n=32, block_k=32, num_warps=8, num_stages=2),
-    "rank_512": Config(block_m=32, block_n=32, block_k=32, num_warps=8, num_stages=2),
+    "plain_128": Config(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    "plain_256": Config(block_m=64, block_n=32, block_k=64, num_warps=8, num_stages=3),
+    "gated_64": Config(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=2),
+    "gated_128": Config(block_m=64, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    "gated_256": Config(block_m=64, block_n=32, block_k=32, num_warps=8, num_stages=2),
+    "wide_512": Config(block_m=32, block_n=32, block_k=32, num_warps=8, num_stages=2),
     # For sizes that are no multiple of 16: loads of single values want many registers.
     "odd": Config(block_m=16, block_n=32, block_k=32, num_warps=8, num_stages=2),
 }
@@ -156,7 +160,11 @@ def config_for(inputs: int, layer: Layer) -> Config:
     if max_rank(inputs, layer) == MAX_ODD_RANK:
         return CONFIGS["odd"]
     rank = max(layer.ranks)
-    return CONFIGS["rank_64" if rank <= 64 else "rank_256" if rank <= 256 else "rank_512"]
+    if rank > 256:
+        return CONFIGS["wide_512"]
+    if layer.gate is None:
+        return CONFIGS["plain_128" if rank <= 128 else "plain_256"]
+    return CONFIGS["gated_64" if rank <= 64 else "gated_128" if rank <= 128 else "gated_256"]
 
 
 def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path:

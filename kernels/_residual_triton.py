@@ -34,19 +34,24 @@ from moesaic.kernels.tensor import CompressedTensor
 
 MAX_RANK = 128
 
-# Every configuration that ships: what _int_group_triton has, with room for the factors.
+# Every configuration that ships: what _int_group_triton has, with room for the factors. "wide" is
+# for ranks up to 64 and a scale for 32 inputs or more.
 CONFIGS = {
     "decode": Config(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3),
+    "wide": Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
     "prefill": Config(block_m=64, block_n=128, block_k=64, num_warps=8, num_stages=3),
     "odd": Config(block_m=32, block_n=32, block_k=32, num_warps=8, num_stages=2),
 }
+MAX_WIDE_RANK, WIDE_SPAN = 64, 32
 
 
 def config_for(rows: int, inputs: int, span: int, rank: int) -> Config:
     """The configuration for x ``[rows, inputs]`` when ``span`` inputs in a row share a scale."""
     if span < 16 or inputs % 16 or rank % 16:
         return CONFIGS["odd"]
-    return CONFIGS["decode" if rows <= CONFIGS["decode"].block_m else "prefill"]
+    if rows <= CONFIGS["decode"].block_m:
+        return CONFIGS["decode"]
+    return CONFIGS["wide" if rank <= MAX_WIDE_RANK and span >= WIDE_SPAN else "prefill"]
 
 
 def matmul_reference(x: Tensor, base: CompressedTensor, right: Tensor, left: Tensor) -> Tensor:

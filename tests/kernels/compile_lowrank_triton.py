@@ -22,12 +22,14 @@ from moesaic.kernels._int_group_triton import group_span
 # bits, symmetric, group size (0: one group): see compile_triton.py.
 RESIDUAL = {
     "decode": [(3, False, 128)],
+    "wide": [(3, False, 128), (4, True, 0)],
     "prefill": [(7, False, 16)],
     "odd": [(7, False, 7)],
 }
 LAYERS = ("gate", "up", "down")
 # Activation and whether it is gated: two factors before the activation need more than one.
-MLP = [("silu", True)]
+MLP = {"plain": [("gelu", False)]}
+GATED = [("silu", True)]
 # Whether attention is causal, biased, rotates, has lengths: all, as Llama, as BERT, nothing.
 SWITCHES = [(True,) * 4, (True, False, True, False), (False, True, False, True), (False,) * 4]
 # Features of a head.
@@ -81,7 +83,7 @@ def low_rank_results(capability: int, everything: bool) -> Iterator[Found]:
 def residual_results(capability: int, everything: bool) -> Iterator[Found]:
     for name, config in residual.CONFIGS.items():
         even = name != "odd"
-        group_sizes = (0, 16, 128) if even else (0, 7, 8)
+        group_sizes = (0, 7, 8) if not even else (0, 128) if name == "wide" else (0, 16, 128)
         every = [(*width, size) for width in WIDTHS for size in group_sizes]
         for bits, symmetric, group_size in every if everything else RESIDUAL[name]:
             found = compiled(
@@ -111,7 +113,7 @@ def residual_results(capability: int, everything: bool) -> Iterator[Found]:
                     "SPAN": group_span(group_size),
                     "SYMMETRIC": symmetric,
                     "UPCAST": False,
-                    "RANK": residual.MAX_RANK,
+                    "RANK": residual.MAX_WIDE_RANK if name == "wide" else residual.MAX_RANK,
                 },
             )
             yield "residual", name, found
@@ -120,8 +122,10 @@ def residual_results(capability: int, everything: bool) -> Iterator[Found]:
 def mlp_results(capability: int, everything: bool) -> Iterator[Found]:
     for name, config in mlp.CONFIGS.items():
         even = name != "odd"
-        every = itertools.product(("silu", "gelu", "gelu_tanh"), (True, False))
-        cases = every if everything else MLP
+        kind = name.partition("_")[0]
+        switches = {"plain": (False,), "gated": (True,)}.get(kind, (True, False))
+        every = itertools.product(("silu", "gelu", "gelu_tanh"), switches)
+        cases = every if everything else MLP.get(kind, GATED)
         all_ranks = ranks(name, mlp.MAX_ODD_RANK, everything)
         for (activation, gated), rank in itertools.product(cases, all_ranks):
             layers = [f"{layer}_{side}" for layer in LAYERS for side in ("right", "left")]

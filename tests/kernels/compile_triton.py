@@ -25,6 +25,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 Case = tuple[int, bool, int, str]
 USUAL: list[Case] = [(3, False, 128, "bf16"), (4, True, 0, "fp16")]
 CASES = {
+    "vector": USUAL,
     "decode": USUAL,
     "batch": USUAL,
     "prefill": [*USUAL, (7, False, 16, "bf16")],
@@ -51,23 +52,25 @@ def compiled(
     config = kernel.CONFIGS[name]
     pointers = {"x": dtype, "packed": "i32", "scale": dtype, "zero": "i32", "out": dtype}
     sizes = dict.fromkeys(("rows", "outputs", "inputs", "words", "groups"), "i32")
-    constants = {
+    constants: dict[str, int | bool] = {
         "BITS": bits,
         "GROUP_SIZE": group_size,
         "SPAN": kernel.group_span(group_size),
         "SYMMETRIC": symmetric,
-        "UPCAST": False,
-        "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
+    function = kernel.int_group_matvec
+    if name != "vector":
+        function = kernel.int_group_matmul
+        constants |= {"UPCAST": False, "BLOCK_M": config.block_m}
     signature = {name: f"*{element}" for name, element in pointers.items()}
     signature |= sizes | dict.fromkeys(constants, "constexpr")
     # What Triton finds out when it is called: which addresses and sizes are multiples of 16.
     aligned = [*pointers] if name == "odd" else [*pointers, "inputs"]
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    source = ASTSource(kernel.int_group_matmul, signature, constants, attributes)
+    source = ASTSource(function, signature, constants, attributes)
     return resources(source, options, capability)
 
 

@@ -21,8 +21,16 @@ from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE
 CONFIGS = {
     "low_rank": {"decode_256", "prefill_128", "prefill_256", "wide_512", "odd"},
     "attention": {"head_64", "head_128", "head_256", "odd"},
-    "mlp": {"rank_64", "rank_256", "rank_512", "odd"},
-    "residual": {"decode", "prefill", "odd"},
+    "mlp": {
+        "plain_128",
+        "plain_256",
+        "gated_64",
+        "gated_128",
+        "gated_256",
+        "wide_512",
+        "odd",
+    },
+    "residual": {"decode", "wide", "prefill", "odd"},
 }
 # Compiling takes half a minute on an idle core, and many times that on a busy one.
 PATIENCE_SECONDS = 600
