@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan
-from moesaic.kernels._int_group_triton import Config
 from moesaic.kernels._lowrank_triton import Path, factor_tile, project
+from moesaic.kernels._tiles_triton import Config
 
 # As in _lowrank_triton.
 MAX_RANK, MAX_ODD_RANK = 512, 256

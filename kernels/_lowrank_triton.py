@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.kernels import _plan
-from moesaic.kernels._int_group_triton import Config, processors
+from moesaic.kernels._tiles_triton import INTERPRETED as INTERPRETED
+from moesaic.kernels._tiles_triton import Config, processors
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Largest rank whose tile fits the registers; above, two products. The second is for inputs or ranks
 # that are no multiple of 16: loads of single values want registers too.
 MAX_RANK, MAX_ODD_RANK = 512, 256
-INTERPRETED: bool = triton.knobs.runtime.interpret
 Path = Literal["fused", "products"]
 
 # Every configuration that ships, by the largest rank it takes. The tests compile each one ahead of

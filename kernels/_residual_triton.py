@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan, int_group
-from moesaic.kernels._int_group_triton import (
+from moesaic.kernels._tiles_triton import (
     Config,
     add_sections,
     operands,

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _plan
 from moesaic.kernels import _residual_triton as residual
-from moesaic.kernels._int_group_triton import Config
 from moesaic.kernels._lowrank_attention import Lifted, Options
+from moesaic.kernels._tiles_triton import Config
 
 Launch = Callable[[], object]
 BITS = 4
@@ -42,12 +42,12 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel, one shape, one configuration; ``extra``: sections, 0 for those that ship."""
+    """One kernel, one shape, one configuration; sections 0: the kernel has none."""
 
     kernel: str
     shape: tuple[int, ...]
     config: Any
-    extra: int = 0
+    sections: int = 0
 
 
 def grid(*values: tuple[int, ...], kind: Callable[..., Any] = Config) -> list[Any]:
@@ -66,7 +66,7 @@ def cases() -> Iterator[Case]:
     prefill = grid((64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4))
     for rows in (64, 512, 4096):
         for config in prefill:
-            yield Case("int_group", (rows, 11008, 4096), config)
+            yield Case("int_group", (rows, 11008, 4096), config, 1)
     for rank in (96, 192, 384):
         for config in grid((64, 128), (64, 128), (32, 64), (4, 8), (2, 3)):
             yield Case("low_rank", (16384, 3072, 768, rank), config, 1)
@@ -115,7 +115,9 @@ def launch(case: Case) -> Launch:
     """The launch of a case, the module's own choice of a configuration set aside."""
     module: Any = MODULES[case.kernel]
     given = operands(case.kernel, case.shape)
-    last = (case.extra,) if case.extra else ()
+    if case.kernel == "int_group":
+        return partial(int_group.launch, *given, int_group.Plan(case.config, case.sections))
+    last = (case.sections,) if case.sections else ()
 
     def run() -> None:
         own = module.config_for
@@ -187,7 +189,7 @@ def main() -> int:
                 tiles = ", ".join(str(v) for v in vars(case.config).values())
                 mark = "ships" if case.config == standing else ""
                 label = " × ".join(map(str, shape))
-                sections = str(case.extra or "–")
+                sections = str(case.sections or "–")
                 rows.append([kernel, label, tiles, sections, f"{milliseconds:.4f}", mark])
     headers = ["kernel", "shape", "tiles, warps, stages", "sections", "ms", ""]
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, {BITS} bits."

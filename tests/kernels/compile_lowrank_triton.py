@@ -17,7 +17,7 @@ from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
-from moesaic.kernels._int_group_triton import group_span
+from moesaic.kernels._tiles_triton import group_span
 
 # bits, symmetric, group size (0: one group): see compile_triton.py.
 RESIDUAL = {

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moesaic.kernels import _int_group_triton as kernel
+from moesaic.kernels._tiles_triton import group_span
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # bits, symmetric, group size (0: one group), dtype. 3 bits straddle words, 4 do not; 7 bits with a
@@ -55,7 +56,7 @@ def compiled(
     constants: dict[str, int | bool] = {
         "BITS": bits,
         "GROUP_SIZE": group_size,
-        "SPAN": kernel.group_span(group_size),
+        "SPAN": group_span(group_size),
         "SYMMETRIC": symmetric,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

@@ -22,8 +22,8 @@ from moesaic.kernels import _lowrank_triton as low_rank
 from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels import dense, int_group, lowrank
 from moesaic.kernels import residual as residual_format
-from moesaic.kernels._int_group_triton import group_span
 from moesaic.kernels._lowrank_attention import Lifted, Options
+from moesaic.kernels._tiles_triton import group_span
 from moesaic.kernels.tensor import CompressedTensor
 
 GUARD = 512  # poisoned elements before and behind every operand and the output

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.kernels import _int_group_triton as kernel
 from moesaic.kernels import int_group
+from moesaic.kernels._tiles_triton import group_span
 from moesaic.kernels.tensor import CompressedTensor
 
 GUARD = 512  # poisoned elements behind the output
@@ -58,7 +59,7 @@ def run(index: int, device: str) -> dict[str, object]:
     kernel.launch(x, weight, out)
     exact = x.double() @ exact_weight(weight).T
     product = int_group.matmul(x.view(1, rows, inputs), weight)
-    config = kernel.config_for(rows, inputs, kernel.group_span(max(0, group_size)))
+    config = kernel.config_for(rows, inputs, group_span(max(0, group_size)))
     return {
         "config": next(name for name, known in kernel.CONFIGS.items() if known is config),
         "activations": activations,

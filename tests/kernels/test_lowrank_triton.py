@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.kernels import _int_group_triton, _plan, _tiles_triton, dense, int_group
 from moesaic.kernels import _lowrank_attention_triton as attention
 from moesaic.kernels import _lowrank_mlp_triton as mlp
 from moesaic.kernels import _lowrank_triton as low_rank
-from moesaic.kernels import _plan, dense, int_group
 from moesaic.kernels import _residual_triton as residual
 from moesaic.kernels._lowrank_attention import Lifted, Options
 from tests.kernels.test_int_group_triton import DEVICES, SHARED_LIMIT, TOLERANCE, answer, run_script
@@ -83,7 +83,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     times: list[float] = []
     monkeypatch.setattr(_plan, "milliseconds", lambda way: times.pop(0))
     monkeypatch.setattr(_plan, "_table", {})
-    monkeypatch.setattr(low_rank, "processors", lambda device: 10)
+    for module in (low_rank, _tiles_triton):
+        monkeypatch.setattr(module, "processors", lambda device: 10)
     return times
 
 
@@ -96,7 +97,7 @@ def planned(rows: int, rank: int = 32, path: low_rank.Path | None = None) -> low
     [
         ([1.0, 2.0, 3.0], low_rank.Plan("products")),
         ([2.0, 1.0, 3.0], low_rank.Plan("fused", 1)),
-        ([3.0, 2.0, 1.0], low_rank.Plan("fused", 5)),  # two blocks of rows, ten processors
+        ([3.0, 2.0, 1.0], low_rank.Plan("fused", 2)),  # four blocks of rows, ten processors
     ],
 )
 def test_plan_is_the_fastest_that_was_measured(
@@ -104,7 +105,7 @@ def test_plan_is_the_fastest_that_was_measured(
 ) -> None:
     clock += times
     assert planned(200) == expected
-    assert planned(150) == expected  # in the same bucket of rows: nothing more is measured
+    assert planned(250) == expected  # in the same bucket of rows: nothing more is measured
     assert not clock
     assert list(_plan.measurements().values()) == [
         dict(zip(("products", "whole", "spread"), times, strict=True))
@@ -153,6 +154,28 @@ def test_every_plan_is_the_fastest_way(
     clock += times
     plan = plans()[kernel]
     assert [plan(), plan()] == [expected, expected]
+    assert not clock
+
+
+@pytest.mark.parametrize(
+    ("rows", "times", "expected"),
+    [
+        (3, [2.0, 1.0, 3.0, 4.0], ("vector", 2)),  # two sections: more would be empty
+        (3, [4.0, 3.0, 1.0, 2.0], ("decode", 1)),
+        (4, [1.0, 2.0, 3.0, 4.0], ("vector", 1)),
+        (5, [2.0, 1.0], ("decode", 8)),
+    ],
+)
+def test_few_rows_of_integers_go_the_fastest_way(
+    clock: list[float], rows: int, times: list[float], expected: tuple[str, int]
+) -> None:
+    codes = torch.zeros((16, 2048), dtype=torch.int8)
+    scale = ones(16, 16)
+    base = int_group.pack(codes, scale, None, bits=4, group_size=128, dtype=torch.float16)
+    clock += times
+    for _ in range(2):  # measured once
+        config, sections = _int_group_triton.plan(rows, base, torch.float16)
+        assert (config, sections) == (_int_group_triton.CONFIGS[expected[0]], expected[1])
     assert not clock
 
 
