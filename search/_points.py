@@ -116,7 +116,8 @@ class Table:
 
     def cheapest(self, price: float) -> Ints:
         """Columns of least loss + price · bytes."""
-        return np.argmin(self.loss + price * self.bytes, axis=1)
+        columns: Ints = np.argmin(self.loss + price * self.bytes, axis=1)
+        return columns
 
 
 def _higher(row: Sequence[tuple[Chain, int, float]]) -> list[int]:
@@ -149,14 +150,9 @@ class Space:
         self._tables: dict[tuple[int, ...], Table] = {}
         self.start = self.point(start)
         table = self.table(self.start.picks)
-        offers = [
-            [(chain, int(size), float(loss)) for chain, size, loss in zip(chains, sizes, losses)]
-            for chains, sizes, losses in zip(table.chains, table.bytes, table.loss, strict=True)
-        ]
-        groups = knapsack.worthwhile_groups([(n, o) for n, o in zip(table.names, offers)])
-        least = sum(int(group.bytes[0]) for group in groups)
-        limit = max(table.limit, least)
-        scale = knapsack.loss_scale(sum(max(abs(x) for _, _, x in found) for found in offers))
+        scale = knapsack.loss_scale(float(np.abs(table.loss).max(axis=1, initial=0).sum()))
+        groups = knapsack.worthwhile_groups(table.settled.groups())
+        limit = max(table.limit, sum(int(group.bytes[0]) for group in groups))
         self.price = knapsack.relaxed(groups, limit)[1] / scale
 
     def table(self, picks: tuple[int, ...]) -> Table:

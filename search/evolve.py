@@ -1,4 +1,4 @@
-"""EvoPress: offspring trade bytes between units, and those that run best on more and more text stay.
+"""EvoPress: offspring trade bytes between units; those that run best on more and more text stay.
 
 Sieberling et al. 2024, "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search",
 2410.14649, section 3. One plan is the parent. Its *offspring* are made by level switches: a few
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.search._ledger import Ledger
-from moesaic.search._points import Floats, Ints, Point, Space, Table
+from moesaic.search._points import Ints, Point, Space, Table
 from moesaic.search.base import Plan, Problem
 from moesaic.search.refining import Effort, Refinement, Text
 

@@ -144,7 +144,7 @@ def _gradients(
 
 @dataclass(frozen=True)
 class _Link:
-    """Which logits a table's rows are drawn by: a row tied over several parts by the mean of theirs.
+    """Which logits rows of a table are drawn by: one tied over several parts by the mean of theirs.
 
     Attributes:
         row, column: of the table.
@@ -176,7 +176,7 @@ class _Descent:
         self.link = functools.lru_cache(maxsize=64)(self._link)
 
     def _first(self) -> Logits:
-        """What the predictions make of the choices at the start's price, the start's a bit surer."""
+        """What the predictions say at the start's price, its own choices a bit surer."""
         manifold, space = self.manifold, self.space
         value = np.where(
             manifold.there, manifold.loss + space.price * manifold.bytes, np.inf
@@ -267,14 +267,14 @@ class _Descent:
         shaken: Floats,
     ) -> _Draw:
         link = self.link(picks)
-        logits = np.zeros(table.bytes.shape)
+        logits: Floats = np.zeros(table.bytes.shape)
         np.add.at(
             logits,
             (link.row, link.column),
             link.weight * self.logits.choices[link.group, link.place],
         )
         logits += noise * rng.gumbel(size=logits.shape)
-        there = np.arange(logits.shape[1]) < table.count[:, None]
+        there = np.arange(table.bytes.shape[1]) < table.count[:, None]
         logits = np.where(there, logits, -np.inf)
         columns = _best_columns(table, logits)
         weights = np.exp(logits - logits.max(axis=1, initial=-np.inf)[:, None])
@@ -305,7 +305,7 @@ class _Descent:
         return Logits(choices, self._between_alternatives(draw))
 
     def _between_alternatives(self, draw: _Draw) -> Floats:
-        """What the table predicts for alternatives, through the draw; see the module's docstring."""
+        """What the table predicts for alternatives, straight through a draw."""
         manifold = self.manifold
         choices, _ = manifold.probabilities(self.logits)
         value = np.array([part.loss for part in manifold.parts])
