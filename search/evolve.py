@@ -44,10 +44,12 @@ _SWITCHES, _PATIENCE = 3, 4
 _REPAIRS, _FILLS = 6, 4
 # Offspring that switch an alternative, where there are some: one in so many.
 _ALTERNATIVES = 4
+# Generations without any offspring that end a search: everything near has been run.
+_BARREN = 8
 # Spread of the noise on rates, where an offspring is led back to the budget step by step.
 _NOISE = 0.5
-# Attempts to find something that was not run yet.
-_ATTEMPTS = 4
+# Attempts to find something that was not run yet: rounds of proposals, and the best of each.
+_ATTEMPTS, _TRIES = 4, 3
 
 
 def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinement:
@@ -68,12 +70,15 @@ def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinem
     ledger = Ledger(space, text, effort, effort.generations)
     parent = space.start
     yield from ledger.judge([parent], ledger.every)
-    stale = 0
+    stale = barren = 0
     for generation in range(effort.generations):
         if ledger.exhausted():
             break
         breeder = _Breeder(space, parent, ledger, rng, _SWITCHES + stale // _PATIENCE)
         offspring = list(breeder.offspring(effort.offspring))
+        barren = 0 if offspring else barren + 1
+        if barren == _BARREN:
+            break
         order = np.roll(ledger.every, -generation).tolist()
         winner = yield from ledger.race(parent, offspring, order)
         parent, stale = (parent, stale + 1) if winner is None else (winner, 0)
@@ -134,7 +139,7 @@ class _Breeder:
         for size in sizes:
             group = numbers[begin : begin + size]
             begin += size
-            for number in group[np.argsort(score[group], kind="stable")]:
+            for number in group[np.argsort(score[group], kind="stable")[:_TRIES]]:
                 point = Point(parent.picks, fill(table, made.made(number), self.rng))
                 if self._new(point):
                     yield point

@@ -43,15 +43,15 @@ from moesaic.search._points import Point, Space, Table
 from moesaic.search.base import Plan, Problem
 from moesaic.search.refining import Answer, Batch, Effort, Refinement, Request, Text
 
-CURVATURE = 1.0
+CURVATURE = 0.5
 # Adam.
-_RATE, _MEAN, _SQUARE, _EPSILON = 0.3, 0.8, 0.95, 1e-12
+_RATE, _MEAN, _SQUARE, _EPSILON = 0.1, 0.8, 0.95, 1e-12
 # Size of the noise at the first step and at the last one.
-_NOISE = (1.0, 0.1)
+_NOISE = (1.0, 0.3)
 # Partial plans that the knapsack keeps per group: draws need not be the best of all plans.
 _WIDEST = 256
 # How much surer the start's choices are at first than the predictions make them.
-_START = 1.0
+_START = 0.5
 # Draws before the alternatives of the best plan are taken, where others leave no plan.
 _ATTEMPTS = 8
 
