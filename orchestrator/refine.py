@@ -41,7 +41,7 @@ from moesaic.search.refining import (
 )
 
 # Blocks that the text is cut into.
-_BLOCKS = 8
+BLOCKS = 8
 # Plans that are looked at, the best first, for one whose files fit a budget in bytes.
 _FINALISTS = 20
 
@@ -74,7 +74,7 @@ class Refining:
         self.problem = problem
         self.section = experiment.recipe.refine
         sequences, length = experiment.calibration.ids.shape
-        self.text = cut(min(self.section.sequences, int(sequences)), _BLOCKS)
+        self.text = cut(min(self.section.sequences, int(sequences)), BLOCKS)
         self.tokens = int(length) - 1
         self.files = PlanFiles(experiment, problem)
         self.working = False
