@@ -33,6 +33,15 @@ def _methods() -> dict[str, str]:
     return found
 
 
+def _searches() -> dict[str, str]:
+    """Allocators, for the key ``search``, then refiners, for ``refine.method``."""
+    refiners = _described("moesaic.search", "refine")
+    return {
+        **_described("moesaic.search", "search"),
+        **{name: f"refines a plan (refine.method): {text}" for name, text in refiners.items()},
+    }
+
+
 def _families() -> dict[str, str]:
     from moesaic.orchestrator.family import families, load_family
 
@@ -50,7 +59,7 @@ def _families() -> dict[str, str]:
 _KINDS: Mapping[str, Callable[[], dict[str, str]]] = {
     "methods": _methods,
     "formats": lambda: _described("moesaic.kernels", "pack"),
-    "searches": lambda: _described("moesaic.search", "search"),
+    "searches": _searches,
     "families": _families,
 }
 

@@ -19,6 +19,7 @@ from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
+from moesaic.orchestrator.refine import BLOCKS
 from moesaic.orchestrator.resident import HIDDEN_BYTES, WEIGHT_BYTES
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
@@ -240,6 +241,8 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
     found["evaluate"] = _largest(_evaluate(sizes, block) for block in blocks)
     if sizes.experiment.recipe.tune is not None:
         found["tune"] = _tune(sizes)
+    if sizes.experiment.recipe.refine is not None:
+        found["refine"] = _refine(sizes)
     for stage, parts in found.items():
         parts["compiled products"] = _compiled(sizes, stage)
         parts["allocator"] = int(_KEPT_BY_ALLOCATOR * sum(parts.values()))
@@ -414,6 +417,19 @@ def _tune(sizes: Sizes) -> Parts:
             sizes.logits(texts.length), *(sizes.activations(block, tokens) for block in blocks)
         ),
     }
+
+
+def _refine(sizes: Sizes) -> Parts:
+    """As :func:`_tune`; where slopes are wanted, inputs of all blocks, and a block's gradients."""
+    section, texts = sizes.experiment.recipe.refine, sizes.experiment.recipe.calibration
+    parts = _tune(sizes)
+    if section is None or "relax" not in section.method:
+        return parts
+    rows = -(-min(section.sequences, texts.sequences) // BLOCKS)
+    states = rows * texts.length * sizes.model.hidden_size * sizes.item
+    largest = max(map(sizes.weights, range(sizes.model.blocks)))
+    # Of one batch, their sum, and the change of weights that they are multiplied with.
+    return {**parts, "block inputs": sizes.model.blocks * states, "gradients": 3 * largest}
 
 
 def predict_store(sizes: Sizes) -> dict[str, int]:

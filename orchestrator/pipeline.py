@@ -3,6 +3,7 @@
 OUTPUT/recipe.yaml           the recipe as resolved
 OUTPUT/measurements.parquet  every unit under every candidate
 OUTPUT/plan.json             unit → list of specs, bytes, budget
+OUTPUT/refine.json           how the plan was refined, where it was
 OUTPUT/scores.json           dense model, baselines and plan on held-out text
 OUTPUT/model/                the checkpoint
 OUTPUT/report.html           all of it to look at, pictures beside it
@@ -35,6 +36,8 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import portable
+from moesaic.orchestrator.refine import Refining
+from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.slice_stage import Slicing
@@ -90,6 +93,7 @@ class Pipeline:
         self.walks: dict[str, Walk] = {}
         self.trained: dict[str, Trained | None] = {}
         self.finalists: dict[str, float] = {}
+        self.refinement: Refinement | None = None
         recipe = experiment.recipe.to_yaml()
         write_text(self.output / "recipe.yaml", recipe)
         for reason, count in experiment.unloadable.items():
@@ -157,7 +161,7 @@ class Pipeline:
             name: everything.plan(experiment.everywhere(chain))
             for name, chain in experiment.recipe.baselines.items()
         }
-        found["plan"] = self._searched()
+        found["plan"] = self._refined(self._searched())
         return {name: replace(p, bytes=self.file_bytes(p)) for name, p in found.items()}
 
     def _searched(self) -> Plan:
@@ -190,6 +194,24 @@ class Pipeline:
         self.view.line(f"finalists, {figure} on calibration text: {shown}")
         self.finalists = losses
         return plans[min(losses, key=lambda name: (losses[name], plans[name].bytes))]
+
+    def _refined(self, start: Plan) -> Plan:
+        """What the recipe's refiners make of a plan; the plan itself where it names none."""
+        experiment = self.experiment
+        if experiment.recipe.refine is None:
+            return start
+        given = results.problem(experiment, self.table)
+        refining = Refining(experiment, self.pool, self.view, given)
+        plan, self.refinement = refining.run(start, self._fits)
+        write_json(self.output / "refine.json", self.refinement.to_json())
+        return plan
+
+    def _fits(self, plan: Plan) -> bool:
+        """Whether a plan's files keep to a budget in bytes; one in bits limits the units alone."""
+        budget = self.experiment.budget
+        if self.experiment.recipe.budget.bytes is None:
+            return plan.bytes <= budget.total_bytes
+        return self.file_bytes(plan) <= budget.total_bytes
 
     def fitted(self, given: Problem) -> Plan:
         """The plan of least predicted loss whose files fit the budget.
@@ -237,6 +259,8 @@ class Pipeline:
         }
         if self.finalists:
             document["finalists"] = self.finalists
+        if self.refinement is not None:
+            document["refined"] = self.refinement.in_plan()
         write_json(self.output / "plan.json", document)
         return document
 
@@ -423,6 +447,7 @@ class Pipeline:
             events=self.events(),
             stage_seconds=self.view.seconds,
             yardstick=experiment.model.family.yardstick,
+            refinement=self.refinement,
         )
 
     def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:

@@ -53,13 +53,22 @@ def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) 
     if len(chains) == 1:
         yield from (str(_written_out(experiment, path)) for path in paths.values())
         return
-    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices_in(unit, chosen)]
-    key = digest(["mosaic", parts])
+    key = mosaic_key(unit, paths, chosen)
     entry = experiment.store.get("mosaics", key)
     if entry is None:
         members = _mosaic(unit, paths, chosen)
         entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
     yield str(entry.path)
+
+
+def mosaic_key(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> str:
+    """Names a mixture of the pieces of a bank.
+
+    Args:
+        paths: piece of every chain that the choices take.
+    """
+    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices_in(unit, chosen)]
+    return digest(["mosaic", parts])
 
 
 def _placed(

@@ -29,6 +29,7 @@ from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
+from moesaic.search.refining import refiners
 from moesaic.search.samplers import SAMPLERS, refusal
 
 DEMO = Path(__file__).parent / "demo"
@@ -264,6 +265,39 @@ class Tune(Section):
         return self
 
 
+def _refiners(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    known = refiners()
+    for name in names if isinstance(names, list) else ():
+        if name not in known:
+            raise ValueError(f"no refiner {_shown(name)}: known are {', '.join(known)}")
+    return names
+
+
+class Refine(Section):
+    """How the plan that a search or a study found is refined by running others.
+
+    Attributes:
+        method: refiners (:mod:`moesaic.search.refining`), one after the other.
+        sequences: of the calibration text that plans are judged on, at most.
+        generations, offspring: of ``evolve``.
+        steps, draws: of ``relax``, and plans drawn in each.
+        passes: times that each refiner may run that text, at most; no limit if left out.
+        seed: of what is drawn.
+    """
+
+    method: Annotated[list[str], BeforeValidator(_refiners)] = Field(
+        default=["evolve"], min_length=1
+    )
+    sequences: int = Field(default=64, ge=1, le=10**6)
+    generations: int = Field(default=20, ge=1, le=10**6)
+    offspring: int = Field(default=16, ge=1, le=10**5)
+    steps: int = Field(default=12, ge=1, le=10**6)
+    draws: int = Field(default=4, ge=1, le=10**4)
+    passes: float | None = Field(default=None, gt=0, le=1e9)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
 def _chains(value: Any) -> list[Chain]:
     """One candidate entry: a method with its options, or a list of such that follow each other.
 
@@ -387,6 +421,7 @@ class Recipe(Section):
     keep: Annotated[list[str], AfterValidator(_check_patterns)] = []
     search: Annotated[str, AfterValidator(_known_search)] = "knapsack"
     tune: Tune | None = None
+    refine: Refine | None = None
     propagate: bool = False
     router_calibration: RouterOptions | None = None
     evaluation: Texts
@@ -459,6 +494,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "router_calibration": RouterOptions,
     "slice": SliceOptions,
     "tune": Tune,
+    "refine": Refine,
 }
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from moesaic.methods.base import Event
 from moesaic.orchestrator.expert_pictures import draw_experts
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
+from moesaic.orchestrator.refinement_pictures import draw_refinement
 from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.study_pictures import draw_study
 from moesaic.orchestrator.summary import RunSummary
@@ -59,7 +60,10 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     pictures = draw(summary, folder / "pictures")
     experts = draw_experts(summary, folder / "pictures")
     study = {} if summary.study is None else draw_study(summary, summary.study, folder / "pictures")
-    text = render(summary, pictures, experts, study)
+    refinement = {}
+    if summary.refinement is not None:
+        refinement = draw_refinement(summary.refinement, folder / "pictures")
+    text = render(summary, pictures, experts, study, refinement)
     path = folder / "report.html"
     write_text(path, text)
     return path
@@ -70,6 +74,7 @@ def render(
     pictures: Mapping[str, Path],
     experts: Mapping[str, tuple[Path, str]],
     study: Mapping[str, tuple[Path, str]] | None = None,
+    refinement: Mapping[str, tuple[Path, str]] | None = None,
 ) -> str:
     """The HTML with the pictures inside.
 
@@ -77,6 +82,7 @@ def render(
         pictures: name → PNG.
         experts: those of experts, name → PNG and caption, the one of all layers first.
         study: those of a study, name → PNG and caption.
+        refinement: those of refining the plan, name → PNG and caption.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {
@@ -100,6 +106,7 @@ def render(
         ],
         expert_pictures=_captioned(experts),
         study_pictures=_captioned(study or {}),
+        refinement_pictures=_captioned(refinement or {}),
         compared=any(layer.similarity is not None for layer in summary.experts),
     )
 

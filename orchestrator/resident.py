@@ -7,6 +7,9 @@ reduced, or is to be, has other shapes: its block is built anew. What comes befo
 that changed is not computed again: hidden states between blocks are kept, by what the blocks before
 them consist of.
 
+A mixture of the experts of a bank need not be put together in a file before it is judged: told
+which expert comes from which piece, the worker does it in memory.
+
 What one worker holds, at most: the model in the dtype it is computed in, ``WEIGHT_BYTES`` of
 weights that were in before or are, ``HIDDEN_BYTES`` of hidden states, and what one batch needs.
 """
@@ -23,7 +26,7 @@ from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import ROUTER
 from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model, sequence_sums
-from moesaic.orchestrator.pieces import piece_header
+from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -33,6 +36,9 @@ HIDDEN_BYTES = 512 << 20
 _KEY = "resident"
 
 Rows = tuple[int, int]
+# Name of a mixture's piece → (member, expert, file of the piece that it comes from), expert by
+# expert.
+Mixtures = Mapping[str, Sequence[tuple[str, int, str]]]
 
 
 class Kept:
@@ -70,6 +76,7 @@ class Resident:
 
     Attributes:
         model: what the blocks are read from.
+        mixtures: banks that are no files; what pieces name is looked for there first.
         swapped: units whose weights were put into place, ever.
         built: blocks that were built, ever.
         ran: blocks that hidden states passed, ever.
@@ -77,10 +84,13 @@ class Resident:
 
     def __init__(self, model: StreamedModel, weight_bytes: int, hidden_bytes: int) -> None:
         self.model = model
+        self.mixtures: Mixtures = {}
         self.swapped = self.built = self.ran = 0
         self._units: list[list[Unit]] = [layout.units for layout in model.layouts]
         self._blocks: list[nn.Module | None] = [None] * model.blocks
         self._inside: list[dict[str, str]] = [{} for _ in self._units]
+        # Banks of each block that are reduced at the moment.
+        self._reduced: list[set[str]] = [set() for _ in self._units]
         self._weights = Kept(weight_bytes)
         self._hidden = Kept(hidden_bytes)
 
@@ -90,10 +100,7 @@ class Resident:
         Args:
             total: number of sequences that plans are judged on altogether.
         """
-        own = [
-            {unit.name: pieces[unit.name] for unit in units if unit.name in pieces}
-            for units in self._units
-        ]
+        own = self.by_block(pieces)
         keys = [digest([judge.ids_digest, judge.batch, rows])]
         for block in own:
             keys.append(digest([keys[-1], block]))
@@ -106,12 +113,19 @@ class Resident:
         if start == 0 and self._hidden.get(keys[0]) is None:
             self._hidden.put(keys[0], hidden)
         for index in range(start, self.model.blocks):
-            module = self._block(index, own[index])
+            module = self.block(index, own[index])
             hidden = [self.model.run_block(index, module, x) for x in hidden]
             self.ran += 1
             if (index + 1) % step == 0:
                 self._hidden.put(keys[index + 1], hidden)
         return torch.cat(hidden)
+
+    def by_block(self, pieces: Mapping[str, str]) -> list[dict[str, str]]:
+        """Pieces by the block that they belong to."""
+        return [
+            {unit.name: pieces[unit.name] for unit in units if unit.name in pieces}
+            for units in self._units
+        ]
 
     def _furthest(self, keys: Sequence[str]) -> tuple[int, list[Tensor] | None]:
         """The last block whose input is known, and that; 0 and None where none is."""
@@ -121,24 +135,25 @@ class Resident:
                 return index, found
         return 0, None
 
-    def _block(self, index: int, pieces: dict[str, str]) -> nn.Module:
+    def block(self, index: int, pieces: dict[str, str]) -> nn.Module:
         """A block as the pieces want it."""
         block, inside = self._blocks[index], self._inside[index]
         units = self._units[index]
         changed = [u for u in units if pieces.get(u.name) != inside.get(u.name)]
-        if block is None or any(
-            u.kind == "bank" and (_reduces(pieces, u) or _reduces(inside, u)) for u in changed
-        ):
+        reduced = {u.name for u in units if u.kind == "bank" and self._reduces(pieces, u)}
+        anew = reduced | self._reduced[index]
+        if block is None or any(unit.name in anew for unit in changed):
             # The old one goes first: there is room for one of each.
             block = self._blocks[index] = None
-            block = self.model.build_block(index, dense_members(pieces))
+            given = {unit: self.members(unit, path) for unit, path in pieces.items()}
+            block = self.model.build_block(index, given)
             self.built += 1
         else:
             for unit in changed:
                 block.load_state_dict(self._state(unit, pieces), strict=False, assign=True)
                 self.swapped += 1
             block.requires_grad_(False)
-        self._blocks[index], self._inside[index] = block, pieces
+        self._blocks[index], self._inside[index], self._reduced[index] = block, pieces, reduced
         return block
 
     def _state(self, unit: Unit, pieces: Mapping[str, str]) -> dict[str, Tensor]:
@@ -146,26 +161,60 @@ class Resident:
         path = pieces.get(unit.name, "")
         found, names = self._weights.get((unit.name, path)), self._names(unit)
         if found is None:
-            members = dense_members({unit.name: path})[unit.name] if path else {}
+            members = self.members(unit.name, path) if path else {}
             state = self.model.unit_state(unit, members)
             # What the file maps is read now, not while blocks run.
             found = [state[name].contiguous().clone() for name in names]
-            self._weights.put((unit.name, path), found)
+            if path not in self.mixtures:  # which hardly come back, while their pieces do
+                self._weights.put((unit.name, path), found)
         return dict(zip(names, found, strict=True))
 
-    def _names(self, unit: Unit) -> list[str]:
+    def members(self, unit: str, path: str) -> dict[str, Tensor]:
+        """The dense weights of a piece or a mixture, member by member, and what comes with them."""
+        parts = self.mixtures.get(path)
+        if parts is None:
+            return dense_members({unit: path})[unit]
+        sources = {source: self.whole(source) for source in {source: None for *_, source in parts}}
+        found = dict(sources[parts[0][2]])  # what comes with a reduced bank is the same in all
+        for member in {member: None for member, *_ in parts}:
+            found[member] = found[member].clone()
+            for source, whole in sources.items():
+                experts = [e for name, e, other in parts if (name, other) == (member, source)]
+                found[member][experts] = whole[member][experts]
+        return found
+
+    def whole(self, path: str) -> dict[str, Tensor]:
+        """The dense weights of a piece, member by member; kept, for those that come back."""
+        found = self._weights.get(path)
+        names = sorted(read_piece(Path(path)))
+        if found is None:
+            members = dense_members({"": path})[""]
+            found = [members[name].contiguous().clone() for name in names]
+            self._weights.put(path, found)
+        return dict(zip(names, found, strict=True))
+
+    def _reduces(self, pieces: Mapping[str, str], unit: Unit) -> bool:
+        """Whether the piece of a bank holds fewer or narrower experts, which come with a router."""
+        path = pieces.get(unit.name)
+        if path is None:
+            return False
+        parts = self.mixtures.get(path)
+        file = Path(path if parts is None else parts[0][2])
+        return f"{ROUTER}weight" in piece_header(file)
+
+    def weight_names(self, unit: Unit) -> list[str]:
+        """Parameters of the block that are the unit's weights."""
         module = self.model.unit_module(unit)
         if unit.kind == "bank":
             return [f"{module}.gate_up_proj", f"{module}.down_proj"]
-        names = [f"{module}.weight", f"{module}.bias"]
+        return [f"{module}.weight"]
+
+    def _names(self, unit: Unit) -> list[str]:
+        """The same, and its bias where a linear has one."""
+        bias = f"{self.model.unit_module(unit)}.bias"
         known = self.model.prototype(unit.block).state_dict()
-        return [name for name in names if name in known]
-
-
-def _reduces(pieces: Mapping[str, str], unit: Unit) -> bool:
-    """Whether the piece of a bank holds fewer or narrower experts, which come with a router."""
-    path = pieces.get(unit.name)
-    return path is not None and f"{ROUTER}weight" in piece_header(Path(path))
+        more = [bias] if unit.kind == "linear" and bias in known else []
+        return [*self.weight_names(unit), *more]
 
 
 def trial_key(judge: Judge, rows: Rows, pieces: Mapping[str, str]) -> str:
@@ -183,6 +232,7 @@ def evaluate_plan(
     total: int,
     weight_bytes: int = WEIGHT_BYTES,
     hidden_bytes: int = HIDDEN_BYTES,
+    mixtures: Mixtures | None = None,
 ) -> dict[str, Any]:
     """KL to the dense model of the sequences ``rows`` under the model made of ``pieces``.
 
@@ -191,23 +241,23 @@ def evaluate_plan(
 
     Args:
         total: number of sequences that plans are judged on altogether.
+        mixtures: what ``pieces`` name that is no file.
 
     Returns:
         ``kl``: sum over each sequence in nats; ``ran``, ``built`` and ``swapped``: blocks that were
         computed and built, and units put into place, this time; ``peak_bytes``.
     """
     plan = Judge(**judge)
-    model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
-    held: Resident | None = state.take(_KEY)
-    if held is None or held.model is not model:
-        held = Resident(model, weight_bytes, hidden_bytes)
+    held = taken(state, plan, weight_bytes, hidden_bytes)
+    held.mixtures = mixtures or {}
+    model = held.model
     before = held.ran, held.built, held.swapped
     final = held.final(plan, rows, pieces, total)
     ids = read_ids(plan.ids, *rows)
     dense = dense_hidden(plan, rows).to(model.device)
     reference = dense_model(state, plan)
     kl = [sequence_sums(model, reference, *row)[1] for row in zip(final, dense, ids, strict=True)]
-    state.put(_KEY, held)
+    keep(state, held)
     after = held.ran, held.built, held.swapped
     ran, built, swapped = (now - then for now, then in zip(after, before, strict=True))
     return {
@@ -217,6 +267,25 @@ def evaluate_plan(
         "swapped": swapped,
         "peak_bytes": peak_memory_bytes(),
     }
+
+
+def taken(
+    state: WorkerState,
+    judge: Judge,
+    weight_bytes: int = WEIGHT_BYTES,
+    hidden_bytes: int = HIDDEN_BYTES,
+) -> Resident:
+    """The model that a worker keeps, taken out so that nothing is kept after an error."""
+    model: StreamedModel = state.model(judge.model, judge.dtype, judge.trust_remote_code)
+    held: Resident | None = state.take(_KEY)
+    if held is None or held.model is not model:
+        held = Resident(model, weight_bytes, hidden_bytes)
+    return held
+
+
+def keep(state: WorkerState, held: Resident) -> None:
+    """Puts back what :func:`taken` took out."""
+    state.put(_KEY, held)
 
 
 def release(state: WorkerState) -> None:

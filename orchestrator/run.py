@@ -23,12 +23,14 @@ from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
 from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe
+from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
 # What a run leaves besides the checkpoint; see pipeline.py.
 _FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "report.html")
+_REFINED = "refine.json"
 
 
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
@@ -56,6 +58,9 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
         if experiment is not None and recipe.tune is not None:
             tuned = experiment
             mistakes.attempt(lambda: check_tune(tuned))
+        if experiment is not None:
+            known = experiment
+            mistakes.attempt(lambda: check_refine(known))
         if experiment is None or mistakes.found:
             raise mistakes.error()
         return forecast(_ready(experiment))
@@ -153,6 +158,7 @@ def _pipeline(
 ) -> Iterator[Pipeline]:
     experiment = _ready(Experiment(recipe, output))
     check(experiment)
+    check_refine(experiment)
     with View() as view, Pool(recipe.compute) as pool:
         yield make(experiment, pool, view)
 
@@ -184,6 +190,9 @@ def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> N
     tracker.log_events(pipeline.events())
     tracker.log_stages(pipeline.view.seconds)
     tracker.log_files(output / name for name in _FILES)
+    if pipeline.refinement is not None:
+        tracker.log_refinement(pipeline.refinement)
+        tracker.log_files([output / _REFINED])
     tracker.log_files(sorted((output / "pictures").glob("*.png")))
     tracker.log_model(Path(result["model"]), result["scores"]["plan"])
 

@@ -27,6 +27,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
 
@@ -216,6 +217,23 @@ class Tracker:
         """Wall time of each stage, ``seconds.STAGE``."""
         with self._talk():
             self._log(self.run_id, {legal_name(f"seconds.{s}"): t for s, t in seconds.items()})
+
+    def log_refinement(self, refinement: Refinement) -> None:
+        """How a plan was refined: ``refine.kl``, each stage's KL, seconds, evaluations, tokens;
+        ``refine.best_kl`` by evaluations."""
+        from mlflow.entities import Metric
+
+        with self._talk():
+            self._log(self.run_id, refinement.metrics())
+            at, before, points = _now(), 0, []
+            for stage in refinement.stages:
+                points += [
+                    Metric("refine.best_kl", moment.kl, at, before + moment.evaluations)
+                    for moment in stage.trace
+                ]
+                before += stage.evaluations
+            for low in range(0, len(points), _METRICS_PER_BATCH):
+                self._client.log_batch(self.run_id, points[low : low + _METRICS_PER_BATCH])
 
     def log_model(self, folder: Path, score: Mapping[str, Any]) -> str:
         """The checkpoint as a logged model that points to its folder; nothing is copied.

@@ -213,7 +213,7 @@ class Problem:
             ValueError: a unit was not measured with its chain, or a bank has no such alternative.
         """
         if self.banks:
-            picks = {bank: self._picked(bank, chosen) for bank in self.banks}
+            picks = self.picked(chosen)
             skip = {name: len(picks[bank].prefix) for bank in picks for name in picks[bank].choices}
             rest = {unit: chain[skip.get(unit, 0) :] for unit, chain in chosen.items()}
             return self.whole(picks, self.settled(picks).plan(rest))
@@ -225,6 +225,14 @@ class Problem:
                 raise ValueError(f"unit {unit} was not measured with {chain_text(chain)}")
             units[unit], size, loss = chain, size + found.bytes, loss + found.loss
         return Plan(units, size, loss)
+
+    def picked(self, chosen: Mapping[str, Chain]) -> dict[str, Alternative]:
+        """Bank → the alternative that a plan uses.
+
+        Raises:
+            ValueError: there is none with its chains.
+        """
+        return {bank: self._picked(bank, chosen) for bank in self.banks}
 
     def _picked(self, bank: str, chosen: Mapping[str, Chain]) -> Alternative:
         """The alternative of a bank that a plan uses."""

@@ -86,23 +86,33 @@ def search(problem: Problem) -> Plan:
         plan = search(Problem(choices, ties=[("q", "k", "v")], budget=Budget(total, fixed)))
     """
     offers = problem.groups()
-    groups = _groups(offers)
-    smallest = sum(int(group.bytes[0]) for group in groups)
-    budget = problem.budget
-    if smallest > budget.unit_bytes:
-        raise Infeasible(
-            f"the smallest plan has {smallest + budget.fixed_bytes:,} bytes,"
-            f" the budget is {budget.total_bytes:,} bytes"
-        )
-    picked = solve(groups, budget.unit_bytes)
+    groups = worthwhile_groups(offers)
+    check_smallest(problem, groups)
+    picked = solve(groups, problem.budget.unit_bytes)
     chosen: dict[str, Chain] = {}
     for (units, choices), group, pick in zip(offers, groups, picked, strict=True):
         chosen |= dict.fromkeys(units, choices[int(group.index[pick])][0])
     return problem.plan(chosen)
 
 
-def _groups(offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]) -> list[Group]:
-    """Every group's worthwhile choices with losses as whole numbers."""
+def check_smallest(problem: Problem, groups: Sequence[Group]) -> None:
+    """Raises Infeasible, naming the smallest plan, where even that exceeds the budget."""
+    smallest, budget = sum(int(group.bytes[0]) for group in groups), problem.budget
+    if smallest > budget.unit_bytes:
+        raise Infeasible(
+            f"the smallest plan has {smallest + budget.fixed_bytes:,} bytes,"
+            f" the budget is {budget.total_bytes:,} bytes"
+        )
+
+
+def worthwhile_groups(
+    offers: list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]],
+) -> list[Group]:
+    """Every group's worthwhile choices with losses as whole numbers.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
     largest = 0.0
     for units, choices in offers:
         for chain, _, loss in choices:

@@ -195,13 +195,13 @@ def offers(random: Random) -> list[tuple[int, float]]:
 
 
 def test_search_example_stays_in_the_budget_and_near_the_best_plan(example: Any) -> None:
-    example("search/greedy.py")
-    assert "greedy" in searches()
-    greedy = search_module("greedy")
+    example("search/steepest.py")
+    assert "steepest" in searches()
+    steepest = search_module("steepest")
     random = Random(0)
     for unit_bytes in (30, 41, 53, 67):
         sizes = [[(random.randint(1, 6), 1.0), *offers(random)] for _ in range(5)]
-        plan = greedy.search(problem_of(sizes, unit_bytes))
+        plan = steepest.search(problem_of(sizes, unit_bytes))
         assert plan.bytes <= unit_bytes + 10
         fitting = [
             sum(loss for _, loss in combination)
@@ -212,6 +212,6 @@ def test_search_example_stays_in_the_budget_and_near_the_best_plan(example: Any)
 
 
 def test_search_example_says_how_large_the_smallest_plan_is(example: Any) -> None:
-    example("search/greedy.py")
+    example("search/steepest.py")
     with pytest.raises(Infeasible, match="smallest plan has 22 bytes, the budget is 21"):
-        search_module("greedy").search(problem_of([[(5, 1.0)], [(7, 1.0), (9, 0.0)]], 11))
+        search_module("steepest").search(problem_of([[(5, 1.0)], [(7, 1.0), (9, 0.0)]], 11))

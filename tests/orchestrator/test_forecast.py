@@ -374,3 +374,14 @@ def test_a_recipe_with_a_study_is_told_what_a_resident_model_takes(
     show_forecast(result, console)
     assert re.search(r"│ tune +│ +│ +│ +1\.\d GB │", console.file.getvalue())
     assert "tune" not in forecast(_open(tmp_path, moe))["memory"]["stages"]
+
+
+def test_slopes_take_more_memory_than_evaluations(moe: Path, tmp_path: Path) -> None:
+    totals = []
+    for method in ("evolve", "relax"):
+        experiment = _open(tmp_path, moe, refine={"method": method})
+        parts = forecast(experiment)["memory"]["stages"]["refine"]
+        assert ("gradients" in parts) == (method == "relax")
+        totals.append(parts["total"])
+    largest = max(experiment.dense_bytes(unit) for unit in experiment.units)
+    assert totals[1] - totals[0] > 3 * largest

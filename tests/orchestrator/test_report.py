@@ -10,6 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from moesaic.orchestrator.pictures import byte_scale, draw
+from moesaic.orchestrator.refinement import Moment, Refinement, Stage
+from moesaic.orchestrator.refinement_pictures import draw_refinement
 from moesaic.orchestrator.report import number_text, render, seconds_text, write_report
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.study_pictures import draw_study
@@ -188,6 +190,25 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
         "bytes": run.budget_bytes,
         "values": {"mix": 0.5, "order": "any"},
     }
+
+
+def test_refining_has_its_own_section(run: RunSummary, tmp_path: Path) -> None:
+    stages = []
+    for number, (method, kl) in enumerate((("evolve", 0.04), ("relax", 0.03))):
+        start = 0.05 - 0.01 * number
+        trace = (Moment(0, 8, 800, start), Moment(3, 40, 4000, kl))
+        stages.append(Stage(method, start, kl, 3, 40, 4000, 12.5, trace))
+    found = Refinement(sequences=64, length=255, stages=tuple(stages))
+    drawn = draw_refinement(found, tmp_path)
+    page = Page(render(replace(run, refinement=found), {}, {}, refinement=drawn))
+    assert "64 sequences" in page.text and "KL 0.05 before, 0.03 after (-40.0 %)" in page.text
+    assert page.tables["refinement"][1] == [
+        *("evolve", "0.05", "0.04", "3", "40", "4,000", "12.5 s"),
+    ]
+    assert page.tables["refinement"][2][0] == "relax"
+    assert imread(drawn["refinement"][0]).std() > 0
+    assert found.metrics()["refine.2-relax.kl"] == 0.03
+    assert "refinement" not in Page(render(run, {}, {})).tables
 
 
 def test_pictures_decode_and_show_something(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moesaic.kernels import mosaic
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
 from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.pieces import read_piece, write_piece
 from moesaic.orchestrator.resident import Kept, evaluate_plan, release
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import Tiny
@@ -41,7 +43,7 @@ class Judged:
         found: list[float] = evaluate_rows(self.streaming, plain(self.judge), ROWS, pieces)["kl"]
         return found
 
-    def resident(self, pieces: dict[str, str], **limits: int) -> dict[str, Any]:
+    def resident(self, pieces: dict[str, str], **limits: Any) -> dict[str, Any]:
         judge = plain(self.judge)
         return evaluate_plan(self.state, judge, ROWS, pieces, total=TOTAL, **limits)
 
@@ -132,3 +134,37 @@ def test_an_error_or_a_release_leaves_nothing_behind(tiny: Tiny, tmp_path: Path)
         again = judged.resident(pieces)
         assert (again["kl"], again["built"], again["ran"]) == (first["kl"], 2, 2)
         release(judged.state)
+
+
+def test_a_mixture_that_is_told_is_the_one_that_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("qwen3_moe")
+    judged = Judged(folder, tmp_path)
+    bank = next(unit for unit in open_model(folder).units() if unit.kind == "bank")
+
+    def only_bank(bits: int) -> Any:
+        def choose(index: int, unit: Unit) -> Choice:
+            return channel(bits) if unit.name == bank.name else None
+
+        return choose
+
+    low, high = (paths(tmp_path / f"{bits}", folder, only_bank(bits))[bank.name] for bits in (2, 5))
+    experts = bank.shapes["gate"][0]
+    parts = [(m, e, low if (e + len(m)) % 2 else high) for e in range(experts) for m in bank.shapes]
+    pieces = {path: read_piece(Path(path)) for path in (low, high)}
+    members = {}
+    for member in bank.shapes:
+        groups = []
+        for path in (low, high):
+            own = [e for m, e, source in parts if (m, source) == (member, path)]
+            groups.append((mosaic.take(pieces[path][member], own), own))
+        members[member] = mosaic.pack(groups)
+    written = tmp_path / "written.safetensors"
+    write_piece(written, members, {})
+
+    told = judged.resident({bank.name: "told"}, mixtures={"told": parts})
+    assert told["kl"] == judged.streamed({bank.name: str(written)})
+    # Another mixture of the same pieces takes the first one's place.
+    turned = [(m, e, high if source == low else low) for m, e, source in parts]
+    other = judged.resident({bank.name: "turned"}, mixtures={"turned": turned})
+    assert other["kl"] != told["kl"] and other["built"] == 0
+    assert judged.resident({bank.name: "told"}, mixtures={"told": parts})["kl"] == told["kl"]

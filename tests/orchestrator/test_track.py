@@ -24,6 +24,7 @@ from moesaic.methods.base import Event, Spec
 from moesaic.orchestrator import track as module
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan
 
@@ -160,6 +161,22 @@ def test_more_metrics_and_params_than_one_batch_are_all_kept(
     run = client.get_run(tracker.run_id)
     assert run.data.params == {name: str(value) for name, value in params.items()}
     assert run.data.metrics == {f"seconds.s{index}": index / 2 for index in range(2001)}
+
+
+def test_refining_is_a_curve_by_evaluations(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    stages = []
+    for method in ("evolve", "relax"):
+        trace = (Moment(0, 8, 80, 0.5), Moment(2, 20, 200, 0.25))
+        stages.append(Stage(method, 0.5, 0.25, 2, 20, 200, 1.5, trace))
+    with track() as tracker:
+        tracker.log_refinement(Refinement(sequences=8, length=10, stages=tuple(stages)))
+    metrics = client.get_run(tracker.run_id).data.metrics
+    assert metrics["refine.start_kl"] == 0.5 and metrics["refine.kl"] == 0.25
+    assert metrics["refine.2-relax.tokens"] == 200 and metrics["refine.1-evolve.seconds"] == 1.5
+    curve = client.get_metric_history(tracker.run_id, "refine.best_kl")
+    assert [(m.step, m.value) for m in curve] == [(8, 0.5), (20, 0.25), (28, 0.5), (40, 0.25)]
 
 
 def test_table_files_and_events_are_artifacts(

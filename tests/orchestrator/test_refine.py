@@ -1,0 +1,250 @@
+"""The recipe's section refine: what it asks of workers, what it leaves, what it refuses."""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.methods.base import Spec
+from moesaic.orchestrator import refine, resident
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.evaluate import evaluate_rows
+from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.listing import listing
+from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.run import check_recipe, open_experiment
+from moesaic.orchestrator.worker import WorkerState
+from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.projects import make_model_folder
+
+BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
+CHAINS: dict[str, Any] = {
+    "candidates": [BITS, [{"method": "reap", "keep": [0.5, 0.75]}, {**BITS, "bits": [4, 8]}]],
+    "baselines": {},
+    "budget": {"bits_per_weight": 4.5},
+    "evaluation": {"sequences": 2},
+    "refine": {
+        "method": ["evolve", "relax"],
+        "generations": 3,
+        "offspring": 4,
+        "steps": 2,
+        "draws": 2,
+    },
+}
+EVALUATE, SLOPES = "resident:evaluate_plan", "slopes:plan_slopes"
+SEARCH = ("search",)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which everything is measured, and no plan was run yet."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        project = Project(folder, model, patch)
+        project.write(**CHAINS)
+        project.run(stages=("measure",))
+    return folder / "store"
+
+
+Make = Callable[..., Project]
+
+
+@pytest.fixture
+def make(model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """``make(folder, **changes)``: a project whose pieces are there."""
+
+    def project(folder: str = "one", **changes: Any) -> Project:
+        made = Project(tmp_path / folder, model, monkeypatch)
+        made.write(**{**CHAINS, **changes})
+        if not (made.folder / "store").exists():
+            shutil.copytree(measured, made.folder / "store")
+        return made
+
+    return project
+
+
+Whole = tuple[bytes, Counter[str]]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The plan of an undisturbed search by one worker, and what it called."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        project = Project(folder, model, patch)
+        project.write(**CHAINS)
+        shutil.copytree(measured, folder / "store")
+        _, calls = project.run(stages=SEARCH)
+    return (project.output / "plan.json").read_bytes(), calls
+
+
+def test_a_plan_is_refined_and_all_of_it_is_on_record(make: Make, whole: Whole) -> None:
+    project = make()
+    project.run(stages=("assemble",))
+    assert (project.output / "plan.json").read_bytes() == whole[0]
+    assert (project.output / "model" / "config.json").exists()
+    plan, document = project.json("plan.json"), project.json("refine.json")
+    assert {"units", "bytes", "loss", "budget_bytes", "search"} <= plan.keys()
+    assert plan["bytes"] <= plan["budget_bytes"]
+    refined = plan["refined"]
+    assert [s["method"] for s in refined["stages"]] == ["evolve", "relax"]
+    kl = [refined["start_kl"], *(s["kl"] for s in refined["stages"])]
+    assert kl == sorted(kl, reverse=True) and kl[-1] < kl[0]
+    assert refined["sequences"] == document["sequences"] == 12
+    for told, short in zip(document["stages"], refined["stages"], strict=True):
+        assert told["evaluations"] == short["evaluations"] == told["trace"][-1][1]
+        assert told["kl"] == short["kl"] and told["seconds"] >= 0
+        best = [moment[3] for moment in told["trace"]]
+        assert best == sorted(best, reverse=True)
+    # The plan's KL, streamed: of the same text, but in one go.
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    judge = plain(experiment.calibration_judge)
+    state = WorkerState(1)
+    evaluate_rows(state, judge, (0, 12), {})
+    units = {
+        name: tuple(Spec.of(s["method"], s["options"]) for s in specs)
+        for name, specs in plan["units"].items()
+    }
+    pieces = plan_pieces(experiment, experiment.walk, units)
+    sums = evaluate_rows(state, judge, (0, 12), pieces)["kl"]
+    assert math.fsum(sums) / (12 * 23) == pytest.approx(kl[-1], rel=1e-4)
+
+
+def test_the_number_of_workers_changes_nothing(make: Make, whole: Whole) -> None:
+    project = make()
+    _, calls = project.run(size=3, stages=SEARCH)
+    assert (project.output / "plan.json").read_bytes() == whole[0]
+    assert calls[EVALUATE] == whole[1][EVALUATE] > 8 and calls[SLOPES] == whole[1][SLOPES] >= 2
+
+
+@pytest.mark.parametrize("left_out", [1, 20])
+def test_a_killed_run_goes_on_to_the_same_plan_and_runs_nothing_twice(
+    left_out: int, make: Make, whole: Whole
+) -> None:
+    project = make()
+    with pytest.raises(Killed):
+        project.run(kill_at=whole[1].total() - left_out, stages=SEARCH)
+    first = project.calls.copy()
+    _, second = project.run(size=2, stages=SEARCH)
+    assert (project.output / "plan.json").read_bytes() == whole[0]
+    for function in (EVALUATE, SLOPES):
+        assert first[function] + second[function] == whole[1][function]
+
+
+def test_the_same_command_again_runs_nothing(make: Make) -> None:
+    project = make(refine={"generations": 1, "offspring": 2})
+    project.run(stages=SEARCH)
+    plan = project.json("plan.json")
+    _, calls = project.run(stages=SEARCH)
+    assert calls.total() == 0
+    assert project.json("plan.json") == plan
+
+
+def test_a_study_s_best_plan_is_refined(make: Make) -> None:
+    project = make(tune={"prune": False}, refine={"generations": 3, "offspring": 4})
+    project.tune(5)
+    study, plan = project.json("study.json"), project.json("plan.json")
+    assert plan["refined"]["start_kl"] == pytest.approx(study["best"]["kl"], rel=1e-5)
+    assert plan["refined"]["stages"][0]["kl"] <= plan["refined"]["start_kl"]
+    assert project.summary.study is not None and project.summary.refinement is not None
+
+
+def test_a_budget_in_bytes_is_kept_by_the_files(make: Make) -> None:
+    project = make(refine={"generations": 3, "offspring": 4})
+    project.run(stages=SEARCH)
+    limit = int(project.json("plan.json")["bytes"] * 1.02)
+    project = make(budget={"bytes": limit, "bits_per_weight": None}, refine={"generations": 4})
+    project.run(stages=SEARCH)
+    plan = project.json("plan.json")
+    assert plan["bytes"] <= limit == plan["budget_bytes"]
+
+
+def test_a_plan_is_only_taken_if_it_fits_and_is_better(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(refine={"generations": 4, "offspring": 6})
+    run = refine.Refining.run
+    monkeypatch.setattr(
+        refine.Refining, "run", lambda self, start, fits: run(self, start, lambda plan: False)
+    )
+    project.run(stages=SEARCH)
+    refined = project.json("plan.json")["refined"]
+    assert refined["stages"][0]["kl"] == refined["start_kl"]
+    units = project.json("plan.json")["units"]
+    without = make("without", refine=None)
+    without.run(stages=SEARCH)
+    assert units == without.json("plan.json")["units"]
+
+
+def test_engines_with_ties_and_one_form_are_refined(make: Make) -> None:
+    chains = [
+        {"method": "rtn", "bits": [4, 8], "group_size": 16},
+        [
+            {"method": "reap", "keep": 0.5},
+            {"method": "rtn", "bits": [4, 8], "group_size": 16},
+        ],
+    ]
+    project = make(
+        serve="transformers",
+        candidates=chains,
+        budget={"bits_per_weight": 6},
+        refine={"method": ["evolve", "relax"], "generations": 3, "offspring": 4, "steps": 2},
+    )
+    project.run(stages=SEARCH)
+    units = project.json("plan.json")["units"]
+    experts = {str(specs) for name, specs in units.items() if ".experts." in name}
+    assert len(experts) == 1
+    assert project.json("plan.json")["refined"]["stages"][-1]["evaluations"] > 8
+
+
+def test_a_model_that_is_ruined_stops_with_advice(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = resident.evaluate_plan
+
+    def ruined(*arguments: Any, **named: Any) -> Any:
+        found = judged(*arguments, **named)
+        return {**found, "kl": [float("nan")] * len(found["kl"])}
+
+    monkeypatch.setattr(resident, "evaluate_plan", ruined)
+    with pytest.raises(RunError, match="evolve: the KL of the plan to start from is not finite"):
+        make().run(stages=SEARCH)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "name": (
+        {"refine": {"method": "anneal"}},
+        "refine.method: no refiner 'anneal': known are evolve, relax",
+    ),
+    "number": ({"refine": {"method": [3]}}, "refine.method: no refiner 3: known are evolve, relax"),
+    "none": ({"refine": {"method": []}}, "refine.method: List should have at least 1 item"),
+    "key": ({"refine": {"rounds": 3}}, "refine.rounds: unknown key (allowed here: method, seq"),
+    "zero": ({"refine": {"passes": 0}}, "refine.passes: Input should be greater than 0"),
+    "section": ({"refine": 3}, "refine: must be a mapping (keys: method, sequences"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_refined_is_refused_before_any_work(case: str, make: Make) -> None:
+    changes, text = REFUSED[case]
+    project = make(**changes)
+    for ask in (project.run, lambda: check_recipe(project.folder / "recipe.yaml", project.output)):
+        with pytest.raises(UserError) as error:
+            ask()
+        assert text in str(error.value) and "recipe.yaml" in str(error.value)
+    assert project.calls.total() == 0
+
+
+def test_refiners_are_told_from_allocators() -> None:
+    found = listing("searches")
+    assert found["evolve"].startswith("refines a plan (refine.method): EvoPress")
+    assert not found["knapsack"].startswith("refines")
