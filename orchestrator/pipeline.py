@@ -37,6 +37,7 @@ from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.recipe import portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
+from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.store import write_atomically, write_text
@@ -169,7 +170,7 @@ class Pipeline:
         experiment = self.experiment
         given = results.problem(experiment, self.table)
         plans: dict[str, Plan] = {}
-        for name, problem in finalists.variants(given).items():
+        for name, problem in finalists.variants(self.rated(given)).items():
             try:
                 plan = given.plan(self.fitted(problem).units)
             except (RecipeError, ValueError):
@@ -190,6 +191,10 @@ class Pipeline:
         self.view.line(f"finalists, {figure} on calibration text: {shown}")
         self.finalists = losses
         return plans[min(losses, key=lambda name: (losses[name], plans[name].bytes))]
+
+    def rated(self, given: Problem) -> Problem:
+        """A problem with the losses of the score that the recipe wants."""
+        return rated(self.experiment, self.pool, self.view, self.table, given)
 
     def fitted(self, given: Problem) -> Plan:
         """The plan of least predicted loss whose files fit the budget.

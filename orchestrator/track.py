@@ -217,6 +217,11 @@ class Tracker:
         with self._talk():
             self._log(self.run_id, {legal_name(f"seconds.{s}"): t for s, t in seconds.items()})
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of the run by their names."""
+        with self._talk():
+            self._log(self.run_id, {legal_name(name): v for name, v in metrics.items()})
+
     def log_model(self, folder: Path, score: Mapping[str, Any]) -> str:
         """The checkpoint as a logged model that points to its folder; nothing is copied.
 

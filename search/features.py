@@ -58,7 +58,6 @@ class Feature:
 FEATURES: Mapping[str, Feature] = {
     "gradient": Feature("½ Σ E[g²]·E[(ΔW x)²], nats per token", TABLE, True, True),
     "error": Feature("E‖ΔW x‖² / E‖W x‖²", TABLE, True),
-    "bytes": Feature("what the file holds", TABLE),
     "parameters": Feature("number of weights", TABLE),
     "influence": Feature("1 − cos between hidden states before and after the block", TABLE),
     "output_error": Feature("E‖ΔW x‖²", PIECES, True),

@@ -83,7 +83,7 @@ def _chosen(
     groups: Sequence[tuple[tuple[str, ...], Sequence[tuple[Chain, int, float]]]],
     picked: Sequence[int],
 ) -> dict[str, Chain]:
-    chosen = {}
+    chosen: dict[str, Chain] = {}
     for (units, offers), index in zip(groups, picked, strict=True):
         chosen |= dict.fromkeys(units, offers[index][0])
     return chosen
