@@ -131,13 +131,13 @@ def check_scores(experiment: Experiment) -> None:
         raise RecipeError(
             f"model: {family.model_type} is an encoder, and scores are compared by KL"
         )
-    for unit in experiment.units:
-        plain = [c for c in experiment.candidates(unit) if not reducing(c)[0]]
-        if not set(plain) & set(experiment.offers[unit.name]):
-            raise RecipeError(
-                f"candidates: none leaves the shape of {unit.name} as it is, and scores tell"
-                " nothing of reductions: add one that only compresses"
-            )
+    only = [o for o, us in experiment.owners().items() if () not in experiment.prefixes(us)]
+    if only or all(reducing(chain)[0] for chain in experiment.recipe.candidates):
+        what = only[0] if only else "anything"
+        raise RecipeError(
+            f"candidates: none leaves the shape of {what} as it is, and scores tell nothing of"
+            " reductions: add one that only compresses"
+        )
 
 
 class ScoredPipeline(Pipeline):
