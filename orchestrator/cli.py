@@ -291,7 +291,7 @@ def inspect(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="methods, formats, searches or families.")],
+    kind: Annotated[str, typer.Argument(help="methods, formats, searches, scores or families.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

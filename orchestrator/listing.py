@@ -51,6 +51,7 @@ _KINDS: Mapping[str, Callable[[], dict[str, str]]] = {
     "methods": _methods,
     "formats": lambda: _described("moesaic.kernels", "pack"),
     "searches": lambda: _described("moesaic.search", "search"),
+    "scores": lambda: _described("moesaic.search.scores", "score"),
     "families": _families,
 }
 

@@ -15,9 +15,9 @@ from moesaic.methods.base import Chain
 from moesaic.search.base import Plan, Problem
 
 # Sizes are between these factors of the budget's bytes for units.
-SMALLEST, LARGEST = 0.85, 1.2
-# Standard deviations of the logarithms of importances and of factors.
-_IMPORTANCE, _FACTOR = 2.0, 0.7
+SMALLEST, LARGEST = 0.95, 1.05
+# Standard deviations of the logarithms of importances (a bit is 1.4) and of factors.
+_IMPORTANCE, _FACTOR = 1.4, 0.7
 _BISECTIONS = 60
 # Draws for each plan that is wanted; plans that came before do not count.
 _DRAWS = 20

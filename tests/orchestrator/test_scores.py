@@ -400,9 +400,21 @@ def test_a_file_without_a_formula_is_refused(make: Make) -> None:
 
 
 def test_reductions_are_left_out_and_reductions_alone_refused(make: Make) -> None:
-    project = make(candidates=[*CHAINS["candidates"][:1], REDUCED])
-    with pytest.raises(Killed):  # it is let in
-        project.scores(8, kill_at=1)
+    few = {"method": "rtn", "bits": [3, 8], "group_size": -1}
+    project = make(candidates=[few, REDUCED], calibration={"sequences": 4, "shards": 2})
+    result, _ = project.scores(8, swaps=0)
+    assert result["measured"] == {"plans": 8}
+    experiment = opened(project)
+    reduced = {
+        experiment.key(unit, chain, experiment.walk)
+        for unit, chains in experiment.offers.items()
+        for chain in chains
+        if len(chain) > 1
+    }
+    used = {Path(path).stem for call in project.judged for path in call["pieces"].values()}
+    assert reduced and used and not reduced & used
+    points = pd.read_parquet(project.output / "score_points.parquet")
+    assert (points["gradient"] > 0).all()
     project = make(candidates=[REDUCED], budget={"bits_per_weight": 5.5})
     with pytest.raises(UserError, match=r"candidates: none leaves the shape of .*experts as it is"):
         project.scores(8)
