@@ -30,10 +30,12 @@ POPULATION, GENERATIONS = 80, 40
 # Most operators and inputs of a formula.
 _LARGEST = 13
 # Correlation that one more node must be worth.
-_PRICE = 5e-4
+_PRICE = 1e-3
 # Part of the population that the better parent is the best of.
 _TOURNAMENT = 0.1
 _CROSSOVER = 0.4
+# Values of formulas in memory at a time.
+_NUMBERS = 1 << 24
 # Attempts at a child before it is given up.
 _ATTEMPTS = 8
 
@@ -162,7 +164,12 @@ class _Evolution:
         """Judges trees and takes in those that are valid and new."""
         fresh = [tree for tree in dict.fromkeys(trees) if tree not in self.seen]
         self.seen.update(fresh)
-        valued = [(tree, value) for tree in fresh for value in self._values(tree)]
+        step = max(1, _NUMBERS // max(len(self.inputs[self.names[0]]), 1))
+        for low in range(0, len(fresh), step):
+            self._judge(fresh[low : low + step])
+
+    def _judge(self, trees: Sequence[Tree]) -> None:
+        valued = [(tree, value) for tree in trees for value in self._values(tree)]
         if not valued:
             return
         values = np.stack([value for _, value in valued])  # [formulas, pairs]
