@@ -9,9 +9,11 @@ invalid, or rank everything as another one does, are rejected at once.
 
 What differs here. A formula is evaluated pair by pair and added up over a plan, as the knapsack
 does; it is fitted to plans (several units compressed) and swaps (one unit) alike, each kind's
-correlation counting the same. So that it is a loss, it must have an input that measures an error,
-and be finite and not below 0. Longer formulas must be better to be preferred. Measurements that are
-to judge the result take no part.
+correlation counting the same. So that it is a loss, it must be finite and not below 0, vanish
+where the errors among its inputs do, and not fall when they grow. Measurements that are to judge
+the result take no part, and few are left to learn from: every operator and input must be worth (1
+− ρ²) / n of correlation, which is what one more meaningless variable gains on n measurements on
+average, ρ being the correlation of the best single input.
 
 All that is random comes from one seed: the same input gives the same formula.
 """
@@ -29,8 +31,6 @@ from moesaic.search.formula import BINARY, UNARY, Floats, Formula, Tree, evaluat
 POPULATION, GENERATIONS = 80, 40
 # Most operators and inputs of a formula.
 _LARGEST = 13
-# Correlation that one more node must be worth.
-_PRICE = 1e-3
 # Part of the population that the better parent is the best of.
 _TOURNAMENT = 0.1
 _CROSSOVER = 0.4
@@ -111,9 +111,11 @@ def evolve(
     if not observed or any(len(kind.losses) < 3 for kind in observed):
         raise ValueError("emq needs three measured plans or more of each kind")
     search = _Evolution(features, errors, changed, observed, seed)
-    search.admit([*sorted(features), *search.random_trees(4 * population)])
+    search.admit(sorted(features))
     if not search.known:
         raise ValueError("emq: no input that measures an error tells the measured plans apart")
+    search.set_price()
+    search.admit(search.random_trees(4 * population))
     search.select(population)
     for _ in range(generations):
         search.admit(search.children(population))
@@ -124,17 +126,25 @@ def evolve(
 
 @dataclass(frozen=True)
 class _Member:
-    """A valid formula; ``behaviour`` is equal for those that rank all plans alike."""
+    """A valid formula.
+
+    Attributes:
+        each: correlation with each kind of plans.
+        behaviour: equal for those that rank all plans alike.
+    """
 
     tree: Tree
-    fitness: float
+    each: tuple[float, ...]
     behaviour: bytes
 
     @property
-    def worth(self) -> tuple[float, int, str]:
-        """The smaller the better."""
+    def fitness(self) -> float:
+        return sum(self.each) / len(self.each)
+
+    def worth(self, price: float) -> tuple[float, int, str]:
+        """The smaller the better; ``price`` is what a node must be worth."""
         size = Formula(self.tree).size
-        return (_PRICE * size - round(self.fitness, 9), size, str(self.tree))
+        return (price * size - round(self.fitness, 9), size, str(self.tree))
 
 
 class _Evolution:
@@ -149,6 +159,10 @@ class _Evolution:
         seed: int,
     ) -> None:
         self.inputs = {name: in_units(values[changed]) for name, values in features.items()}
+        self.grown, self.gone = (
+            {n: v * factor if n in errors else v for n, v in self.inputs.items()}
+            for factor in (2.0, 0.0)
+        )
         self.names = sorted(features)
         self.errors = sorted(errors & features.keys())
         columns = np.flatnonzero(changed)
@@ -157,6 +171,7 @@ class _Evolution:
         self.known: dict[bytes, _Member] = {}
         self.seen: set[Tree] = set()
         self.tried = 0
+        self.price = 0.0
 
     # Judging
 
@@ -176,14 +191,14 @@ class _Evolution:
         sums = [kind.predicted(values) for kind in self.observed]
         found = [rank_correlations(sums[i], kind.losses) for i, kind in enumerate(self.observed)]
         ranks = np.concatenate([rankdata(s, axis=-1) for s in sums], axis=-1)
-        fitness = np.mean(found, axis=0)
+        each = np.stack(found, axis=1)  # [formulas, kinds]
         self.tried += len(valued)
         for row, (tree, _) in enumerate(valued):
-            if not np.isfinite(fitness[row]):
+            if not np.isfinite(each[row]).all():
                 continue
-            member = _Member(tree, float(fitness[row]), ranks[row].tobytes())
+            member = _Member(tree, tuple(each[row].tolist()), ranks[row].tobytes())
             other = self.known.get(member.behaviour)
-            if other is None or member.worth < other.worth:
+            if other is None or member.worth(self.price) < other.worth(self.price):
                 self.known[member.behaviour] = member
 
     def _values(self, tree: Tree) -> list[Floats]:
@@ -193,12 +208,23 @@ class _Evolution:
             return []
         values = evaluate(tree, self.inputs)
         fine = np.isfinite(values).all() and values.min() >= 0 and values.max() > values.min()
-        return [values] if fine else []
+        return [values] if fine and self._is_loss(tree, values) else []
+
+    def _is_loss(self, tree: Tree, values: Floats) -> bool:
+        """Whether values vanish with the errors, and do not fall when these are twice as large."""
+        grown = evaluate(tree, self.grown)
+        return bool((evaluate(tree, self.gone) == 0).all() and (grown >= values).all())
 
     # Selecting
 
+    def set_price(self) -> None:
+        """What a node must be worth, from the best of the inputs alone (see the top)."""
+        best = self.ranked()[0].each
+        gains = [(1 - r * r) / len(o.losses) for r, o in zip(best, self.observed, strict=True)]
+        self.price = sum(gains) / len(gains)
+
     def ranked(self) -> list[_Member]:
-        return sorted(self.known.values(), key=lambda member: member.worth)
+        return sorted(self.known.values(), key=lambda member: member.worth(self.price))
 
     def select(self, count: int) -> None:
         """Leaves the best."""

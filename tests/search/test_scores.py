@@ -156,6 +156,13 @@ def test_emq_finds_the_ranking_of_a_planted_formula(seed: int) -> None:
     assert found.fitness >= 0.97 and unseen >= 0.95
     assert found.formula.inputs & ERRORS and found.formula.size <= 13
     assert found.tried > 500
+    # It is a loss, as other scores are.
+    features = planted(seed, 0.02)[0]
+    for factor, less in ((0.0, False), (3.0, True)):
+        plain = {n: in_units(v) for n, v in features.items()}
+        scaled = {n: v * factor if n in ERRORS else v for n, v in plain.items()}
+        values = evaluate(found.formula.tree, scaled)
+        assert (values >= evaluate(found.formula.tree, plain)).all() if less else not values.any()
 
 
 def test_emq_is_deterministic() -> None:
