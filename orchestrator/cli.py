@@ -170,6 +170,36 @@ def tune(
     _answer(work, as_json, debug)
 
 
+@app.command()
+def scores(
+    recipe: RecipeFile,
+    plans: Annotated[int, typer.Option(min=6, help="Random plans that are measured.")] = 60,
+    swaps: Annotated[
+        int | None, typer.Option(min=0, help="Single-unit swaps, at most; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of all that is random.")] = 0,
+    output: Output = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which score to believe: rank correlations with the KL of plans that are really run."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.run import score_recipe
+        from moesaic.orchestrator.score_table import SCORE_FILES, ScoreOptions, shown
+
+        result = score_recipe(recipe, output, ScoreOptions(plans, swaps, seed))
+        folder = Path(result["output"])
+        stderr.print(shown(result))
+        stderr.print(f"table       {folder / SCORE_FILES[0]}", markup=False)
+        stderr.print(f"formula     {folder / SCORE_FILES[2]}", markup=False)
+        stderr.print(f"pictures    {folder / 'pictures'}/score_*.png", markup=False)
+        stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
+        return result
+
+    _answer(work, as_json, debug)
+
+
 def _print_places(result: Mapping[str, Any]) -> None:
     """Where to look at what a run has left."""
     folder = Path(result["output"])
@@ -261,7 +291,7 @@ def inspect(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="methods, formats, searches or families.")],
+    kind: Annotated[str, typer.Argument(help="methods, formats, searches, scores or families.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

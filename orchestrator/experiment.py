@@ -41,6 +41,7 @@ from moesaic.orchestrator.offers import Offering
 from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
+from moesaic.orchestrator.score_features import features_key
 from moesaic.orchestrator.shaping import Shaping
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
@@ -602,6 +603,7 @@ class Experiment:
             *(store.path("gradients", walk.gradients_key(block)) for block in blocks),
             *(store.path(kind, key) for kind in ("pieces", "errors", "cuts") for key in keys),
             *(store.path("reductions", key) for key in reductions),
+            *(store.path("features", self.features_key(unit, chain)) for unit, chain in pairs),
         ]
 
     def key(self, unit: str, chain: Chain, walk: Walk) -> str:
@@ -610,6 +612,12 @@ class Experiment:
         # The reverse pass goes through the dense model, whatever the walk goes through.
         gradients = self.walk.gradients_key(block) if reverse_needs(chain) else ""
         return piece_key(walk.fingerprint, unit, chain, walk.stats_key(block), gradients)
+
+    def features_key(self, unit: str, chain: Chain) -> str:
+        """Key of the features of the piece of a unit under a chain, over the dense model."""
+        walk = self.walk
+        gradients = walk.gradients_key(self.by_name[unit].block) if walk.gradients else ""
+        return features_key(self.key(unit, chain, walk), gradients)
 
     def stages(
         self, unit: str, pairs: Iterable[tuple[Chain, str]], walk: Walk

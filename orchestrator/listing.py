@@ -60,6 +60,7 @@ _KINDS: Mapping[str, Callable[[], dict[str, str]]] = {
     "methods": _methods,
     "formats": lambda: _described("moesaic.kernels", "pack"),
     "searches": _searches,
+    "scores": lambda: _described("moesaic.search.scores", "score"),
     "families": _families,
 }
 

@@ -40,6 +40,7 @@ from moesaic.orchestrator.refine import Refining
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
+from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.store import write_atomically, write_text
@@ -173,7 +174,7 @@ class Pipeline:
         experiment = self.experiment
         given = results.problem(experiment, self.table)
         plans: dict[str, Plan] = {}
-        for name, problem in finalists.variants(given).items():
+        for name, problem in finalists.variants(self.rated(given)).items():
             try:
                 plan = given.plan(self.fitted(problem).units)
             except (RecipeError, ValueError):
@@ -200,7 +201,7 @@ class Pipeline:
         experiment = self.experiment
         if experiment.recipe.refine is None:
             return start
-        given = results.problem(experiment, self.table)
+        given = self.rated(results.problem(experiment, self.table))
         refining = Refining(experiment, self.pool, self.view, given)
         plan, self.refinement = refining.run(start, self._fits)
         write_json(self.output / "refine.json", self.refinement.to_json())
@@ -212,6 +213,10 @@ class Pipeline:
         if self.experiment.recipe.budget.bytes is None:
             return plan.bytes <= budget.total_bytes
         return self.file_bytes(plan) <= budget.total_bytes
+
+    def rated(self, given: Problem) -> Problem:
+        """A problem with the losses of the score that the recipe wants."""
+        return rated(self.experiment, self.pool, self.view, self.table, given)
 
     def fitted(self, given: Problem) -> Plan:
         """The plan of least predicted loss whose files fit the budget.

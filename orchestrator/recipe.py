@@ -29,6 +29,7 @@ from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.search.base import search_module
+from moesaic.search.features import scores
 from moesaic.search.refining import refiners
 from moesaic.search.samplers import SAMPLERS, refusal
 
@@ -406,6 +407,15 @@ def _check_patterns(patterns: list[str]) -> list[str]:
     return patterns
 
 
+def _score(name: str) -> str:
+    if not name.endswith(".json") and name not in scores():
+        raise ValueError(
+            f"unknown score {name!r}: known are {', '.join(scores())}, or a file emq.json that"
+            " moesaic scores wrote"
+        )
+    return name
+
+
 class Recipe(Section):
     """The whole recipe. Field names are the YAML keys."""
 
@@ -420,6 +430,7 @@ class Recipe(Section):
     baselines: Annotated[dict[str, Chain], BeforeValidator(_baselines)] = {}
     keep: Annotated[list[str], AfterValidator(_check_patterns)] = []
     search: Annotated[str, AfterValidator(_known_search)] = "knapsack"
+    score: Annotated[Text, AfterValidator(_score)] | None = None
     tune: Tune | None = None
     refine: Refine | None = None
     propagate: bool = False
@@ -577,12 +588,15 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
         for index, source in enumerate(texts if isinstance(texts, list) else []):
             if isinstance(source, dict):
                 named[f"{name}.texts.{index}.file"] = source.get("file")
+    if str(raw.get("score")).endswith(".json"):
+        named["score"] = raw["score"]
     for key, value in named.items():
         if not isinstance(value, str) or len(value) > _PATH_CHARACTERS or "\0" in value:
             continue  # told by the schema
         try:
-            path = _store_path(value, base) if key == "store" else resolve(value, base)
-            if key.endswith("file") and not Path(path).is_file():
+            own = key in ("store", "score")
+            path = _store_path(value, base) if own else resolve(value, base)
+            if key.endswith(("file", "score")) and not Path(path).is_file():
                 yield f"{key}: no file {path}"
         except ValueError as error:
             yield f"{key}: {error}"
@@ -606,4 +620,7 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         sections[name] = section.model_copy(update={"texts": texts})
     store = _store_path(recipe.store, base) if recipe.store else None
     model = resolve(recipe.model, base)
-    return recipe.model_copy(update={"model": model, "store": store, **sections})
+    found = {"model": model, "store": store, **sections}
+    if recipe.score is not None and recipe.score.endswith(".json"):
+        found["score"] = _store_path(recipe.score, base)
+    return recipe.model_copy(update=found)

@@ -24,6 +24,14 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
 from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe
 from moesaic.orchestrator.refine import check_refine
+from moesaic.orchestrator.score_table import (
+    SCORE_FILES,
+    ScoredPipeline,
+    ScoreOptions,
+    check_scores,
+)
+from moesaic.orchestrator.score_table import metrics as score_metrics
+from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
@@ -61,6 +69,8 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
         if experiment is not None:
             known = experiment
             mistakes.attempt(lambda: check_refine(known))
+            scored = experiment
+            mistakes.attempt(lambda: check_score(scored))
         if experiment is None or mistakes.found:
             raise mistakes.error()
         return forecast(_ready(experiment))
@@ -84,6 +94,7 @@ def _output(recipe: Recipe, output: Path | None) -> Path:
 
 
 def _ready(experiment: Experiment) -> Experiment:
+    check_score(experiment)
     _ = experiment.walk, experiment.judge
     return experiment
 
@@ -145,6 +156,37 @@ def tune_recipe(recipe_file: Path, output: Path | None, options: StudyOptions) -
         _track(tracker, pipeline, result)
         tracker.log_files(folder / name for name in STUDY_FILES)
     result["study"] = json.loads((folder / STUDY_FILES[0]).read_text(encoding="utf-8"))
+    result["seconds"] = round(time.monotonic() - started, 1)
+    return result
+
+
+def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) -> dict[str, Any]:
+    """Compares all scores on a recipe (see :mod:`moesaic.orchestrator.score_table`).
+
+    Returns:
+        what ``score_table.json`` has, and where it is.
+    """
+    started = time.monotonic()
+    recipe = load_recipe(recipe_file)
+    folder = _output(recipe, output)
+    result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
+    with (
+        _naming(recipe_file),
+        Tracker(recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe)) as tracker,
+        _pipeline(
+            recipe, folder, lambda *parts: ScoredPipeline(*parts, options=options), check_scores
+        ) as pipeline,
+    ):
+        assert isinstance(pipeline, ScoredPipeline), "made so above"
+        result["tracking_uri"] = tracker.uri
+        pipeline.slice()
+        pipeline.measure()
+        result |= pipeline.compare()
+        tracker.log_description(f"emq: {result['emq']['text']}")
+        tracker.log_metrics(score_metrics(result))
+        tracker.log_stages(pipeline.view.seconds)
+        tracker.log_files(folder / name for name in ("recipe.yaml", *SCORE_FILES))
+        tracker.log_files(sorted((folder / "pictures").glob("score_*.png")))
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
 

@@ -51,6 +51,7 @@ KINDS = (
     "scores",
     "bases",
     "sliced",
+    "features",
 )
 
 

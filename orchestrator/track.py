@@ -235,6 +235,11 @@ class Tracker:
             for low in range(0, len(points), _METRICS_PER_BATCH):
                 self._client.log_batch(self.run_id, points[low : low + _METRICS_PER_BATCH])
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of the run by their names."""
+        with self._talk():
+            self._log(self.run_id, {legal_name(name): v for name, v in metrics.items()})
+
     def log_model(self, folder: Path, score: Mapping[str, Any]) -> str:
         """The checkpoint as a logged model that points to its folder; nothing is copied.
 

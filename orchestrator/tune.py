@@ -30,6 +30,7 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
 from moesaic.orchestrator.recipe import Tune
 from moesaic.orchestrator.resident import Rows, trial_key
+from moesaic.orchestrator.scoring import described, is_predicted
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest, write_atomically
 from moesaic.orchestrator.study import JOURNAL, Asked, Study, Told
@@ -101,7 +102,7 @@ def check_tune(experiment: Experiment) -> None:
             f"model: {experiment.model.family.model_type} is an encoder, and studies compare KL:"
             " moesaic run searches its plans by predicted distance"
         )
-    scored = recipe.calibration.gradient_sequences > 0
+    scored = is_predicted(recipe)
     given = experiment.sized_problem(experiment.size.fixed_bytes)
     if scored:
         offers = {n: [replace(m, score=0.0) for m in ms] for n, ms in given.choices.items()}
@@ -196,7 +197,8 @@ class TunedPipeline(Pipeline):
             trials = Trials(self, study, allocator)
             trials.run()
             best = self._best(study.told())
-            plan = trials.plan(best.values)
+            told = results.problem(self.experiment, self.table)
+            plan = told.plan(trials.plan(best.values).units)
             self.study = self._summary(study, best)
             self._write(study)
         return plan
@@ -208,7 +210,7 @@ class TunedPipeline(Pipeline):
             for unit in experiment.units
             for choice in choices(unit)
         }
-        given = results.problem(experiment, self.table)
+        given = self.rated(results.problem(experiment, self.table))
         return Allocator(given, places, experiment.recipe.search)
 
     def _starts(self, allocator: Allocator, knobs: list[Knob]) -> dict[str, Mapping[str, Value]]:
@@ -234,6 +236,7 @@ class TunedPipeline(Pipeline):
             "candidates": digest([list(map(str, chain)) for chain in recipe.candidates]),
             "kept units": recipe.keep,
             "search": recipe.search,
+            "score": described(recipe),
             "serve": recipe.serve,
             "groups": section(experiment).groups,
         }

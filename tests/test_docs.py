@@ -10,6 +10,7 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,6 +28,7 @@ from moesaic.search.base import (
     search_module,
     searches,
 )
+from moesaic.search.features import rule_of, scores
 from tests.methods.layers import make_layer
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def put(path: str) -> Path:
         file = tmp_path / Path(path).name
         file.write_text(EXAMPLES[path])
-        package: ModuleType = importlib.import_module(f"moesaic.{Path(path).parent}")
+        package: ModuleType = importlib.import_module(
+            f"moesaic.{Path(path).parent}".replace("/", ".")
+        )
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
         added.append(f"{package.__name__}.{file.stem}")
         plugins.cache_clear()
@@ -61,7 +65,8 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_page_has_one_example_of_each_kind() -> None:
     folders = sorted(str(Path(path).parent) for path in EXAMPLES)
     # A method and a reducer live in one folder.
-    assert folders == ["kernels", "methods", "methods", "orchestrator/families", "search"]
+    expected = ["kernels", "methods", "methods", "orchestrator/families", "search", "search/scores"]
+    assert folders == expected
     assert len(re.findall("```(?:python|yaml)", PAGE)) == len(EXAMPLES)
 
 
@@ -69,7 +74,7 @@ def test_links_and_test_folders_of_the_page_exist() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links and all((ROOT / "docs" / link).is_file() for link in links)
     suites = re.findall(r"`pytest (\S+)`", PAGE)
-    assert len(suites) == 6
+    assert len(suites) == 7
     for suite in suites:
         assert list((ROOT / suite).glob("test_*.py")), f"no tests in {suite}"
 
@@ -215,3 +220,12 @@ def test_search_example_says_how_large_the_smallest_plan_is(example: Any) -> Non
     example("search/steepest.py")
     with pytest.raises(Infeasible, match="smallest plan has 22 bytes, the budget is 21"):
         search_module("steepest").search(problem_of([[(5, 1.0)], [(7, 1.0), (9, 0.0)]], 11))
+
+
+def test_score_example_is_the_relative_error_of_a_weight(example: Any) -> None:
+    example("search/scores/relative_weight.py")
+    assert "relative_weight" in scores()
+    rule = rule_of("relative_weight")
+    features = {"weight_error": np.array([0.0, 1.0, 3.0]), "weight_norm": np.array([2.0, 4.0, 6.0])}
+    assert rule.needs == set(features) and not rule.wants_gradients
+    np.testing.assert_allclose(rule.compute(features), [0, 0.25, 0.5])

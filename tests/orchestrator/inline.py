@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import pipeline, run
+from moesaic.orchestrator import pipeline, run, score_table
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.score_table import ScoreOptions
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.tune import StudyOptions
 from moesaic.orchestrator.verify import verify
@@ -154,6 +155,26 @@ class Project:
             self.patch.setattr(Pipeline, "assemble", lambda this, scores: self.output / "model")
         study = StudyOptions(trials, **options)
         result = run.tune_recipe(self.folder / "recipe.yaml", self.output, study)
+        return dict(result), pool.calls
+
+    def scores(
+        self,
+        plans: int,
+        size: int = 1,
+        kill_at: int | None = None,
+        pictures: bool = False,
+        **options: Any,
+    ) -> tuple[dict[str, Any], Counter[str]]:
+        """As :meth:`run`, for a comparison of scores; without MLflow, and pictures where they are
+        not asked for."""
+        pool = InlinePool(size, kill_at)
+        self.calls, self.judged = pool.calls, pool.judged
+        self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(run, "Tracker", lambda *about: InlineTracker([]))
+        if not pictures:
+            self.patch.setattr(score_table, "save", lambda wanted, folder: {})
+        chosen = ScoreOptions(plans, **options)
+        result = run.score_recipe(self.folder / "recipe.yaml", self.output, chosen)
         return dict(result), pool.calls
 
     def _report(self, summary: RunSummary, folder: Path) -> Path:

@@ -49,6 +49,20 @@ def told(result: Result) -> str:
     return text
 
 
+def test_scores_refuses_what_it_cannot_compare(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, model, score="trace", calibration={"gradient_sequences": 0})
+    for verb in ("scores", "check", "run"):
+        text = refusal(verb, recipe)
+        assert "recipe.yaml: score: unknown score 'trace': known are block_importance" in text
+    recipe = make_recipe(tmp_path, model, score="fisher", calibration={"gradient_sequences": 0})
+    for verb in ("check", "search"):
+        text = refusal(verb, recipe)
+        assert text.endswith("score: fisher needs gradients: set calibration.gradient_sequences to"
+                             " 16 or more, or take output")  # fmt: skip
+    for option in (["--plans", "5"], ["--seed", "-1"], ["--swaps", "-1"], ["--plans", "many"]):
+        assert ask("scores", recipe, *option).exit_code == 2
+
+
 def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
     model: Path, tmp_path: Path
 ) -> None:
@@ -501,7 +515,7 @@ def test_inspect_names_a_tensor_that_is_missing(model: Path, tmp_path: Path) -> 
     assert "model.embed_tokens.weight that is in no file" in told(result)
 
 
-@pytest.mark.parametrize("kind", ["methods", "formats", "searches", "families"])
+@pytest.mark.parametrize("kind", ["methods", "formats", "searches", "scores", "families"])
 def test_lists_are_json_when_asked(kind: str) -> None:
     result = ask("list", kind, "--json")
     assert result.exit_code == 0
