@@ -4,8 +4,11 @@ OUTPUT/recipe.yaml           the recipe as resolved
 OUTPUT/measurements.parquet  every unit under every candidate
 OUTPUT/plan.json             unit → list of specs, bytes, budget
 OUTPUT/scores.json           dense model, baselines and plan on held-out text
+OUTPUT/front.json            bytes against predicted loss, and the plans that there are
 OUTPUT/model/                the checkpoint
 OUTPUT/report.html           all of it to look at, pictures beside it
+
+Where the recipe has a list of budgets, see :mod:`moesaic.orchestrator.budgets`.
 """
 
 import json
@@ -21,7 +24,7 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
-from moesaic.orchestrator import finalists, results, stages
+from moesaic.orchestrator import finalists, fronts, results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
@@ -30,20 +33,22 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_layers import expert_layers
+from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
-from moesaic.orchestrator.recipe import portable
+from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
-from moesaic.orchestrator.store import write_atomically, write_text
+from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Infeasible, Measurement, Plan, Problem
+from moesaic.search.front import Front
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
@@ -53,12 +58,6 @@ _SPARE, _REFINEMENTS = 0.001, 6
 _BEFORE = " before router calibration"
 # What a sliced model is called that is compressed no further.
 _SLICED = "sliced"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, the same bytes for the same value."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_text(path, text)
 
 
 def _row(found: Measurement, unit: Unit, weights: int, predicted: str) -> dict[str, Any]:
@@ -90,13 +89,19 @@ class Pipeline:
         self.walks: dict[str, Walk] = {}
         self.trained: dict[str, Trained | None] = {}
         self.finalists: dict[str, float] = {}
-        recipe = experiment.recipe.to_yaml()
-        write_text(self.output / "recipe.yaml", recipe)
-        for reason, count in experiment.unloadable.items():
-            view.line(f"not offered on {count} unit(s): {reason}")
+        write_text(self.output / "recipe.yaml", experiment.recipe.to_yaml())
+
+    def under(self, recipe: Recipe, output: Path) -> "Pipeline":
+        """The same for one budget of the list, once everything is measured."""
+        other = Pipeline(self.experiment.under(recipe, output), self.pool, self.view)
+        other.table, other.front = self.table, self.front
+        return other
 
     def slice(self) -> None:
-        """The narrower model that all other stages start from, where the recipe asks for one."""
+        """The narrower model that all other stages start from, where the recipe asks for one; and
+        what is not offered."""
+        for reason, count in self.experiment.unloadable.items():
+            self.view.line(f"not offered on {count} unit(s): {reason}")
         cut, model = self.experiment.cut, self.experiment.model
         if cut is None:
             return
@@ -238,7 +243,37 @@ class Pipeline:
         if self.finalists:
             document["finalists"] = self.finalists
         write_json(self.output / "plan.json", document)
+        self._write_front({})
         return document
+
+    @cached_property
+    def front(self) -> Front | None:
+        """The predicted front of all budgets."""
+        return fronts.front_of(self.experiment, self.table)
+
+    @cached_property
+    def predicted_points(self) -> list[FrontPoint]:
+        """Some of it, in bytes of files that hold as much around their units as the plan's."""
+        around = self.plans["plan"].bytes - self._unit_bytes("plan")
+        return fronts.predicted_points(self.front, around, self.experiment.size.weights)
+
+    @property
+    def predicted_loss(self) -> str:
+        """What the sums that a search makes small are called."""
+        scored = all(m.score is not None for m in self.table.measurements)
+        yardstick = self.experiment.model.family.yardstick
+        return yardstick.predicted if scored else "relative_error"
+
+    def _write_front(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
+        fronts.write_front(
+            self.output / fronts.FRONT,
+            self.predicted_points,
+            self.plans,
+            {name: self.bits_per_weight(name) for name in self.plans},
+            scores,
+            self.experiment.model.family.yardstick.loss.key,
+            self.predicted_loss,
+        )
 
     def propagate(self) -> None:
         """With ``propagate``, every plan solved again on its own compressed predecessors."""
@@ -270,7 +305,7 @@ class Pipeline:
         training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
         return training.run()
 
-    def _judged(self) -> dict[str, dict[str, str]]:
+    def judged(self) -> dict[str, dict[str, str]]:
         """All plans as they are evaluated, and those whose routers learnt as they were before."""
         judged = {name: self.pieces(name) for name in self.plans}
         if self.experiment.cut is not None and self.experiment.recipe.candidates:
@@ -321,9 +356,13 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
-        found = stages.evaluated(self.experiment, self.pool, self.view, self._judged())
+        return self.scored(stages.evaluated(self.experiment, self.pool, self.view, self.judged()))
+
+    def scored(self, found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Writes what an evaluation of :meth:`judged` gave, with sizes."""
         scores = self._sized(found)
         write_json(self.output / "scores.json", scores)
+        self._write_front(scores)
         return scores
 
     def _sized(self, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -357,7 +396,7 @@ class Pipeline:
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         if scores is None:
-            scores = self._sized(stages.known_scores(experiment, self._judged()) or {})
+            scores = self._sized(stages.known_scores(experiment, self.judged()) or {})
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
         with VerifierProcess() as verifier:
@@ -423,6 +462,7 @@ class Pipeline:
             events=self.events(),
             stage_seconds=self.view.seconds,
             yardstick=experiment.model.family.yardstick,
+            predicted=self.predicted_points,
         )
 
     def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:

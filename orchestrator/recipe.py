@@ -15,7 +15,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -132,17 +134,72 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BudgetSection(Section):
-    """A limit for the checkpoint: bytes of all tensors, or stored bits per compressible weight."""
+# What a key may be that takes one value or a list: how mistakes in it are told apart.
+_ONE, _LIST = "one value", "list of values"
 
-    bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
-    bits_per_weight: float | None = Field(default=None, gt=0, le=32)
+
+def _one_or_list(value: Any) -> str:
+    return _LIST if isinstance(value, list | tuple) else _ONE
+
+
+_Size = Annotated[int, BeforeValidator(parse_bytes)]
+_Bits = Annotated[float, Field(gt=0, le=32)]
+
+
+class BudgetSection(Section):
+    """A limit for the checkpoint: bytes of all tensors, or stored bits per compressible weight.
+
+    A list of several makes a plan for each of them.
+    """
+
+    bytes: (
+        Annotated[
+            Annotated[_Size, Tag(_ONE)] | Annotated[tuple[_Size, ...], Tag(_LIST)],
+            Discriminator(_one_or_list),
+        ]
+        | None
+    ) = None
+    bits_per_weight: (
+        Annotated[
+            Annotated[_Bits, Tag(_ONE)] | Annotated[tuple[_Bits, ...], Tag(_LIST)],
+            Discriminator(_one_or_list),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _one(self) -> "BudgetSection":
         if (self.bytes is None) == (self.bits_per_weight is None):
             raise ValueError("give either bytes or bits_per_weight")
+        if self.several and len(set(self._values)) < max(len(self._values), 1):
+            raise ValueError("a list holds at least one budget, and none of them twice")
         return self
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        value = self.bytes if self.bytes is not None else self.bits_per_weight
+        assert value is not None, "checked when it was made"
+        return value if isinstance(value, tuple) else (value,)
+
+    @property
+    def several(self) -> bool:
+        """Whether it is a list."""
+        return isinstance(self.bytes, tuple) or isinstance(self.bits_per_weight, tuple)
+
+    @property
+    def each(self) -> dict[str, "BudgetSection"]:
+        """The budgets one by one, by a name that a folder can have: ``2.5bpw``, ``1.1MB``."""
+        if self.bits_per_weight is not None:
+            return {f"{v:g}bpw": BudgetSection(bits_per_weight=v) for v in self._values}
+        return {_size_name(int(v)): BudgetSection(bytes=int(v)) for v in self._values}
+
+
+def _size_name(size: int) -> str:
+    """``1.1MB``: exact, whatever the size."""
+    power = min((len(str(size)) - 1) // 3, 4)
+    whole, rest = divmod(size, 1000**power)
+    digits = f"{rest:0{3 * power}d}".rstrip("0") if power else ""
+    return f"{whole}{'.' if digits else ''}{digits}{['B', 'kB', 'MB', 'GB', 'TB'][power]}"
 
 
 class Source(Section):
@@ -401,6 +458,19 @@ class Recipe(Section):
             raise ValueError("needs a list with at least one candidate")
         return candidates
 
+    def of_budgets(self, store: Path) -> dict[str, "Recipe"]:
+        """One recipe for each budget of the list, by the budget's name.
+
+        Args:
+            store: of all of them, whatever folders they are run into.
+        """
+        return {
+            label: self.model_copy(
+                update={"name": f"{self.name}-{label}", "budget": budget, "store": str(store)}
+            )
+            for label, budget in self.budget.each.items()
+        }
+
     def chains(self) -> list[Chain]:
         """Candidates and baselines: everything that is measured."""
         return list(dict.fromkeys([*self.candidates, *self.baselines.values()]))
@@ -433,7 +503,7 @@ def _entry(chain: Chain) -> Any:
 def _describe(error: ValidationError) -> Iterator[str]:
     """A line for each mistake: key, what is allowed."""
     for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
+        location = [str(part) for part in problem["loc"] if part not in (_ONE, _LIST)]
         key = ".".join(location) or "the recipe"
         shown = _shown(problem["input"])
         if problem["type"] == "extra_forbidden":

@@ -27,6 +27,11 @@ _CAPTIONS = {
     "block_losses": "What the search predicted for the units of each block, summed.",
     "expert_load": "Tokens of the calibration text that the router sent to each expert.",
 }
+# What that picture has besides, where losses are predicted.
+PREDICTED = (
+    " Marks were evaluated. The thin line is what the measurements predict: each of its points is a"
+    " plan that a budget of that size would get, none of them was run."
+)
 
 
 def bytes_text(size: float) -> str:
@@ -85,6 +90,8 @@ def render(
         "seconds": seconds_text,
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    curve = bool(summary.predicted) and summary.loss_is_predicted
+    more = {"loss_and_bytes": PREDICTED} if curve else {}
     return template.render(
         run=summary,
         plan_bytes=summary.scores.get("plan", {}).get("bytes", summary.plan.bytes),
@@ -95,7 +102,7 @@ def render(
         sources=_sources(summary),
         events=_events(summary),
         pictures=[
-            (name, _inline(path), shown_width(path), _CAPTIONS[name])
+            (name, _inline(path), shown_width(path), _CAPTIONS[name] + more.get(name, ""))
             for name, path in pictures.items()
         ],
         expert_pictures=_captioned(experts),

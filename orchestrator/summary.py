@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
+from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
@@ -173,6 +174,7 @@ class RunSummary:
         events: in order of time.
         stage_seconds: stage → seconds, in order of time.
         study: what was explored to find the plan, where something was.
+        predicted: points of the predicted front, bytes rising.
     """
 
     name: str
@@ -198,6 +200,7 @@ class RunSummary:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     yardstick: Yardstick = LANGUAGE
     study: StudySummary | None = None
+    predicted: Sequence[FrontPoint] = ()
 
     @cached_property
     def plans(self) -> dict[str, Plan]:

@@ -25,13 +25,13 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.pipeline import Pipeline, write_json
+from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
 from moesaic.orchestrator.recipe import Tune
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
-from moesaic.orchestrator.store import digest, write_atomically
+from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Asked, Study, Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
