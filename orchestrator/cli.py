@@ -127,7 +127,7 @@ def run(
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate", "assemble", "report"))
-        stderr.print(score_table(result["scores"]))
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
         _print_places(result)
         return result
 
@@ -173,7 +173,8 @@ def tune(
 def _print_places(result: Mapping[str, Any]) -> None:
     """Where to look at what a run has left."""
     folder = Path(result["output"])
-    stderr.print(f"checkpoint  {folder / 'model'}", markup=False)
+    for model in result.get("models", {"plan": folder / "model"}).values():
+        stderr.print(f"checkpoint  {model}", markup=False)
     stderr.print(f"report      {folder / 'report.html'}", markup=False)
     stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
 
@@ -218,7 +219,7 @@ def evaluate(
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate",))
-        stderr.print(score_table(result["scores"]))
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
         return result
 
     _answer(work, as_json, debug)
@@ -298,9 +299,13 @@ def show(
         from moesaic.orchestrator.listing import read_run
 
         result = read_run(run_folder)
-        stderr.print(score_table(result["scores"]))
-        for text, count in result["choices"].items():
-            stderr.print(f"{count:5d} × {text}", markup=False)
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
+        for name in result.get("plans", [""]):
+            if name:
+                stderr.print(name, markup=False, style="bold")
+            counts = result["choices"][name] if name else result["choices"]
+            for text, count in counts.items():
+                stderr.print(f"{count:5d} × {text}", markup=False)
         return result
 
     _answer(work, as_json, debug)

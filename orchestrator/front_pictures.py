@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from moesaic.orchestrator.fronts import FrontPoint
@@ -93,17 +94,17 @@ def bytes_and_loss(
 def _name_curve(axes: Axes, end: tuple[float, float]) -> None:
     """The curve's name at its right end, inside of the picture."""
     place = blended_transform_factory(axes.transAxes, axes.transData)
-    axes.text(
-        0.995,
-        end[1],
+    axes.annotate(
         "predicted",
-        transform=place,
+        (0.995, end[1]),
+        xycoords=place,
+        xytext=(0, -4),
+        textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top",
         size=8,
         style="italic",
         color="#5f6368",
-        zorder=2,
     )
 
 
@@ -112,6 +113,8 @@ def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
     above = [lost for lost in losses if lost > 0]
     if len(above) == len(losses) > 0 and min(above) < max(above) / 8:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_ylim(min(above) / 1.6, max(above) * 1.6)
     else:
         axes.set_ylim(0, max([*above, 1e-9]) * 1.18)

@@ -55,7 +55,7 @@ _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
 # A budget in bytes may stay unused by this share, and is searched again so often at most.
 _SPARE, _REFINEMENTS = 0.001, 6
 # Added to the name of a plan for its scores before the routers learnt.
-_BEFORE = " before router calibration"
+BEFORE = " before router calibration"
 # What a sliced model is called that is compressed no further.
 _SLICED = "sliced"
 
@@ -311,7 +311,7 @@ class Pipeline:
         if self.experiment.cut is not None and self.experiment.recipe.candidates:
             judged = {_SLICED: {}, **judged}
         before = {
-            f"{name}{_BEFORE}": self._untrained(name)
+            f"{name}{BEFORE}": self._untrained(name)
             for name, trained in self.trained.items()
             if trained is not None
         }
@@ -375,12 +375,12 @@ class Pipeline:
                 **score,
             }
             for name, score in scores.items()
-            if not name.endswith(_BEFORE)
+            if not name.endswith(BEFORE)
         }
         for name, score in scores.items():
-            if name.endswith(_BEFORE):
+            if name.endswith(BEFORE):
                 figures = {key: score[key] for key in ("perplexity", "kl", "accuracy")}
-                sized[name.removesuffix(_BEFORE)]["before_router_calibration"] = figures
+                sized[name.removesuffix(BEFORE)]["before_router_calibration"] = figures
         return sized
 
     def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:

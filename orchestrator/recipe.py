@@ -458,6 +458,17 @@ class Recipe(Section):
             raise ValueError("needs a list with at least one candidate")
         return candidates
 
+    @field_validator("baselines")
+    @classmethod
+    def _apart_from_budgets(
+        cls, baselines: dict[str, Chain], known: ValidationInfo
+    ) -> dict[str, Chain]:
+        budget = known.data.get("budget")
+        taken = set(baselines) & set(budget.each if budget is not None and budget.several else ())
+        if taken:
+            raise ValueError(f"{min(taken)!r} is no name for a baseline: a budget is called so")
+        return baselines
+
     def of_budgets(self, store: Path) -> dict[str, "Recipe"]:
         """One recipe for each budget of the list, by the budget's name.
 

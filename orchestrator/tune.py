@@ -88,6 +88,11 @@ def check_tune(experiment: Experiment) -> None:
         RecipeError: naming what is wrong.
     """
     recipe = experiment.recipe
+    if recipe.budget.several:
+        raise RecipeError(
+            "budget: a study is made under one budget: give one, or explore all of them with"
+            " tune.objectives: [bytes, kl]"
+        )
     strategy = search_module(recipe.search)
     if hasattr(strategy, "smallest_bytes") or hasattr(strategy, "SHARES_OUT"):
         raise RecipeError(
