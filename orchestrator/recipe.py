@@ -290,11 +290,20 @@ def _groups(groups: dict[str, str]) -> dict[str, str]:
     return groups
 
 
+def _constraints(value: Any) -> Any:
+    """Sizes may be written as such."""
+    if isinstance(value, dict) and "bytes" in value:
+        return {**value, "bytes": parse_bytes(value["bytes"])}
+    return value
+
+
 class Tune(Section):
     """What ``moesaic tune`` explores.
 
     Attributes:
-        objectives: what is to be small; with ``bytes`` the budget is a knob, too.
+        objectives: what is to be small; with ``bytes`` the budget is a knob, too. ``latency`` is
+            measured, in milliseconds per token.
+        constraints: figure → the most that it may be: ``kl``, ``bytes`` or ``latency``.
         sampler: one of :mod:`moesaic.search.samplers`.
         seed: of the sampler.
         sequences: of the calibration text that a trial is judged on, at most.
@@ -303,7 +312,11 @@ class Tune(Section):
         knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it.
     """
 
-    objectives: list[Literal["kl", "bytes"]] = Field(default=["kl"], min_length=1)
+    objectives: list[Literal["kl", "bytes", "latency"]] = Field(default=["kl"], min_length=1)
+    constraints: Annotated[
+        dict[Literal["kl", "bytes", "latency"], Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+        BeforeValidator(_constraints),
+    ] = {}
     sampler: Annotated[str, AfterValidator(_sampler)] = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**31)
     sequences: int = Field(default=64, ge=1, le=10**6)
@@ -314,11 +327,25 @@ class Tune(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Tune":
         if len(set(self.objectives)) < len(self.objectives) or "kl" not in self.objectives:
-            raise ValueError("objectives are kl alone, or kl and bytes")
-        reason = refusal(self.sampler, len(self.objectives))
+            raise ValueError("objectives are kl alone, or kl and bytes, latency or both")
+        reason = refusal(self.sampler, len(self.objectives), len(self.constraints))
         if reason is not None:
             raise ValueError(reason)
+        if "bytes" in self.constraints and "bytes" not in self.objectives:
+            raise ValueError(
+                "constraints.bytes: the budget is the limit: change it, or make bytes an objective"
+            )
+        if "kl" in self.constraints and len(self.objectives) == 1:
+            raise ValueError(
+                "constraints.kl: kl is the only objective, and made as small as can be: add bytes"
+                " or latency to the objectives"
+            )
         return self
+
+    @property
+    def timed(self) -> bool:
+        """Whether plans are timed."""
+        return "latency" in self.objectives or "latency" in self.constraints
 
 
 def _chains(value: Any) -> list[Chain]:

@@ -87,13 +87,14 @@ class StudySummary:
 
     Attributes:
         journal: its file.
-        objectives: ``kl``, or ``kl`` and ``bytes``.
+        objectives: ``kl``, and perhaps ``bytes`` and ``latency``.
         sampler: by name.
         knobs: what was varied.
         trials: all that count, in order.
-        best: number of the trial of least KL within the recipe's budget.
+        best: number of the best trial within the recipe's budget and the constraints.
         front: numbers of the trials that no other beats; empty with one objective.
         importances: knob → its share in what makes trials good, the largest first.
+        constraints: figure → the most that was allowed.
     """
 
     journal: Path
@@ -104,6 +105,7 @@ class StudySummary:
     best: int
     front: Sequence[int]
     importances: Mapping[str, float]
+    constraints: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best_trial(self) -> Told:
@@ -132,16 +134,19 @@ class StudySummary:
             "plans": self.plans,
             "best": {
                 "trial": best.number,
-                "kl": best.kl,
-                "bytes": best.attributes["bytes"],
+                **_figures(best),
                 "values": dict(best.values),
             },
-            "front": [
-                {"trial": n, "kl": by_number[n].kl, "bytes": by_number[n].attributes["bytes"]}
-                for n in self.front
-            ],
+            "constraints": dict(self.constraints),
+            "front": [{"trial": n, **_figures(by_number[n])} for n in self.front],
             "importances": dict(self.importances),
         }
+
+
+def _figures(trial: Told) -> dict[str, float | None]:
+    """``kl``, ``bytes``, and ``latency`` where it was measured."""
+    names = [name for name in ("bytes", "latency") if name in trial.attributes]
+    return {"kl": trial.kl, **{name: trial.attributes[name] for name in names}}
 
 
 @dataclass(frozen=True)
