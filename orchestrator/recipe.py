@@ -118,7 +118,8 @@ def _writable(text: str) -> str:
 Text = Annotated[str, Field(max_length=_PATH_CHARACTERS), AfterValidator(_writable)]
 
 
-def _model_name(name: str) -> str:
+def model_name(name: str) -> str:
+    """A name that MLflow's registry takes; raises ValueError for another one."""
     if not name.strip() or set(name) & set("/:'"):
         raise ValueError(f"{name!r} is no name for a model (not empty, no / : ')")
     return name
@@ -273,7 +274,7 @@ class Tracking(Section):
 
     uri: Text | None = None
     experiment: Text = "moesaic"
-    register_as: Annotated[Text, AfterValidator(_model_name)] | None = None
+    register_as: Annotated[Text, AfterValidator(model_name)] | None = None
 
 
 def _sampler(name: str) -> str:

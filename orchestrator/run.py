@@ -24,7 +24,7 @@ from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe
+from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
 from moesaic.orchestrator.store import Store, make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
@@ -92,18 +92,24 @@ def _ready(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) -> Mapping[str, Any]:
+def run_recipe(
+    recipe_file: Path,
+    output: Path | None,
+    stages: Sequence[str],
+    register: str | None = None,
+) -> Mapping[str, Any]:
     """Runs stages and what they need; with ``report`` among them, MLflow keeps the record.
 
     Args:
         stages: of ``calibrate``, ``measure``, ``search``, ``evaluate``, ``assemble``, ``report``
             (which needs the two before it).
+        register: name in the registry, instead of the recipe's ``tracking.register_as``.
 
     Returns:
         what ``--json`` prints.
     """
     started = time.monotonic()
-    recipe = load_recipe(recipe_file)
+    recipe = _registered(load_recipe(recipe_file), register)
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     if "report" in stages:
@@ -126,14 +132,31 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
     return result
 
 
-def tune_recipe(recipe_file: Path, output: Path | None, options: StudyOptions) -> dict[str, Any]:
+def _registered(recipe: Recipe, name: str | None) -> Recipe:
+    """The recipe with another name for its checkpoint in the registry."""
+    if name is None:
+        return recipe
+    try:
+        model_name(name)
+    except ValueError as error:
+        raise UserError(f"--register: {error}") from None
+    tracking = recipe.tracking.model_copy(update={"register_as": name})
+    return recipe.model_copy(update={"tracking": tracking})
+
+
+def tune_recipe(
+    recipe_file: Path, output: Path | None, options: StudyOptions, register: str | None = None
+) -> dict[str, Any]:
     """All stages of a recipe, the search being a study (see :mod:`moesaic.orchestrator.tune`).
+
+    Args:
+        register: name in the registry, instead of the recipe's ``tracking.register_as``.
 
     Returns:
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
     started = time.monotonic()
-    recipe = load_recipe(recipe_file)
+    recipe = _registered(load_recipe(recipe_file), register)
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}

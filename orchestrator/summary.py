@@ -107,9 +107,13 @@ class StudySummary:
     importances: Mapping[str, float]
     constraints: Mapping[str, float] = field(default_factory=dict)
 
+    def trial(self, number: int) -> Told:
+        """The trial of a number."""
+        return next(trial for trial in self.trials if trial.number == number)
+
     @property
     def best_trial(self) -> Told:
-        return next(trial for trial in self.trials if trial.number == self.best)
+        return self.trial(self.best)
 
     @property
     def counts(self) -> dict[str, int]:

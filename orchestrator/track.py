@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +74,7 @@ class Tracker:
         self._client: Any = None
         self._open_children: list[str] = []
         self._scored_children: dict[str, str] = {}
+        self._trials: dict[str, tuple[str, int]] = {}  # name → child run, when it was logged
         self._known_children: dict[str, Any] | None = None
         self._scored_at = 0
 
@@ -155,6 +156,7 @@ class Tracker:
         steps: Mapping[int, float],
         outcome: str,
         reason: str = "",
+        plan: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """A child run for a trial of a study; nothing if an earlier attempt logged it.
 
@@ -164,6 +166,7 @@ class Tracker:
             steps: sequences seen → KL so far, ``kl_so_far``.
             outcome: ``complete``, ``pruned`` or ``failed``, a tag.
             reason: why it failed, a tag.
+            plan: makes what becomes the child's ``plan.json``.
         """
         with self._talk():
             from mlflow.entities import Metric, Param
@@ -172,6 +175,7 @@ class Tracker:
                 self._known_children = self._children()
             earlier = self._known_children.get(name)
             if earlier is not None and earlier.info.status in ("FINISHED", "FAILED"):
+                self._trials[name] = str(earlier.info.run_id), _now()
                 return
             if earlier is None:
                 tags = {_PARENT: self.run_id, "outcome": outcome}
@@ -185,7 +189,29 @@ class Tracker:
             points += [Metric("kl_so_far", value, at, step) for step, value in steps.items()]
             pairs = [Param(legal_name(key), value) for key, value in params.items()]
             self._client.log_batch(child, metrics=points, params=pairs)
+            if plan is not None:
+                self._client.log_dict(child, dict(plan()), "plan.json")
             self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
+            self._trials[name] = child, at
+
+    def log_trial_model(self, name: str, metrics: Mapping[str, float], best: bool) -> str:
+        """The plan of a trial that was logged before as a logged model: no checkpoint, but what one
+        would be made of, which the tag ``plan`` leads to.
+
+        Args:
+            metrics: numbers.
+            best: whether it is the plan that is taken, a tag.
+
+        Returns:
+            the model's id.
+        """
+        child, at = self._trials[name]
+        tags = {"plan": f"runs:/{child}/plan.json", "best": str(best).lower()}
+        with self._talk(), _default_place(self.place.uri):
+            title = f"{self.name}-{name}".replace(" ", "-")
+            model_id = self._external_model(child, title, {}, tags)
+            self._log(child, dict(metrics), model_id=model_id, at=at)
+        return model_id
 
     def log_description(self, text: str) -> None:
         """Markdown that MLflow shows at the top of the run's page."""

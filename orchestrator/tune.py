@@ -218,6 +218,10 @@ class TunedPipeline(Pipeline):
             plan = trials.plan(best.values)
             self.study = self._summary(study, best)
             self._write(study)
+            for number in dict.fromkeys([*self.study.front, best.number]):
+                trial = self.study.trial(number)
+                name, chosen = _name(number), number == best.number
+                self.tracker.log_trial_model(name, trial.figures, chosen)
         return plan
 
     def _allocator(self) -> Allocator:
@@ -296,6 +300,11 @@ class TunedPipeline(Pipeline):
         return replace(super().summary(scores), study=self.study)
 
 
+def _name(number: int) -> str:
+    """What a trial is called on record."""
+    return f"trial {number}"
+
+
 def _shown(told: Told) -> str:
     """A complete trial in a few words."""
     start = told.attributes.get("start")
@@ -317,6 +326,7 @@ class _Job:
     """
 
     asked: Asked
+    plan: Plan
     pieces: Mapping[str, str]
     size: int
     key: str
@@ -406,7 +416,7 @@ class Trials:
             if key in self.flying:
                 self.flying[key].followers.append(asked)
                 continue
-            job = self.flying[key] = _Job(asked, pieces, size, key, started)
+            job = self.flying[key] = _Job(asked, plan, pieces, size, key, started)
             task = self._go_on(job, slot)
             if task is not None:
                 return [task]
@@ -533,7 +543,7 @@ class Trials:
                 self.study.tell_pruned(asked)
             else:
                 self.study.tell(asked, figures, self.limits.excess(figures))
-            self._count(asked)
+            self._count(asked, job.plan)
 
     def _fail(self, failing: list[Asked], kind: str, reason: str) -> None:
         """Puts failures on record.
@@ -546,7 +556,7 @@ class Trials:
             self.study.tell_failed(asked, text)
             self.failed += 1
             self.view.line(f"trial {asked.number} failed: {text}")
-            self._count(asked, failed=True)
+            self._count(asked, None)
         if kind == _NO_PLAN:
             return
         self.streak = [*(k for k in self.streak if k == kind), kind]
@@ -554,13 +564,13 @@ class Trials:
             advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
             raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
 
-    def _count(self, asked: Asked, failed: bool = False) -> None:
-        """A trial was told."""
+    def _count(self, asked: Asked, plan: Plan | None) -> None:
+        """A trial was told; one that failed without a plan."""
         self.finished += 1
-        self.streak = self.streak if failed else []
+        self.streak = self.streak if plan is None else []
         self.view.advance("trials")
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
-        self._track(told)
+        self._track(told, plan)
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 
@@ -584,7 +594,8 @@ class Trials:
         best = "" if self.best is None else f"best {_shown(self.best)}, "
         self.view.tick([f"{best}{self._pace()}"])
 
-    def _track(self, told: Told) -> None:
+    def _track(self, told: Told, plan: Plan | None = None) -> None:
+        """Puts a trial on record, with its plan, which is made again if it is not given."""
         notes = told.attributes
         metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
         if told.kl is not None:
@@ -592,5 +603,24 @@ class Trials:
         params = {name: str(value) for name, value in told.values.items()}
         params |= {name: str(notes[name]) for name in ("plan", "start") if name in notes}
         reason = str(notes.get("reason", ""))
-        name = f"trial {told.number}"
-        self.pipeline.tracker.log_trial(name, params, metrics, told.steps, told.state, reason)
+        self.pipeline.tracker.log_trial(
+            _name(told.number),
+            params,
+            metrics,
+            told.steps,
+            told.state,
+            reason,
+            partial(self._document, told, plan) if told.state == "complete" else None,
+        )
+
+    def _document(self, told: Told, plan: Plan | None) -> dict[str, Any]:
+        """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
+        plan = plan or self.plan(told.values)
+        root = self.experiment.store.root
+        pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
+        return {
+            **plan.to_json(),
+            "file_bytes": told.attributes["bytes"],
+            "store": str(root),
+            "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
+        }

@@ -170,7 +170,6 @@ def test_latency_is_measured_and_may_be_an_objective(make: Make) -> None:
     table, study = trials(project), project.json("study.json")
     assert (table["latency"] > 0).all() and study["objectives"] == ["kl", "latency"]
     assert calls["latency:measure_plan"] == table["plan"].nunique()
-    assert table["bytes"].max() <= project.json("plan.json")["budget_bytes"]
     assert study["best"]["latency"] == table["latency"][study["best"]["trial"]]
 
 
