@@ -33,6 +33,10 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YA
 Output = Annotated[
     Path | None, typer.Option(help="Folder for what the run leaves; default runs/NAME.")
 ]
+Register = Annotated[
+    str | None,
+    typer.Option(help="Name in MLflow's registry; default: the recipe's tracking.register_as."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -112,22 +116,26 @@ def _finite(value: Any) -> Any:
 
 
 def _run_stages(
-    recipe_file: Path, output: Path | None, stages: tuple[str, ...]
+    recipe_file: Path, output: Path | None, stages: tuple[str, ...], register: str | None = None
 ) -> Mapping[str, Any]:
     from moesaic.orchestrator.run import run_recipe
 
-    return run_recipe(recipe_file, output, stages)
+    return run_recipe(recipe_file, output, stages, register)
 
 
 @app.command()
 def run(
-    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+    recipe: RecipeFile,
+    output: Output = None,
+    register: Register = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """All stages: calibrate, measure, search, evaluate, assemble, report."""
 
     def work() -> Mapping[str, Any]:
-        result = _run_stages(recipe, output, ("evaluate", "assemble", "report"))
-        stderr.print(score_table(result["scores"]))
+        result = _run_stages(recipe, output, ("evaluate", "assemble", "report"), register)
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
         _print_places(result)
         return result
 
@@ -151,6 +159,7 @@ def tune(
     resume: Annotated[
         bool, typer.Option(help="Go on with a study that is there, or refuse to.")
     ] = True,
+    register: Register = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -161,7 +170,7 @@ def tune(
         from moesaic.orchestrator.tune import StudyOptions
 
         options = StudyOptions(trials, timeout, jobs, storage, resume)
-        result = tune_recipe(recipe, output, options)
+        result = tune_recipe(recipe, output, options, register)
         stderr.print(score_table(result["scores"]))
         _print_places(result)
         stderr.print(f"study       optuna-dashboard {result['study']['journal']}", markup=False)
@@ -203,7 +212,8 @@ def scores(
 def _print_places(result: Mapping[str, Any]) -> None:
     """Where to look at what a run has left."""
     folder = Path(result["output"])
-    stderr.print(f"checkpoint  {folder / 'model'}", markup=False)
+    for model in result.get("models", {"plan": folder / "model"}).values():
+        stderr.print(f"checkpoint  {model}", markup=False)
     stderr.print(f"report      {folder / 'report.html'}", markup=False)
     stderr.print(f"MLflow      mlflow ui --backend-store-uri {result['tracking_uri']}")
 
@@ -248,7 +258,7 @@ def evaluate(
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate",))
-        stderr.print(score_table(result["scores"]))
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
         return result
 
     _answer(work, as_json, debug)
@@ -328,9 +338,13 @@ def show(
         from moesaic.orchestrator.listing import read_run
 
         result = read_run(run_folder)
-        stderr.print(score_table(result["scores"]))
-        for text, count in result["choices"].items():
-            stderr.print(f"{count:5d} × {text}", markup=False)
+        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
+        for name in result.get("plans", [""]):
+            if name:
+                stderr.print(name, markup=False, style="bold")
+            counts = result["choices"][name] if name else result["choices"]
+            for text, count in counts.items():
+                stderr.print(f"{count:5d} × {text}", markup=False)
         return result
 
     _answer(work, as_json, debug)

@@ -117,9 +117,16 @@ class View:
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+def score_table(
+    scores: Mapping[str, Mapping[str, Any]], searched: Iterable[str] = ("plan",)
+) -> Table:
     """Dense, baselines and plan: bytes, bits per weight, what they were judged by; and the KL
-    before routers learnt, where some did."""
+    before routers learnt, where some did.
+
+    Args:
+        searched: names of plans that are no baselines.
+    """
+    ours = set(searched)
     table = Table(title=None)
     first = next(iter(scores.values()), None)
     figures = (LANGUAGE if first is None else yardstick_of(first)).everything
@@ -137,6 +144,6 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{score['bits_per_weight']:.3f}",
             *(figure.text(score[figure.key]) for figure in figures),
             *([kl.text(before[kl.key]) if before else ""] if trained else []),
-            style="bold" if name == "plan" else None,
+            style="bold" if name in ours else None,
         )
     return table

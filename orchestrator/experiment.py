@@ -4,11 +4,12 @@ Nothing is computed here beyond reading headers and drawing tokens; whatever can
 recipe is found out before any work starts.
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.offers import Offering
 from moesaic.orchestrator.pool import has_16_bit_products, processor_only
-from moesaic.orchestrator.recipe import Recipe, Texts
+from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.score_features import features_key
 from moesaic.orchestrator.shaping import Shaping
@@ -137,20 +138,37 @@ class Experiment:
         self.units = [unit for unit in model.units() if not recipe.kept(unit.name)]
         self.shaping = Shaping(model, self.units, recipe.serve)
         mistakes.attempt(self._check_keep)
-        offers = budget = None
+        offers = budgets = None
         offering = Offering(recipe, model, self.shaping)
         if self.units:
             offers = mistakes.attempt(offering.offers)
         self.unloadable: Mapping[str, int] = offering.unloadable
         if offers is not None:
             self.offers = offers
-            budget = mistakes.attempt(self._budget)
+            budgets = mistakes.attempt(self._budgets)
         mistakes.attempt(lambda: self.pooling)
         mistakes.attempt(lambda: self.calibration)
         mistakes.attempt(lambda: self.evaluation)
-        if mistakes.found or store is None or budget is None:
+        if mistakes.found or store is None or budgets is None:
             raise mistakes.error()
-        self.store, self.budget = store, budget
+        self.store, self.budgets = store, budgets
+
+    def under(self, recipe: Recipe, output: Path) -> "Experiment":
+        """The same for one budget of the list; everything that is known already stays known.
+
+        Args:
+            recipe: as :meth:`Recipe.of_budgets` makes them.
+        """
+        found = copy.copy(self)
+        found.recipe, found.output = recipe, output
+        found.budgets = found._budgets()
+        return found
+
+    @property
+    def budget(self) -> Budget:
+        """The limit, where there is only one."""
+        (budget,) = self.budgets.values()
+        return budget
 
     def _open(self) -> StreamedModel:
         return self._streamed(Checkpoint(self.folder))
@@ -409,26 +427,44 @@ class Experiment:
             return size + dense if prefix else self.dense_bytes(unit)
         return size + chains.predict_bytes(shapes, dtype, rest)
 
-    def _budget(self) -> Budget:
-        wanted, size = self.recipe.budget, self.size
+    def _budgets(self) -> dict[str, Budget]:
+        """The limits by their names.
+
+        Raises:
+            RecipeError: naming every one that cannot be.
+        """
+        mistakes, found = Mistakes(), {}
+        several = self.recipe.budget.several
+        for label, wanted in self.recipe.budget.each.items():
+            where = f"budget {label}" if several else "budget"
+            limit = mistakes.attempt(partial(self._budget, wanted, where))
+            if limit is not None:
+                found[label] = limit
+        if mistakes.found:
+            raise mistakes.error()
+        return found
+
+    def _budget(self, wanted: BudgetSection, where: str) -> Budget:
+        size = self.size
         if wanted.bytes is not None:
             total = wanted.bytes
         else:
-            assert wanted.bits_per_weight is not None
+            assert isinstance(wanted.bits_per_weight, float)
             # Rounded first: a product that is a whole number may come out a hair below it.
             total = size.fixed_bytes + int(round(wanted.bits_per_weight * size.weights / 8, 3))
+        assert isinstance(total, int)
         if total < size.smallest_bytes:
             bits = (size.smallest_bytes - size.fixed_bytes) * 8 / size.weights
             bits = math.ceil(bits * 1000) / 1000  # rounded down it would be refused again
             raise RecipeError(
-                f"budget: {total:,} bytes are too few: the smallest plan that these candidates"
+                f"{where}: {total:,} bytes are too few: the smallest plan that these candidates"
                 f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight;"
                 f" serve: {self.recipe.serve}, search: {self.recipe.search});"
                 f" {size.fixed_bytes:,} of them are parts that are not compressed"
             )
         if total >= size.dense_bytes and self.cut is None:
             raise RecipeError(
-                f"budget: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
+                f"{where}: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
                 " there is nothing to compress, give less"
             )
         return Budget(total_bytes=total, fixed_bytes=size.fixed_bytes)

@@ -193,11 +193,13 @@ def _bytes(experiment: Experiment) -> dict[str, Any]:
         )
 
     dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+    limits = {name: entry(budget.total_bytes) for name, budget in experiment.budgets.items()}
+    several = experiment.recipe.budget.several
     return {
         "fixed": size.fixed_bytes,
         "weights": size.weights,
         "dense": {"bytes": size.dense_bytes, "bits_per_weight": dense * 8 / size.weights},
-        "budget": entry(experiment.budget.total_bytes),
+        **({"budgets": limits} if several else {"budget": next(iter(limits.values()))}),
         "smallest": entry(size.smallest_bytes),
         "baselines": {
             name: {"choice": chain_text(chain), **entry(uniform(chain))}
@@ -375,11 +377,12 @@ def _bytes_table(sizes: Mapping[str, Any]) -> Table:
     rows = {
         "dense": sizes["dense"],
         **{f"baseline {name}": entry for name, entry in sizes["baselines"].items()},
-        "budget": sizes["budget"],
+        **{f"budget {name}": entry for name, entry in sizes.get("budgets", {}).items()},
+        **({"budget": sizes["budget"]} if "budget" in sizes else {}),
         "smallest plan": sizes["smallest"],
     }
     for name, entry in rows.items():
-        style = "bold" if name == "budget" else None
+        style = "bold" if name.startswith("budget") else None
         bits = f"{entry['bits_per_weight']:.3f}"
         table.add_row(name, f"{entry['bytes']:,}", bits, style=style)
     table.add_row("of which not compressed", f"{sizes['fixed']:,}", "")

@@ -1,6 +1,7 @@
 """What there is: plug-ins by kind, and the results of a finished run."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,43 @@ def listing(kind: str) -> dict[str, str]:
 def read_run(folder: Path) -> dict[str, Any]:
     """``scores``, ``plan`` and how often each choice was taken (``choices``).
 
+    Of a run with several budgets ``plans`` and ``choices`` are by budget.
+
     Raises:
         UserError: the folder holds no finished run.
     """
+    single = os.path.exists(folder / "plan.json")  # False of a path that is too long, too
+    scores = None if single or not os.path.isdir(folder) else _read(folder / "scores.json")
+    if isinstance(scores, dict):
+        plans = {
+            name: _read(folder / name / "plan.json")
+            for name in scores
+            if os.path.exists(folder / name / "plan.json")
+        }
+        if plans:
+            _check_scores(scores, folder / "scores.json")
+            choices = {
+                name: _choices(plan, folder / name / "plan.json") for name, plan in plans.items()
+            }
+            return {"scores": scores, "plans": plans, "choices": choices}
     plan, scores = (_read(folder / name) for name in ("plan.json", "scores.json"))
+    _check_scores(scores, folder / "scores.json")
+    return {"scores": scores, "plan": plan, "choices": _choices(plan, folder / "plan.json")}
+
+
+def _choices(plan: Any, file: Path) -> dict[str, int]:
+    """Chain → how many units take it, the most frequent first."""
+    found: dict[str, int] = {}
     try:
-        choices: dict[str, int] = {}
         for specs in plan["units"].values():
             chain = tuple(Spec.of(spec["method"], spec["options"]) for spec in specs)
-            choices[chain_text(chain)] = choices.get(chain_text(chain), 0) + 1
+            found[chain_text(chain)] = found.get(chain_text(chain), 0) + 1
     except (UnknownName, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(folder / "plan.json", error) from None
+        raise _damaged(file, error) from None
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _check_scores(scores: Any, file: Path) -> None:
     try:
         for score in scores.values():
             figures = yardstick_of(score).everything
@@ -101,9 +128,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 if not isinstance(figure, int | float):
                     raise TypeError(f"{name} is {figure!r:.60}")
     except (LookupError, TypeError, AttributeError) as error:
-        raise _damaged(folder / "scores.json", error) from None
-    ordered = dict(sorted(choices.items(), key=lambda item: -item[1]))
-    return {"scores": scores, "plan": plan, "choices": ordered}
+        raise _damaged(file, error) from None
 
 
 def _read(file: Path) -> Any:

@@ -273,8 +273,9 @@ def _compiled(sizes: Sizes, stage: str) -> int:
     if stage != "calibrate" and walk.gradients:
         count += 4 * shapes(sizes.length, walk.gradients * walk.shards // sizes.crew.workers)
     if stage == "evaluate":
-        texts, plans = sizes.experiment.recipe.evaluation, len(sizes.experiment.recipe.baselines)
-        runs = math.ceil(texts.sequences / texts.batch / sizes.crew.workers) * (plans + 2)
+        recipe = sizes.experiment.recipe
+        texts, plans = recipe.evaluation, len(recipe.baselines) + len(recipe.budget.each)
+        runs = math.ceil(texts.sequences / texts.batch / sizes.crew.workers) * (plans + 1)
         count += 2 * shapes(min(texts.batch, texts.sequences) * texts.length, runs)
     capacity = int(WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
     return _COMPILED_BYTES * min(count, capacity)

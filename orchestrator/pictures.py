@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from moesaic.orchestrator.front_pictures import Evaluated, bytes_and_loss
 from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary, module_names
 
@@ -146,69 +147,17 @@ def part_bytes(summary: RunSummary) -> Figure:
 
 
 def loss_and_bytes(summary: RunSummary) -> Figure:
-    """Measured loss against bytes for plan and baselines, each point with its name.
-
-    What has no number (it was infinite) is left out.
-    """
+    """Measured loss against bytes for plan and baselines, over the predicted front."""
     loss = summary.yardstick.loss
-    points = [
-        (name, summary.scores[name]["bytes"], summary.scores[name][loss.key])
+    evaluated = [
+        Evaluated(name, summary.scores[name]["bytes"], summary.scores[name][loss.key], ours)
         for name in summary.plans
-        if name in summary.scores and summary.scores[name][loss.key] is not None
+        for ours in [name == "plan"]
+        if name in summary.scores
     ]
-    largest = max([size for _, size, _ in points], default=summary.budget_bytes)
-    scale, unit = byte_scale(largest)
-    figure = Figure(figsize=(7, 4.2))
-    axes = figure.add_subplot()
-    for number, (name, size, lost) in enumerate(points):
-        ours = name == "plan"
-        axes.scatter(
-            size / scale,
-            lost,
-            s=130 if ours else 55,
-            marker="*" if ours else _MARKERS[number % len(_MARKERS)],
-            color=_PLAN if ours else _BASELINES[number % len(_BASELINES)],
-            zorder=3,
-        )
-    budget = summary.budget_bytes / scale
-    axes.axvline(budget, color="#202124", linestyle=(0, (4, 3)), linewidth=1)
-    losses = [lost for _, _, lost in points if lost > 0]
-    if losses and min(losses) == min(lost for _, _, lost in points) < max(losses) / 8:
-        axes.set_yscale("log")
-        axes.set_ylim(min(losses) / 1.6, max(losses) * 1.6)
-    else:
-        axes.set_ylim(0, max([*losses, 1e-9]) * 1.18)
-    sizes = [size / scale for _, size, _ in points] + [budget]
-    space = max(max(sizes) - min(sizes), 0.04 * max(sizes))
-    axes.set_xlim(min(sizes) - 0.12 * space, max(sizes) + 0.38 * space)
-    axes.set_xlabel(f"bytes of the checkpoint ({unit}); dashed: budget")
-    axes.set_ylabel(loss.about)
-    axes.set_title("Measured loss against bytes, held-out text")
-    axes.grid()
-    _labels(figure, axes, [(name, size / scale, lost) for name, size, lost in points])
-    return figure
-
-
-def _labels(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names to the right of points, pushed up where they would overlap."""
-    figure.canvas.draw()
-    line = 15 * figure.dpi / 100  # pixels
-    lowest = -np.inf
-    for name, x, y in sorted(points, key=lambda point: point[2]):
-        across, up = axes.transData.transform((x, y))
-        at = max(up, lowest + line)
-        lowest = at
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(14 * 100 / 72, (at - up) * 72 / figure.dpi),
-            textcoords="offset points",
-            va="center",
-            weight="bold" if name == "plan" else "normal",
-            bbox=BEHIND,
-            zorder=4,
-            arrowprops={"arrowstyle": "-", "color": "#9aa0a6", "linewidth": 0.7, "shrinkB": 5},
-        )
+    largest = max([point.bytes for point in evaluated], default=summary.budget_bytes)
+    predicted = summary.predicted if summary.loss_is_predicted else ()
+    return bytes_and_loss(evaluated, predicted, [summary.budget_bytes], loss, *byte_scale(largest))
 
 
 def block_losses(summary: RunSummary) -> Figure:

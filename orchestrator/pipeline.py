@@ -5,8 +5,11 @@ OUTPUT/measurements.parquet  every unit under every candidate
 OUTPUT/plan.json             unit → list of specs, bytes, budget
 OUTPUT/refine.json           how the plan was refined, where it was
 OUTPUT/scores.json           dense model, baselines and plan on held-out text
+OUTPUT/front.json            bytes against predicted loss, and the plans that there are
 OUTPUT/model/                the checkpoint
 OUTPUT/report.html           all of it to look at, pictures beside it
+
+Where the recipe has a list of budgets, see :mod:`moesaic.orchestrator.budgets`.
 """
 
 import json
@@ -22,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
-from moesaic.orchestrator import finalists, results, stages
+from moesaic.orchestrator import finalists, fronts, results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
@@ -31,11 +34,12 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_layers import expert_layers
+from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
-from moesaic.orchestrator.recipe import portable
+from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.orchestrator.refine import Refining
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.report import write_report
@@ -43,26 +47,21 @@ from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
-from moesaic.orchestrator.store import write_atomically, write_text
+from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verify import VerifierProcess
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Infeasible, Measurement, Plan, Problem
+from moesaic.search.front import Front
 
 # Tokens that the written folder is compared on.
 _VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
 # A budget in bytes may stay unused by this share, and is searched again so often at most.
 _SPARE, _REFINEMENTS = 0.001, 6
 # Added to the name of a plan for its scores before the routers learnt.
-_BEFORE = " before router calibration"
+BEFORE = " before router calibration"
 # What a sliced model is called that is compressed no further.
 _SLICED = "sliced"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, the same bytes for the same value."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_text(path, text)
 
 
 def _row(found: Measurement, unit: Unit, weights: int, predicted: str) -> dict[str, Any]:
@@ -95,13 +94,19 @@ class Pipeline:
         self.trained: dict[str, Trained | None] = {}
         self.finalists: dict[str, float] = {}
         self.refinement: Refinement | None = None
-        recipe = experiment.recipe.to_yaml()
-        write_text(self.output / "recipe.yaml", recipe)
-        for reason, count in experiment.unloadable.items():
-            view.line(f"not offered on {count} unit(s): {reason}")
+        write_text(self.output / "recipe.yaml", experiment.recipe.to_yaml())
+
+    def under(self, recipe: Recipe, output: Path) -> "Pipeline":
+        """The same for one budget of the list, once everything is measured."""
+        other = Pipeline(self.experiment.under(recipe, output), self.pool, self.view)
+        other.table, other.front = self.table, self.front
+        return other
 
     def slice(self) -> None:
-        """The narrower model that all other stages start from, where the recipe asks for one."""
+        """The narrower model that all other stages start from, where the recipe asks for one; and
+        what is not offered."""
+        for reason, count in self.experiment.unloadable.items():
+            self.view.line(f"not offered on {count} unit(s): {reason}")
         cut, model = self.experiment.cut, self.experiment.model
         if cut is None:
             return
@@ -267,7 +272,37 @@ class Pipeline:
         if self.refinement is not None:
             document["refined"] = self.refinement.in_plan()
         write_json(self.output / "plan.json", document)
+        self._write_front({})
         return document
+
+    @cached_property
+    def front(self) -> Front | None:
+        """The predicted front of all budgets."""
+        return fronts.front_of(self.experiment, self.table)
+
+    @cached_property
+    def predicted_points(self) -> list[FrontPoint]:
+        """Some of it, in bytes of files that hold as much around their units as the plan's."""
+        around = self.plans["plan"].bytes - self._unit_bytes("plan")
+        return fronts.predicted_points(self.front, around, self.experiment.size.weights)
+
+    @property
+    def predicted_loss(self) -> str:
+        """What the sums that a search makes small are called."""
+        scored = all(m.score is not None for m in self.table.measurements)
+        yardstick = self.experiment.model.family.yardstick
+        return yardstick.predicted if scored else "relative_error"
+
+    def _write_front(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
+        fronts.write_front(
+            self.output / fronts.FRONT,
+            self.predicted_points,
+            self.plans,
+            {name: self.bits_per_weight(name) for name in self.plans},
+            scores,
+            self.experiment.model.family.yardstick.loss.key,
+            self.predicted_loss,
+        )
 
     def propagate(self) -> None:
         """With ``propagate``, every plan solved again on its own compressed predecessors."""
@@ -299,13 +334,13 @@ class Pipeline:
         training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
         return training.run()
 
-    def _judged(self) -> dict[str, dict[str, str]]:
+    def judged(self) -> dict[str, dict[str, str]]:
         """All plans as they are evaluated, and those whose routers learnt as they were before."""
         judged = {name: self.pieces(name) for name in self.plans}
         if self.experiment.cut is not None and self.experiment.recipe.candidates:
             judged = {_SLICED: {}, **judged}
         before = {
-            f"{name}{_BEFORE}": self._untrained(name)
+            f"{name}{BEFORE}": self._untrained(name)
             for name, trained in self.trained.items()
             if trained is not None
         }
@@ -350,9 +385,13 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
-        found = stages.evaluated(self.experiment, self.pool, self.view, self._judged())
+        return self.scored(stages.evaluated(self.experiment, self.pool, self.view, self.judged()))
+
+    def scored(self, found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Writes what an evaluation of :meth:`judged` gave, with sizes."""
         scores = self._sized(found)
         write_json(self.output / "scores.json", scores)
+        self._write_front(scores)
         return scores
 
     def _sized(self, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -365,12 +404,12 @@ class Pipeline:
                 **score,
             }
             for name, score in scores.items()
-            if not name.endswith(_BEFORE)
+            if not name.endswith(BEFORE)
         }
         for name, score in scores.items():
-            if name.endswith(_BEFORE):
+            if name.endswith(BEFORE):
                 figures = {key: score[key] for key in ("perplexity", "kl", "accuracy")}
-                sized[name.removesuffix(_BEFORE)]["before_router_calibration"] = figures
+                sized[name.removesuffix(BEFORE)]["before_router_calibration"] = figures
         return sized
 
     def assemble(self, scores: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -386,7 +425,7 @@ class Pipeline:
         folder = self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         if scores is None:
-            scores = self._sized(stages.known_scores(experiment, self._judged()) or {})
+            scores = self._sized(stages.known_scores(experiment, self.judged()) or {})
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
         with VerifierProcess() as verifier:
@@ -453,6 +492,7 @@ class Pipeline:
             stage_seconds=self.view.seconds,
             yardstick=experiment.model.family.yardstick,
             refinement=self.refinement,
+            predicted=self.predicted_points,
         )
 
     def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:

@@ -15,7 +15,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -118,7 +120,8 @@ def _writable(text: str) -> str:
 Text = Annotated[str, Field(max_length=_PATH_CHARACTERS), AfterValidator(_writable)]
 
 
-def _model_name(name: str) -> str:
+def model_name(name: str) -> str:
+    """A name that MLflow's registry takes; raises ValueError for another one."""
     if not name.strip() or set(name) & set("/:'"):
         raise ValueError(f"{name!r} is no name for a model (not empty, no / : ')")
     return name
@@ -134,17 +137,72 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BudgetSection(Section):
-    """A limit for the checkpoint: bytes of all tensors, or stored bits per compressible weight."""
+# What a key may be that takes one value or a list: how mistakes in it are told apart.
+_ONE, _LIST = "one value", "list of values"
 
-    bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
-    bits_per_weight: float | None = Field(default=None, gt=0, le=32)
+
+def _one_or_list(value: Any) -> str:
+    return _LIST if isinstance(value, list | tuple) else _ONE
+
+
+_Size = Annotated[int, BeforeValidator(parse_bytes)]
+_Bits = Annotated[float, Field(gt=0, le=32)]
+
+
+class BudgetSection(Section):
+    """A limit for the checkpoint: bytes of all tensors, or stored bits per compressible weight.
+
+    A list of several makes a plan for each of them.
+    """
+
+    bytes: (
+        Annotated[
+            Annotated[_Size, Tag(_ONE)] | Annotated[tuple[_Size, ...], Tag(_LIST)],
+            Discriminator(_one_or_list),
+        ]
+        | None
+    ) = None
+    bits_per_weight: (
+        Annotated[
+            Annotated[_Bits, Tag(_ONE)] | Annotated[tuple[_Bits, ...], Tag(_LIST)],
+            Discriminator(_one_or_list),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _one(self) -> "BudgetSection":
         if (self.bytes is None) == (self.bits_per_weight is None):
             raise ValueError("give either bytes or bits_per_weight")
+        if self.several and len(set(self._values)) < max(len(self._values), 1):
+            raise ValueError("a list holds at least one budget, and none of them twice")
         return self
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        value = self.bytes if self.bytes is not None else self.bits_per_weight
+        assert value is not None, "checked when it was made"
+        return value if isinstance(value, tuple) else (value,)
+
+    @property
+    def several(self) -> bool:
+        """Whether it is a list."""
+        return isinstance(self.bytes, tuple) or isinstance(self.bits_per_weight, tuple)
+
+    @property
+    def each(self) -> dict[str, "BudgetSection"]:
+        """The budgets one by one, by a name that a folder can have: ``2.5bpw``, ``1.1MB``."""
+        if self.bits_per_weight is not None:
+            return {f"{v:g}bpw": BudgetSection(bits_per_weight=v) for v in self._values}
+        return {_size_name(int(v)): BudgetSection(bytes=int(v)) for v in self._values}
+
+
+def _size_name(size: int) -> str:
+    """``1.1MB``: exact, whatever the size."""
+    power = min((len(str(size)) - 1) // 3, 4)
+    whole, rest = divmod(size, 1000**power)
+    digits = f"{rest:0{3 * power}d}".rstrip("0") if power else ""
+    return f"{whole}{'.' if digits else ''}{digits}{['B', 'kB', 'MB', 'GB', 'TB'][power]}"
 
 
 class Source(Section):
@@ -218,7 +276,7 @@ class Tracking(Section):
 
     uri: Text | None = None
     experiment: Text = "moesaic"
-    register_as: Annotated[Text, AfterValidator(_model_name)] | None = None
+    register_as: Annotated[Text, AfterValidator(model_name)] | None = None
 
 
 def _sampler(name: str) -> str:
@@ -235,11 +293,20 @@ def _groups(groups: dict[str, str]) -> dict[str, str]:
     return groups
 
 
+def _constraints(value: Any) -> Any:
+    """Sizes may be written as such."""
+    if isinstance(value, dict) and "bytes" in value:
+        return {**value, "bytes": parse_bytes(value["bytes"])}
+    return value
+
+
 class Tune(Section):
     """What ``moesaic tune`` explores.
 
     Attributes:
-        objectives: what is to be small; with ``bytes`` the budget is a knob, too.
+        objectives: what is to be small; with ``bytes`` the budget is a knob, too. ``latency`` is
+            measured, in milliseconds per token.
+        constraints: figure → the most that it may be: ``kl``, ``bytes`` or ``latency``.
         sampler: one of :mod:`moesaic.search.samplers`.
         seed: of the sampler.
         sequences: of the calibration text that a trial is judged on, at most.
@@ -248,7 +315,11 @@ class Tune(Section):
         knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it.
     """
 
-    objectives: list[Literal["kl", "bytes"]] = Field(default=["kl"], min_length=1)
+    objectives: list[Literal["kl", "bytes", "latency"]] = Field(default=["kl"], min_length=1)
+    constraints: Annotated[
+        dict[Literal["kl", "bytes", "latency"], Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+        BeforeValidator(_constraints),
+    ] = {}
     sampler: Annotated[str, AfterValidator(_sampler)] = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**31)
     sequences: int = Field(default=64, ge=1, le=10**6)
@@ -259,11 +330,25 @@ class Tune(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Tune":
         if len(set(self.objectives)) < len(self.objectives) or "kl" not in self.objectives:
-            raise ValueError("objectives are kl alone, or kl and bytes")
-        reason = refusal(self.sampler, len(self.objectives))
+            raise ValueError("objectives are kl alone, or kl and bytes, latency or both")
+        reason = refusal(self.sampler, len(self.objectives), len(self.constraints))
         if reason is not None:
             raise ValueError(reason)
+        if "bytes" in self.constraints and "bytes" not in self.objectives:
+            raise ValueError(
+                "constraints.bytes: the budget is the limit: change it, or make bytes an objective"
+            )
+        if "kl" in self.constraints and len(self.objectives) == 1:
+            raise ValueError(
+                "constraints.kl: kl is the only objective, and made as small as can be: add bytes"
+                " or latency to the objectives"
+            )
         return self
+
+    @property
+    def timed(self) -> bool:
+        """Whether plans are timed."""
+        return "latency" in self.objectives or "latency" in self.constraints
 
 
 def _refiners(value: Any) -> Any:
@@ -447,6 +532,30 @@ class Recipe(Section):
             raise ValueError("needs a list with at least one candidate")
         return candidates
 
+    @field_validator("baselines")
+    @classmethod
+    def _apart_from_budgets(
+        cls, baselines: dict[str, Chain], known: ValidationInfo
+    ) -> dict[str, Chain]:
+        budget = known.data.get("budget")
+        taken = set(baselines) & set(budget.each if budget is not None and budget.several else ())
+        if taken:
+            raise ValueError(f"{min(taken)!r} is no name for a baseline: a budget is called so")
+        return baselines
+
+    def of_budgets(self, store: Path) -> dict[str, "Recipe"]:
+        """One recipe for each budget of the list, by the budget's name.
+
+        Args:
+            store: of all of them, whatever folders they are run into.
+        """
+        return {
+            label: self.model_copy(
+                update={"name": f"{self.name}-{label}", "budget": budget, "store": str(store)}
+            )
+            for label, budget in self.budget.each.items()
+        }
+
     def chains(self) -> list[Chain]:
         """Candidates and baselines: everything that is measured."""
         return list(dict.fromkeys([*self.candidates, *self.baselines.values()]))
@@ -479,7 +588,7 @@ def _entry(chain: Chain) -> Any:
 def _describe(error: ValidationError) -> Iterator[str]:
     """A line for each mistake: key, what is allowed."""
     for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
+        location = [str(part) for part in problem["loc"] if part not in (_ONE, _LIST)]
         key = ".".join(location) or "the recipe"
         shown = _shown(problem["input"])
         if problem["type"] == "extra_forbidden":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moesaic.methods.base import Event
 from moesaic.orchestrator.expert_pictures import draw_experts
@@ -16,7 +16,8 @@ from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.study_pictures import draw_study
 from moesaic.orchestrator.summary import RunSummary
 
-_TEMPLATE = Path(__file__).parent / "report.html.j2"
+_FOLDER = Path(__file__).parent
+_TEMPLATE = "report.html.j2"
 # Messages shown of every kind of event.
 _MESSAGES = 8
 
@@ -28,6 +29,11 @@ _CAPTIONS = {
     "block_losses": "What the search predicted for the units of each block, summed.",
     "expert_load": "Tokens of the calibration text that the router sent to each expert.",
 }
+# What that picture has besides, where losses are predicted.
+PREDICTED = (
+    " Marks were evaluated. The thin line is what the measurements predict: each of its points is a"
+    " plan that a budget of that size would get, none of them was run."
+)
 
 
 def bytes_text(size: float) -> str:
@@ -84,14 +90,10 @@ def render(
         study: those of a study, name → PNG and caption.
         refinement: those of refining the plan, name → PNG and caption.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {
-        "bytes_text": bytes_text,
-        "number": number_text,
-        "seconds": seconds_text,
-    }
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    curve = bool(summary.predicted) and summary.loss_is_predicted
+    more = {"loss_and_bytes": PREDICTED} if curve else {}
+    return page(
+        _TEMPLATE,
         run=summary,
         plan_bytes=summary.scores.get("plan", {}).get("bytes", summary.plan.bytes),
         rows=summary.table.to_dict("records"),
@@ -101,17 +103,34 @@ def render(
         sources=_sources(summary),
         events=_events(summary),
         pictures=[
-            (name, _inline(path), shown_width(path), _CAPTIONS[name])
+            (name, _inline(path), shown_width(path), _CAPTIONS[name] + more.get(name, ""))
             for name, path in pictures.items()
         ],
-        expert_pictures=_captioned(experts),
-        study_pictures=_captioned(study or {}),
-        refinement_pictures=_captioned(refinement or {}),
+        expert_pictures=captioned(experts),
+        study_pictures=captioned(study or {}),
+        refinement_pictures=captioned(refinement or {}),
         compared=any(layer.similarity is not None for layer in summary.experts),
     )
 
 
-def _captioned(pictures: Mapping[str, tuple[Path, str]]) -> list[tuple[str, str, int, str]]:
+def page(template: str, **values: Any) -> str:
+    """The HTML that a template of this folder makes of some values."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "bytes_text": bytes_text,
+        "number": number_text,
+        "seconds": seconds_text,
+    }
+    return environment.get_template(template).render(**values)
+
+
+def captioned(pictures: Mapping[str, tuple[Path, str]]) -> list[tuple[str, str, int, str]]:
+    """(name, picture as URL, width, caption) of PNGs with their captions, as templates want it."""
     return [
         (name, _inline(path), shown_width(path), caption)
         for name, (path, caption) in pictures.items()

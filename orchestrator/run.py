@@ -13,16 +13,18 @@ import pandas as pd
 
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator import propagate
+from moesaic.orchestrator.budgets import Budgets, folders
 from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.forecast import forecast
+from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe
+from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
 from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.score_table import (
     SCORE_FILES,
@@ -37,7 +39,14 @@ from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
 # What a run leaves besides the checkpoint; see pipeline.py.
-_FILES = ("recipe.yaml", "plan.json", "scores.json", "measurements.parquet", "report.html")
+_FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "scores.json",
+    FRONT,
+    "measurements.parquet",
+    "report.html",
+)
 _REFINED = "refine.json"
 
 
@@ -99,18 +108,24 @@ def _ready(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) -> Mapping[str, Any]:
+def run_recipe(
+    recipe_file: Path,
+    output: Path | None,
+    stages: Sequence[str],
+    register: str | None = None,
+) -> Mapping[str, Any]:
     """Runs stages and what they need; with ``report`` among them, MLflow keeps the record.
 
     Args:
         stages: of ``calibrate``, ``measure``, ``search``, ``evaluate``, ``assemble``, ``report``
             (which needs the two before it).
+        register: name in the registry, instead of the recipe's ``tracking.register_as``.
 
     Returns:
         what ``--json`` prints.
     """
     started = time.monotonic()
-    recipe = load_recipe(recipe_file)
+    recipe = _registered(load_recipe(recipe_file), register)
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     if "report" in stages:
@@ -121,8 +136,11 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
             _pipeline(recipe, folder) as pipeline,
         ):
             result["tracking_uri"] = tracker.uri
-            _run(pipeline, stages, result)
-            _track(tracker, pipeline, result)
+            budgets = _run(pipeline, stages, result)
+            if budgets is None:
+                _track(tracker, pipeline, result)
+            else:
+                budgets.track(tracker, result)
     else:
         with _naming(recipe_file), _pipeline(recipe, folder) as pipeline:
             _run(pipeline, stages, result)
@@ -130,14 +148,31 @@ def run_recipe(recipe_file: Path, output: Path | None, stages: Sequence[str]) ->
     return result
 
 
-def tune_recipe(recipe_file: Path, output: Path | None, options: StudyOptions) -> dict[str, Any]:
+def _registered(recipe: Recipe, name: str | None) -> Recipe:
+    """The recipe with another name for its checkpoint in the registry."""
+    if name is None:
+        return recipe
+    try:
+        model_name(name)
+    except ValueError as error:
+        raise UserError(f"--register: {error}") from None
+    tracking = recipe.tracking.model_copy(update={"register_as": name})
+    return recipe.model_copy(update={"tracking": tracking})
+
+
+def tune_recipe(
+    recipe_file: Path, output: Path | None, options: StudyOptions, register: str | None = None
+) -> dict[str, Any]:
     """All stages of a recipe, the search being a study (see :mod:`moesaic.orchestrator.tune`).
+
+    Args:
+        register: name in the registry, instead of the recipe's ``tracking.register_as``.
 
     Returns:
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
     started = time.monotonic()
-    recipe = load_recipe(recipe_file)
+    recipe = _registered(load_recipe(recipe_file), register)
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
@@ -205,22 +240,45 @@ def _pipeline(
         yield make(experiment, pool, view)
 
 
-def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> None:
-    """The stages; what there is to tell goes into ``result``."""
+def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> Budgets | None:
+    """The stages; what there is to tell goes into ``result``.
+
+    Returns:
+        the plans of the recipe's budgets, where it has a list of them.
+    """
     pipeline.slice()
     if tuple(stages) == ("calibrate",):
         pipeline.calibrate()
     else:
         pipeline.measure()
-    if not {"calibrate", "measure"} >= set(stages):
-        plan = pipeline.search()
-        result["plan"] = {key: value for key, value in plan.items() if key != "units"}
+    if {"calibrate", "measure"} >= set(stages):
+        return None
+    if pipeline.experiment.recipe.budget.several:
+        return _run_budgets(Budgets(pipeline), stages, result)
+    result["plan"] = _without_units(pipeline.search())
     if "evaluate" in stages:
         result["scores"] = pipeline.evaluate()
     if "assemble" in stages:
         result["model"] = str(pipeline.assemble(result.get("scores")))
     if "report" in stages:
         result["report"] = str(pipeline.report(result["scores"]))
+    return None
+
+
+def _run_budgets(budgets: Budgets, stages: Sequence[str], result: dict[str, Any]) -> Budgets:
+    """As :func:`_run`, once everything is measured; plans and models by budget."""
+    result["plans"] = {label: _without_units(plan) for label, plan in budgets.search().items()}
+    if "evaluate" in stages:
+        result["scores"] = budgets.evaluate()
+    if "assemble" in stages:
+        result["models"] = budgets.assemble()
+    if "report" in stages:
+        result["report"] = str(budgets.report(result["scores"]))
+    return budgets
+
+
+def _without_units(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plan.items() if key != "units"}
 
 
 def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> None:
@@ -288,5 +346,7 @@ def collect_garbage(
             experiment = Experiment(recipe, folder.resolve())
         if experiment.store.root.resolve() != root.resolve():
             raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
-        used += [*experiment.entries(), *propagate.entries(experiment, folder / "plan.json")]
+        used += experiment.entries()
+        for place in folders(recipe, folder):
+            used += propagate.entries(experiment, place / "plan.json")
     return Store(root).gc(used, minimum_age_seconds)

@@ -26,7 +26,7 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pictures import save
-from moesaic.orchestrator.pipeline import Pipeline, write_json
+from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.score_pictures import scatter
@@ -39,7 +39,7 @@ from moesaic.orchestrator.scoring import (
     plan_losses,
     swap_losses,
 )
-from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.store import write_atomically, write_json
 from moesaic.search.base import Plan, Problem
 from moesaic.search.emq import Evolved, Observed, evolve, rank_correlations
 from moesaic.search.features import FEATURES, SWAPS, Floats, Pairs, Rule

@@ -174,6 +174,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: _fill(temporary, text))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, the same bytes for the same value."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A finished piece: where it lies and what its seal says of it."""

@@ -71,6 +71,7 @@ class Told:
         kl: nats per token, on as much text as it saw; None for a failed one.
         attributes: what else was noted: ``bytes``, ``seconds``, ``plan``, ``reason`` …
         steps: sequences seen → KL so far.
+        feasible: whether it keeps to all constraints.
     """
 
     number: int
@@ -79,6 +80,19 @@ class Told:
     kl: float | None
     attributes: Mapping[str, Any]
     steps: Mapping[int, float]
+    feasible: bool = True
+
+    @property
+    def counts(self) -> bool:
+        """Whether it may be the best: it is complete, within the budget and the constraints."""
+        return self.state == "complete" and self.feasible and bool(self.attributes["fits"])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What objectives and constraints may be about, of a complete trial."""
+        names = ("bytes", "latency")
+        found = {name: float(self.attributes[name]) for name in names if name in self.attributes}
+        return found if self.kl is None else {"kl": self.kl, **found}
 
 
 class Study:
@@ -88,7 +102,7 @@ class Study:
         journal: its file, made if it is not there.
         name: of the study in the file.
         knobs: what is varied.
-        objectives: ``kl`` or ``kl`` and ``bytes``, in the order of a trial's values.
+        objectives: ``kl`` and others, in the order of a trial's values.
         sampler, seed: which one, and what it starts from.
         made_of: what the losses depend on; one that went on with something else would compare what
             cannot be compared.
@@ -230,8 +244,17 @@ class Study:
         asked.trial.report(kl, sequences)
         return asked.start is None and bool(asked.trial.should_prune())
 
-    def tell(self, asked: Asked, values: Mapping[str, float]) -> None:
-        """A trial that is done; objective → value."""
+    def tell(
+        self, asked: Asked, values: Mapping[str, float], excess: Mapping[str, float] | None = None
+    ) -> None:
+        """A trial that is done.
+
+        Args:
+            values: objective → value.
+            excess: constraint → by how much it is exceeded; 0 or less where it is kept.
+        """
+        for name, value in (excess or {}).items():
+            asked.trial.set_constraint(name, value)
         self._study.tell(asked.trial, [values[name] for name in self.objectives])
 
     def tell_pruned(self, asked: Asked) -> None:
@@ -276,10 +299,12 @@ class Study:
             kl=kl,
             attributes=notes,
             steps=dict(frozen.intermediate_values),
+            feasible=all(excess <= 0 for excess in frozen.constraints.values()),
         )
 
     def front(self) -> list[int]:
-        """Numbers of the trials that no other one beats in all objectives; the first of equals."""
+        """Numbers of the feasible trials that no other one beats in all objectives; the first of
+        equals."""
         first: dict[tuple[float, ...], int] = {}
         for trial in sorted(self._study.best_trials, key=lambda trial: int(trial.number)):
             first.setdefault(tuple(trial.values), trial.number)
@@ -308,7 +333,14 @@ class Study:
     def table(self) -> pd.DataFrame:
         """A row per trial: number, state, kl, what was noted, knobs."""
         rows = [
-            {"trial": t.number, "state": t.state, "kl": t.kl, **t.attributes, **_plain(t.values)}
+            {
+                "trial": t.number,
+                "state": t.state,
+                "kl": t.kl,
+                "feasible": t.feasible if t.state == "complete" else None,
+                **t.attributes,
+                **_plain(t.values),
+            }
             for t in self.told()
         ]
         return pd.DataFrame(rows)

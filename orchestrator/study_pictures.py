@@ -54,7 +54,7 @@ def history(study: StudySummary) -> Figure:
     best, at = [], []
     lowest = np.inf
     for trial in complete:
-        if trial.attributes["fits"]:
+        if trial.counts:
             lowest = min(lowest, *_losses([trial]))
         if lowest < np.inf:
             best.append(lowest)

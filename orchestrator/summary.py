@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
+from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
@@ -87,13 +88,14 @@ class StudySummary:
 
     Attributes:
         journal: its file.
-        objectives: ``kl``, or ``kl`` and ``bytes``.
+        objectives: ``kl``, and perhaps ``bytes`` and ``latency``.
         sampler: by name.
         knobs: what was varied.
         trials: all that count, in order.
-        best: number of the trial of least KL within the recipe's budget.
+        best: number of the best trial within the recipe's budget and the constraints.
         front: numbers of the trials that no other beats; empty with one objective.
         importances: knob → its share in what makes trials good, the largest first.
+        constraints: figure → the most that was allowed.
     """
 
     journal: Path
@@ -104,10 +106,15 @@ class StudySummary:
     best: int
     front: Sequence[int]
     importances: Mapping[str, float]
+    constraints: Mapping[str, float] = field(default_factory=dict)
+
+    def trial(self, number: int) -> Told:
+        """The trial of a number."""
+        return next(trial for trial in self.trials if trial.number == number)
 
     @property
     def best_trial(self) -> Told:
-        return next(trial for trial in self.trials if trial.number == self.best)
+        return self.trial(self.best)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -132,16 +139,19 @@ class StudySummary:
             "plans": self.plans,
             "best": {
                 "trial": best.number,
-                "kl": best.kl,
-                "bytes": best.attributes["bytes"],
+                **_figures(best),
                 "values": dict(best.values),
             },
-            "front": [
-                {"trial": n, "kl": by_number[n].kl, "bytes": by_number[n].attributes["bytes"]}
-                for n in self.front
-            ],
+            "constraints": dict(self.constraints),
+            "front": [{"trial": n, **_figures(by_number[n])} for n in self.front],
             "importances": dict(self.importances),
         }
+
+
+def _figures(trial: Told) -> dict[str, float | None]:
+    """``kl``, ``bytes``, and ``latency`` where it was measured."""
+    names = [name for name in ("bytes", "latency") if name in trial.attributes]
+    return {"kl": trial.kl, **{name: trial.attributes[name] for name in names}}
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,7 @@ class RunSummary:
         stage_seconds: stage → seconds, in order of time.
         study: what was explored to find the plan, where something was.
         refinement: how the plan was refined, where it was.
+        predicted: points of the predicted front, bytes rising.
     """
 
     name: str
@@ -201,6 +212,7 @@ class RunSummary:
     yardstick: Yardstick = LANGUAGE
     study: StudySummary | None = None
     refinement: Refinement | None = None
+    predicted: Sequence[FrontPoint] = ()
 
     @cached_property
     def plans(self) -> dict[str, Plan]:

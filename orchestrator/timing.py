@@ -196,10 +196,10 @@ class Clock:
         )
 
     def evaluate(self) -> float:
-        """The dense model, every baseline and the plan on the held-out text."""
+        """The dense model, every baseline and the plans on the held-out text."""
         recipe = self.experiment.recipe
         texts = recipe.evaluation
-        plans = len(recipe.baselines) + 1
+        plans = len(recipe.baselines) + len(recipe.budget.each)
         tokens = texts.sequences * texts.length
         dense = max((speed.dense for speed in self.speeds.compress.values()), default=0.0)
         parts = min(EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
@@ -236,7 +236,7 @@ def predict_seconds(experiment: Experiment, crew: Crew, left: Left) -> dict[str,
 def _propagate(clock: Clock) -> float:
     """Every plan solved again from front to back: two passes per block, one chain per unit."""
     experiment = clock.experiment
-    plans = len(experiment.recipe.baselines) + 1
+    plans = len(experiment.recipe.baselines) + len(experiment.recipe.budget.each)
     passes = 2 * clock.calibrate(list(range(experiment.model.blocks))) / clock.walkers
     first = {name: chains[:1] for name, chains in experiment.offers.items()}
     return plans * (passes + clock.measure(first) / clock.crew.workers)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +74,8 @@ class Tracker:
         self._experiment_id = ""
         self._client: Any = None
         self._open_children: list[str] = []
+        self._scored_children: dict[str, str] = {}
+        self._trials: dict[str, tuple[str, int]] = {}  # name → child run, when it was logged
         self._known_children: dict[str, Any] | None = None
         self._scored_at = 0
 
@@ -143,6 +145,7 @@ class Tracker:
                 self._log(child, metrics)
                 self._client.set_terminated(child, "FINISHED")
                 self._open_children.remove(child)
+                self._scored_children[name] = child
             if "plan" in scores:
                 self._log(self.run_id, numbers(scores["plan"]), at=self._scored_at)
 
@@ -154,6 +157,7 @@ class Tracker:
         steps: Mapping[int, float],
         outcome: str,
         reason: str = "",
+        plan: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """A child run for a trial of a study; nothing if an earlier attempt logged it.
 
@@ -163,6 +167,7 @@ class Tracker:
             steps: sequences seen → KL so far, ``kl_so_far``.
             outcome: ``complete``, ``pruned`` or ``failed``, a tag.
             reason: why it failed, a tag.
+            plan: makes what becomes the child's ``plan.json``.
         """
         with self._talk():
             from mlflow.entities import Metric, Param
@@ -171,6 +176,7 @@ class Tracker:
                 self._known_children = self._children()
             earlier = self._known_children.get(name)
             if earlier is not None and earlier.info.status in ("FINISHED", "FAILED"):
+                self._trials[name] = str(earlier.info.run_id), _now()
                 return
             if earlier is None:
                 tags = {_PARENT: self.run_id, "outcome": outcome}
@@ -184,7 +190,29 @@ class Tracker:
             points += [Metric("kl_so_far", value, at, step) for step, value in steps.items()]
             pairs = [Param(legal_name(key), value) for key, value in params.items()]
             self._client.log_batch(child, metrics=points, params=pairs)
+            if plan is not None:
+                self._client.log_dict(child, dict(plan()), "plan.json")
             self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
+            self._trials[name] = child, at
+
+    def log_trial_model(self, name: str, metrics: Mapping[str, float], best: bool) -> str:
+        """The plan of a trial that was logged before as a logged model: no checkpoint, but what one
+        would be made of, which the tag ``plan`` leads to.
+
+        Args:
+            metrics: numbers.
+            best: whether it is the plan that is taken, a tag.
+
+        Returns:
+            the model's id.
+        """
+        child, at = self._trials[name]
+        tags = {"plan": f"runs:/{child}/plan.json", "best": str(best).lower()}
+        with self._talk(), _default_place(self.place.uri):
+            title = f"{self.name}-{name}".replace(" ", "-")
+            model_id = self._external_model(child, title, {}, tags)
+            self._log(child, dict(metrics), model_id=model_id, at=at)
+        return model_id
 
     def log_description(self, text: str) -> None:
         """Markdown that MLflow shows at the top of the run's page."""
@@ -198,11 +226,16 @@ class Tracker:
             frame.to_html(Path(folder) / "layers.html", index=False, float_format="{:.4g}".format)
             self._client.log_artifacts(self.run_id, folder)
 
-    def log_files(self, paths: Iterable[Path]) -> None:
-        """Files by their names: recipe, plan, scores, report, pictures."""
+    def log_files(self, paths: Iterable[Path], child: str | None = None) -> None:
+        """Files by their names: recipe, plan, scores, report, pictures.
+
+        Args:
+            child: name of the child run that they belong to, of those that :meth:`log_scores` made.
+        """
+        run_id = self.run_id if child is None else self._scored_children[child]
         with self._talk():
             for path in paths:
-                self._client.log_artifact(self.run_id, str(path))
+                self._client.log_artifact(run_id, str(path))
 
     def log_events(self, events: Iterable[Event]) -> None:
         """How often each kind happened, ``events.KIND``, and all of them in ``events.json``."""
@@ -240,43 +273,54 @@ class Tracker:
         with self._talk():
             self._log(self.run_id, {legal_name(name): v for name, v in metrics.items()})
 
-    def log_model(self, folder: Path, score: Mapping[str, Any]) -> str:
+    def log_model(self, folder: Path, score: Mapping[str, Any], child: str | None = None) -> str:
         """The checkpoint as a logged model that points to its folder; nothing is copied.
 
         With ``tracking.register_as`` it becomes a version in the registry.
+
+        Args:
+            child: name of the child run that it belongs to, of those that :meth:`log_scores` made.
 
         Returns:
             the model's id.
         """
         path = str(folder.resolve())
+        run_id = self.run_id if child is None else self._scored_children[child]
+        name = self.name if child is None else f"{self.name}-{child}"
         with self._talk(), _default_place(self.place.uri):
-            import mlflow
-            from mlflow.entities import LoggedModelOutput
-
-            found = self._client.search_logged_models(
-                [self._experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
-            )
-            model = next((m for m in found if m.tags.get("path") == path), None)
-            if model is None:
-                model = mlflow.create_external_model(
-                    # A dot is legal in a run's name but not in a model's.
-                    name=self.name.replace(".", "_"),
-                    source_run_id=self.run_id,
-                    params=self.params,
-                    tags={"path": path},
-                    experiment_id=self._experiment_id,
-                )
-                outputs = [LoggedModelOutput(model.model_id, step=0)]
-                self._client.log_outputs(self.run_id, models=outputs)
-            model_id = str(model.model_id)
+            model_id = self._external_model(run_id, name, self.params, {"path": path})
             # At the time of log_scores, these are the same points on the run, not second ones.
             at = self._scored_at or _now()
-            self._log(self.run_id, numbers(score), model_id=model_id, at=at)
+            self._log(run_id, numbers(score), model_id=model_id, at=at)
             if self.tracking.register_as is not None:
-                self._register(self.tracking.register_as, model_id, path)
+                self._register(self.tracking.register_as, run_id, model_id, path)
         return model_id
 
-    def _register(self, name: str, model_id: str, path: str) -> None:
+    def _external_model(
+        self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> str:
+        """Id of a run's model with these tags; made if it is missing."""
+        import mlflow
+        from mlflow.entities import LoggedModelOutput
+
+        found = self._client.search_logged_models(
+            [self._experiment_id], filter_string=f"source_run_id = '{run_id}'"
+        )
+        model = next((m for m in found if m.tags.items() >= tags.items()), None)
+        if model is None:
+            model = mlflow.create_external_model(
+                # A dot is legal in a run's name but not in a model's.
+                name=name.replace(".", "_"),
+                source_run_id=run_id,
+                params=dict(params),
+                tags=dict(tags),
+                experiment_id=self._experiment_id,
+            )
+            outputs = [LoggedModelOutput(model.model_id, step=0)]
+            self._client.log_outputs(run_id, models=outputs)
+        return str(model.model_id)
+
+    def _register(self, name: str, run_id: str, model_id: str, path: str) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -285,11 +329,11 @@ class Tracker:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         versions = self._client.search_model_versions(f"name = '{name}'")
-        if not any(version.run_id == self.run_id for version in versions):
+        if not any(version.run_id == run_id for version in versions):
             self._client.create_model_version(
                 name,
                 source=f"models:/{model_id}",
-                run_id=self.run_id,
+                run_id=run_id,
                 tags={"path": path},
                 model_id=model_id,
             )

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.pipeline import Pipeline, write_json
+from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
 from moesaic.orchestrator.recipe import Tune
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.scoring import described, is_predicted
 from moesaic.orchestrator.stages import remember_dense
-from moesaic.orchestrator.store import digest, write_atomically
+from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Asked, Study, Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
@@ -89,6 +91,11 @@ def check_tune(experiment: Experiment) -> None:
         RecipeError: naming what is wrong.
     """
     recipe = experiment.recipe
+    if recipe.budget.several:
+        raise RecipeError(
+            "budget: a study is made under one budget: give one, or explore all of them with"
+            " tune.objectives: [bytes, kl]"
+        )
     strategy = search_module(recipe.search)
     if hasattr(strategy, "smallest_bytes") or hasattr(strategy, "SHARES_OUT"):
         raise RecipeError(
@@ -117,6 +124,11 @@ def check_tune(experiment: Experiment) -> None:
             for bank, found in given.banks.items()
         }
         given = replace(given, choices=offers, banks=banks)
+    if section(experiment).timed and recipe.serve != "moesaic":
+        raise RecipeError(
+            f"tune: latency is measured with the modules of serve: moesaic, and says nothing of"
+            f" {recipe.serve}: leave it out, or change serve"
+        )
     groups = section(experiment).groups
     for name, pattern in groups.items():
         if not any(re.search(pattern, unit.name) for unit in experiment.units):
@@ -152,11 +164,18 @@ def _knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
         raise RecipeError(*(f"tune.knobs.{part}" for part in str(error).split("; "))) from None
 
 
+def limits(experiment: Experiment) -> Limits:
+    """What trials must keep to."""
+    tune = section(experiment)
+    return Limits(tune.objectives, {str(name): most for name, most in tune.constraints.items()})
+
+
 def rungs(experiment: Experiment) -> list[Rows]:
     """Rows of the calibration text, one range after the other."""
     tune = section(experiment)
     total = min(tune.sequences, len(experiment.calibration.ids))
-    if not tune.prune or len(tune.objectives) > 1:
+    # Whether a trial keeps to its constraints is known when it is done.
+    if not tune.prune or len(tune.objectives) > 1 or tune.constraints:
         return [(0, total)]
     ends = sorted({math.ceil(total * share) for share in _RUNGS})
     return list(zip([0, *ends], ends, strict=False))
@@ -201,6 +220,10 @@ class TunedPipeline(Pipeline):
             plan = told.plan(trials.plan(best.values).units)
             self.study = self._summary(study, best)
             self._write(study)
+            for number in dict.fromkeys([*self.study.front, best.number]):
+                trial = self.study.trial(number)
+                name, chosen = _name(number), number == best.number
+                self.tracker.log_trial_model(name, trial.figures, chosen)
         return plan
 
     def _allocator(self) -> Allocator:
@@ -227,6 +250,7 @@ class TunedPipeline(Pipeline):
         """What the losses of trials depend on."""
         experiment = self.experiment
         recipe, judge = experiment.recipe, experiment.calibration_judge
+        constraints = section(experiment).constraints
         return {
             "model": judge.fingerprint,
             "dtype": judge.dtype,
@@ -239,20 +263,22 @@ class TunedPipeline(Pipeline):
             "score": described(recipe),
             "serve": recipe.serve,
             "groups": section(experiment).groups,
+            **({"constraints": constraints} if constraints else {}),
         }
 
     def _best(self, told: list[Told]) -> Told:
-        """The trial of least KL within the recipe's budget.
+        """The best trial within the recipe's budget and the constraints.
 
         Raises:
             RunError: none succeeded.
         """
-        fitting = [t for t in told if t.state == "complete" and t.attributes["fits"]]
-        if not fitting:
+        best = limits(self.experiment).best(told)
+        if best is None:
             reasons = dict.fromkeys(str(t.attributes.get("reason", t.state)) for t in told)
-            why = "; ".join(list(reasons)[:3]) or "none was made"
+            near = limits(self.experiment).nearest(told)
+            why = near or "; ".join(list(reasons)[:3]) or "none was made"
             raise RunError(f"no trial within the budget succeeded: {why}: ask for more (--trials)")
-        return min(fitting, key=lambda t: (t.kl, t.attributes["bytes"], t.number))
+        return best
 
     def _summary(self, study: Study, best: Told) -> StudySummary:
         return StudySummary(
@@ -264,6 +290,7 @@ class TunedPipeline(Pipeline):
             best=best.number,
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
             importances=study.importances(),
+            constraints=limits(self.experiment).limits,
         )
 
     def _write(self, study: Study) -> None:
@@ -276,21 +303,39 @@ class TunedPipeline(Pipeline):
         return replace(super().summary(scores), study=self.study)
 
 
+def _name(number: int) -> str:
+    """What a trial is called on record."""
+    return f"trial {number}"
+
+
+def _shown(told: Told) -> str:
+    """A complete trial in a few words."""
+    start = told.attributes.get("start")
+    figures = told.figures
+    timed = f", {figures['latency']:.4g} ms/token" if "latency" in figures else ""
+    name = f" ({start})" if start else ""
+    size = int(figures["bytes"])
+    return f"trial {told.number}{name}: KL {told.kl:.4g}, {size:,} bytes{timed}"
+
+
 @dataclass
 class _Job:
     """A trial with its plan, while it is judged.
 
     Attributes:
         kl: of the sequences seen so far, nats each.
+        latency: milliseconds per token, once it was timed.
         followers: trials with the same plan, told what this one is told.
     """
 
     asked: Asked
+    plan: Plan
     pieces: Mapping[str, str]
     size: int
     key: str
     started: float
     kl: list[float] = field(default_factory=list)
+    latency: float | None = None
     followers: list[Asked] = field(default_factory=list)
 
     @property
@@ -313,7 +358,11 @@ class Trials:
         self.flying: dict[str, _Job] = {}
         self.finished = self.failed = 0
         self.streak: list[str] = []
-        self.best: tuple[float, int] | None = None
+        self.timed = section(self.experiment).timed
+        self.limits = limits(self.experiment)
+        self.best: Told | None = None
+        # Of plans that were timed before, by what they consist of.
+        self.latencies: dict[str, float] = {}
 
     def run(self) -> None:
         """Trials until there are as many as wanted, or time is up."""
@@ -331,7 +380,7 @@ class Trials:
         self.started = time.monotonic()
         pool.run([task for slot in slots for task in self._next(slot)], self._tick)
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
-        shown = "" if self.best is None else f", best KL {self.best[0]:.4g} (trial {self.best[1]})"
+        shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
 
     def plan(self, values: Mapping[str, Value]) -> Plan:
@@ -370,7 +419,7 @@ class Trials:
             if key in self.flying:
                 self.flying[key].followers.append(asked)
                 continue
-            job = self.flying[key] = _Job(asked, pieces, size, key, started)
+            job = self.flying[key] = _Job(asked, plan, pieces, size, key, started)
             task = self._go_on(job, slot)
             if task is not None:
                 return [task]
@@ -396,7 +445,34 @@ class Trials:
                 return self._task(job, rows, slot)
             if self._seen(job, rows, known):
                 return None
+        job.latency = self.latencies.get(job.key)
+        if job.latency is None:
+            return self._timing_task(job, slot)
+        self._finish(job, self._mean(job), pruned=False)
         return None
+
+    def _timing_task(self, job: _Job, slot: int) -> Task:
+        """What is left to do of a plan whose KL is known."""
+
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.view.advance("trials", 0, result["peak_bytes"])
+            job.latency = self.latencies[job.key] = result["milliseconds"]
+            self._finish(job, self._mean(job), pruned=False)
+            return self._next(slot)
+
+        arguments = {
+            "judge": plain(self.experiment.calibration_judge),
+            "pieces": dict(job.pieces),
+        }
+        label = f"timing of trial {job.asked.number}"
+        return Task(
+            "latency:measure_plan",
+            arguments,
+            label,
+            affinity=slot,
+            done=done,
+            failed=partial(self._failed, job, slot),
+        )
 
     def _task(self, job: _Job, rows: Rows, slot: int) -> Task:
         judge = self.experiment.calibration_judge
@@ -408,11 +484,6 @@ class Trials:
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
             return self._next(slot) if task is None else [task]
 
-        def failed(kind: str, reason: str) -> Iterable[Task]:
-            del self.flying[job.key]
-            self._fail(job.members, kind, reason)
-            return self._next(slot)
-
         arguments = {
             "judge": plain(judge),
             "rows": rows,
@@ -421,13 +492,27 @@ class Trials:
         }
         label = f"trial {job.asked.number}"
         return Task(
-            "resident:evaluate_plan", arguments, label, affinity=slot, done=done, failed=failed
+            "resident:evaluate_plan",
+            arguments,
+            label,
+            affinity=slot,
+            done=done,
+            failed=partial(self._failed, job, slot),
         )
+
+    def _failed(self, job: _Job, slot: int, kind: str, reason: str) -> Iterable[Task]:
+        del self.flying[job.key]
+        self._fail(job.members, kind, reason)
+        return self._next(slot)
+
+    def _mean(self, job: _Job) -> float:
+        """KL in nats per token, of what was seen."""
+        return math.fsum(job.kl) / int(len(job.kl) * self.tokens)
 
     def _seen(self, job: _Job, rows: Rows, kl: list[float]) -> bool:
         """Takes the KL of some more sequences; whether the trial has come to its end."""
         job.kl += kl
-        mean = math.fsum(job.kl) / (len(job.kl) * self.tokens)
+        mean = self._mean(job)
         last = rows == self.rungs[-1]
         if not math.isfinite(mean):
             del self.flying[job.key]
@@ -436,10 +521,19 @@ class Trials:
         pruned = False
         if len(self.rungs) > 1:
             pruned = self.study.behind(job.asked, len(job.kl), mean) and not last
-        if not last and not pruned:
+        if not pruned and (not last or self.timed):
             return False
+        self._finish(job, mean, pruned)
+        return True
+
+    def _finish(self, job: _Job, mean: float, pruned: bool) -> None:
+        """Tells a trial, and those with the same plan."""
         del self.flying[job.key]
+        figures = {"kl": mean, "bytes": float(job.size)}
+        if job.latency is not None:
+            figures["latency"] = job.latency
         notes = {
+            **({} if job.latency is None else {"latency": job.latency}),
             "sequences": len(job.kl),
             "seconds": round(time.monotonic() - job.started, 3),
         }
@@ -451,9 +545,8 @@ class Trials:
             if pruned:
                 self.study.tell_pruned(asked)
             else:
-                self.study.tell(asked, {"kl": mean, "bytes": float(job.size)})
-            self._count(asked)
-        return True
+                self.study.tell(asked, figures, self.limits.excess(figures))
+            self._count(asked, job.plan)
 
     def _fail(self, failing: list[Asked], kind: str, reason: str) -> None:
         """Puts failures on record.
@@ -466,7 +559,7 @@ class Trials:
             self.study.tell_failed(asked, text)
             self.failed += 1
             self.view.line(f"trial {asked.number} failed: {text}")
-            self._count(asked, failed=True)
+            self._count(asked, None)
         if kind == _NO_PLAN:
             return
         self.streak = [*(k for k in self.streak if k == kind), kind]
@@ -474,28 +567,23 @@ class Trials:
             advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
             raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
 
-    def _count(self, asked: Asked, failed: bool = False) -> None:
-        """A trial was told."""
+    def _count(self, asked: Asked, plan: Plan | None) -> None:
+        """A trial was told; one that failed without a plan."""
         self.finished += 1
-        self.streak = self.streak if failed else []
+        self.streak = self.streak if plan is None else []
         self.view.advance("trials")
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
-        self._track(told)
+        self._track(told, plan)
         if self._rank(told):
-            size = told.attributes["bytes"]
-            name = f" ({asked.start})" if asked.start else ""
-            self.view.line(
-                f"trial {told.number}{name}: KL {told.kl:.4g}, {size:,} bytes, the best so far;"
-                f" {self._pace()}"
-            )
+            self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 
     def _rank(self, told: Told) -> bool:
         """Whether a trial is the best so far, within the recipe's budget."""
-        if told.state != "complete" or told.kl is None or not told.attributes["fits"]:
+        if "latency" in told.attributes:
+            self.latencies.setdefault(told.attributes["plan"], told.attributes["latency"])
+        if not self.limits.better(told, self.best):
             return False
-        if self.best is not None and self.best[0] <= told.kl:
-            return False
-        self.best = (told.kl, told.number)
+        self.best = told
         return True
 
     # What people see
@@ -506,10 +594,11 @@ class Trials:
         return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
 
     def _tick(self, running: list[str]) -> None:
-        best = "" if self.best is None else f"best {self.best[0]:.4g} (trial {self.best[1]}), "
+        best = "" if self.best is None else f"best {_shown(self.best)}, "
         self.view.tick([f"{best}{self._pace()}"])
 
-    def _track(self, told: Told) -> None:
+    def _track(self, told: Told, plan: Plan | None = None) -> None:
+        """Puts a trial on record, with its plan, which is made again if it is not given."""
         notes = told.attributes
         metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
         if told.kl is not None:
@@ -517,5 +606,24 @@ class Trials:
         params = {name: str(value) for name, value in told.values.items()}
         params |= {name: str(notes[name]) for name in ("plan", "start") if name in notes}
         reason = str(notes.get("reason", ""))
-        name = f"trial {told.number}"
-        self.pipeline.tracker.log_trial(name, params, metrics, told.steps, told.state, reason)
+        self.pipeline.tracker.log_trial(
+            _name(told.number),
+            params,
+            metrics,
+            told.steps,
+            told.state,
+            reason,
+            partial(self._document, told, plan) if told.state == "complete" else None,
+        )
+
+    def _document(self, told: Told, plan: Plan | None) -> dict[str, Any]:
+        """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
+        plan = plan or self.plan(told.values)
+        root = self.experiment.store.root
+        pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
+        return {
+            **plan.to_json(),
+            "file_bytes": told.attributes["bytes"],
+            "store": str(root),
+            "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
+        }

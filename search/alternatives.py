@@ -112,7 +112,7 @@ def smallest_bytes(problem: Problem, strategy: str) -> int:
     if _shares_out(strategy):
         return _shared_out.smallest_bytes(problem, strategy)
     if _mixes(strategy):
-        return _FirstStep(problem).smallest()
+        return FirstStep(problem).smallest()
     sizes, errors = [], []
     for picks in _unmixed_picks(problem, strategy):
         try:
@@ -179,7 +179,7 @@ def _unmixed_picks(problem: Problem, strategy: str) -> list[Picks]:
 def _mixed(problem: Problem, strategy: str) -> list[Plan]:
     """The plan of the best alternatives, and those that might be better still."""
     same = same_prefix(problem)
-    step = _FirstStep(problem)
+    step = FirstStep(problem)
     _check_fits(step.smallest(), problem)
     first = step.best()
     tried = [_attempt(problem, strategy, first)]
@@ -257,14 +257,17 @@ def _thinned(points: Points) -> tuple[Ints, Points]:
     return keep, (points[0][keep], points[1][keep])
 
 
-class _Part:
+class Part:
     """What is chosen together: one alternative of a bank, or all that stands outside of banks.
 
     Attributes:
-        groups: its choices that no tie binds to other parts, as groups of tied ones.
+        offers: its choices that no tie binds to other parts, as :meth:`Problem.groups` has them.
+        groups: the same, of each group what is worthwhile.
         shared: chain that all groups offer → bytes and loss of it everywhere.
         tied: tie that reaches over parts → chain → bytes and loss of its choices here.
+        bound: tie that reaches over parts → names of its choices here.
         own: bytes and loss besides the choices.
+        prefix: what chains of its choices leave out.
     """
 
     def __init__(
@@ -274,20 +277,23 @@ class _Part:
         across: Sequence[Sequence[str]],
         scale: float,
         own: tuple[int, int] = (0, 0),
+        prefix: Chain = (),
     ) -> None:
         self.own = own
+        self.prefix = prefix
         self.tied: dict[int, dict[Chain, tuple[int, int]]] = {}
-        bound: set[str] = set()
+        self.bound: dict[int, list[str]] = {}
         for number, tie in enumerate(across):
             names = [name for name in tie if name in choices]
             if names:
-                bound.update(names)
-                here = _offers({name: choices[name] for name in names}, [names])[0]
+                self.bound[number] = names
+                ((_, here),) = _offers({name: choices[name] for name in names}, [names])
                 self.tied[number] = {c: (size, round(loss * scale)) for c, size, loss in here}
+        bound = {name for names in self.bound.values() for name in names}
         free = {name: found for name, found in choices.items() if name not in bound}
         inside = [[name for name in tie if name in free] for tie in ties]
-        offers = _offers(free, [tie for tie in inside if tie])
-        tables = [[(c, size, round(loss * scale)) for c, size, loss in table] for table in offers]
+        self.offers = _offers(free, [tie for tie in inside if tie])
+        tables = [[(c, n, round(loss * scale)) for c, n, loss in found] for _, found in self.offers]
         self.groups = [worthwhile([t[1] for t in table], [t[2] for t in table]) for table in tables]
         everywhere = Counter(chain for table in tables for chain, _, _ in table)
         self.shared: dict[Chain, tuple[int, int]] = {}
@@ -342,13 +348,13 @@ class _Part:
 
 
 # The alternatives of each bank that are looked at, with their numbers.
-Parts = Mapping[str, Sequence[tuple[int, _Part]]]
+Parts = Mapping[str, Sequence[tuple[int, Part]]]
 
 
 def _offers(
     choices: Mapping[str, Sequence[Measurement]], ties: Sequence[Sequence[str]]
-) -> list[list[tuple[Chain, int, float]]]:
-    return [offers for _, offers in Problem(choices, ties, Budget(0, 0)).groups()]
+) -> list[tuple[tuple[str, ...], list[tuple[Chain, int, float]]]]:
+    return Problem(choices, ties, Budget(0, 0)).groups()
 
 
 @dataclass(frozen=True)
@@ -366,7 +372,7 @@ class _Entry:
     picks: Ints  # [offers, banks]
 
 
-class _FirstStep:
+class FirstStep:
     """Which alternatives are best.
 
     Forms and chains of ties that reach over parts split the problem into *cases*: in each of them
@@ -381,18 +387,19 @@ class _FirstStep:
         self.across = [tie for tie, owners in zip(known, reach, strict=True) if len(owners) > 1]
         ties = [tie for tie, owners in zip(known, reach, strict=True) if len(owners) == 1]
         self.scale = knapsack.loss_scale(_largest_loss(problem))
-        self.outside = _Part(problem.choices, ties, self.across, self.scale)
+        self.outside = Part(problem.choices, ties, self.across, self.scale)
         local: dict[str | None, list[list[str]]] = {}
         for tie in ties:
             local.setdefault(owner[tie[0]], []).append(tie)
         self.parts = {
             bank: [
-                _Part(
+                Part(
                     a.choices,
                     local.get(bank, []),
                     self.across,
                     self.scale,
                     (a.bytes, round(a.loss * self.scale)),
+                    a.prefix,
                 )
                 for a in alternatives
             ]
@@ -424,8 +431,8 @@ class _FirstStep:
             ValueError: there is none.
         """
         sizes = []
-        for form in self._forms():
-            parts = self._allowed(form, None)
+        for form in self.forms():
+            parts = self.allowed(form, None)
             least = [self._least(ties, banks, parts) for ties, banks in self.clusters]
             known = [size for size in least if size is not None]
             if len(known) == len(least):
@@ -437,8 +444,8 @@ class _FirstStep:
     def _least(self, ties: list[int], banks: list[str], parts: Parts) -> int | None:
         """Bytes of the smallest plan of a cluster; None if there is none."""
         sizes = []
-        for chains in self._combinations(ties, parts):
-            size = self._beside(chains)[0]
+        for chains in self.combinations(ties, parts):
+            size = self.beside(chains)[0]
             for bank in banks:
                 shifts = [(part.least, part.shift(chains)) for _, part in parts[bank]]
                 found = [least + shift[0] for least, shift in shifts if shift is not None]
@@ -463,7 +470,7 @@ class _FirstStep:
             if entries is None:
                 continue
             groups = self.outside.groups + [entry.group for entry in entries]
-            size, loss = self._beside(chains)
+            size, loss = self.beside(chains)
             if size + sum(int(group.bytes[0]) for group in groups) > limit:
                 continue
             picked = _solved(groups, limit - size)
@@ -486,7 +493,7 @@ class _FirstStep:
         if entries is None:
             return math.inf
         groups = self.outside.groups + [entry.group for entry in entries]
-        size, loss = self._beside(chains)
+        size, loss = self.beside(chains)
         free = self.problem.budget.unit_bytes - size
         if sum(int(group.bytes[0]) for group in groups) > free:
             return math.inf
@@ -503,13 +510,13 @@ class _FirstStep:
                 found[bank] = self.problem.banks[bank][int(number)]
         return {bank: found[bank] for bank in self.problem.banks}
 
-    def _forms(self) -> list[str | None]:
+    def forms(self) -> list[str | None]:
         if not self.problem.one_form:
             return [None]
         banks = self.problem.banks.values()
         return list(dict.fromkeys(a.form for alternatives in banks for a in alternatives))
 
-    def _allowed(self, form: str | None, picks: Picks | None) -> Parts:
+    def allowed(self, form: str | None, picks: Picks | None) -> Parts:
         """The alternatives of a form, or those picked of it, with their numbers."""
         return {
             bank: [
@@ -522,18 +529,18 @@ class _FirstStep:
 
     def _cases(self, picks: Picks | None) -> Iterator[tuple[Parts, dict[int, Chain]]]:
         """Forms and combinations of tied chains to be tried one by one."""
-        for form in self._forms():
-            parts = self._allowed(form, picks)
+        for form in self.forms():
+            parts = self.allowed(form, picks)
             if not all(parts.values()):
                 continue
-            for chains in self._combinations(self._outer(), parts):
+            for chains in self.combinations(self._outer(), parts):
                 yield parts, chains
 
     def _outer(self) -> list[int]:
         """Ties whose chains are tried one by one: all, if they are few or hang together."""
         tied = [ties for ties, _ in self.clusters if ties]
         outer = sorted(tie for ties in tied for tie in ties)
-        count = math.prod(len(self._chains(tie, self._allowed(None, None))) for tie in outer)
+        count = math.prod(len(self._chains(tie, self.allowed(None, None))) for tie in outer)
         return outer if len(tied) == 1 or count <= _COMBINATIONS else []
 
     def _chains(self, tie: int, parts: Parts) -> list[Chain]:
@@ -544,7 +551,7 @@ class _FirstStep:
         # Where no alternative has a choice of the tie, it binds nothing: one turn with any chain.
         return list(dict.fromkeys(chain for table in tables for chain in table)) or [()]
 
-    def _combinations(self, ties: Sequence[int], parts: Parts) -> Iterator[dict[int, Chain]]:
+    def combinations(self, ties: Sequence[int], parts: Parts) -> Iterator[dict[int, Chain]]:
         """Every combination of chains of the ties."""
         chains = [self._chains(tie, parts) for tie in ties]
         count = math.prod(map(len, chains))
@@ -556,7 +563,7 @@ class _FirstStep:
         for combination in itertools.product(*chains):
             yield dict(zip(ties, combination, strict=True))
 
-    def _beside(self, chains: Mapping[int, Chain]) -> tuple[int, int]:
+    def beside(self, chains: Mapping[int, Chain]) -> tuple[int, int]:
         """Bytes and loss of choices outside of banks that ties give these chains."""
         found = [
             self.outside.tied[tie][chain]
@@ -581,7 +588,7 @@ class _FirstStep:
             else:
                 offers = [
                     self._joined(parts, inner, banks, corners)
-                    for inner in self._combinations(ties, parts)
+                    for inner in self.combinations(ties, parts)
                 ]
                 found = [_either([offer for offer in offers if offer is not None])]
             for entry in found:
@@ -607,7 +614,7 @@ class _FirstStep:
             whole = functools.reduce(_both, entries)
             sizes, losses = whole.group.bytes, whole.group.loss
             picks = whole.picks[whole.group.index]
-        size, loss = self._beside(chains)
+        size, loss = self.beside(chains)
         return _Entry(tuple(banks), worthwhile(sizes + size, losses + loss), picks)
 
     def _nothing(self) -> str:
@@ -617,7 +624,7 @@ class _FirstStep:
 
 
 def _entry(
-    bank: str, parts: Sequence[tuple[int, _Part]], chains: Mapping[int, Chain], corners: bool
+    bank: str, parts: Sequence[tuple[int, Part]], chains: Mapping[int, Chain], corners: bool
 ) -> _Entry | None:
     """A bank under given chains; None if no alternative can be had."""
     offers = []

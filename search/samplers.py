@@ -1,12 +1,12 @@
 """Optuna's samplers by name, over knobs.
 
-| name | | objectives |
-|---|---|---|
-| tpe | tree-structured Parzen estimators; the default: fast, good from the tenth trial on | any |
-| gp | a Gaussian process; fewer trials, seconds each | any |
-| nsga2 | a genetic algorithm; for several objectives and hundreds of trials | any |
-| random | what the others must beat | any |
-| cmaes | evolves a normal distribution; for numbers, others are drawn at random | one |
+| name | | objectives | constraints |
+|---|---|---|---|
+| tpe | tree-structured Parzen estimators; the default: fast, good from ten trials on | any | yes |
+| gp | a Gaussian process; fewer trials, seconds each | any | yes |
+| nsga2 | a genetic algorithm; for several objectives and hundreds of trials | any | yes |
+| random | what the others must beat | any | no |
+| cmaes | evolves a normal distribution; for numbers, others are drawn at random | one | no |
 
 Optuna takes a moment to import, so that happens where it is used.
 """
@@ -26,11 +26,14 @@ _STARTUP = 10
 _POPULATION = 20
 
 
-def refusal(name: str, objectives: int) -> str | None:
-    """Why a sampler cannot be used for so many objectives, or None."""
+def refusal(name: str, objectives: int, constraints: int = 0) -> str | None:
+    """Why a sampler cannot be used for so many objectives and constraints, or None."""
     if name == "cmaes" and objectives > 1:
         others = ", ".join(other for other in SAMPLERS if other != name)
         return f"cmaes cannot do {objectives} objectives: take {others}, or one objective"
+    if name in ("cmaes", "random") and constraints:
+        heeding = ", ".join(other for other in SAMPLERS if other not in ("cmaes", "random"))
+        return f"{name} heeds no constraints: take {heeding}"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moesaic.orchestrator import resident, tune
+from moesaic.orchestrator import latency, resident, tune
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
@@ -158,6 +158,85 @@ def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) 
     assert study["best"]["kl"] == fitting["kl"].min()
 
 
+def as_long_as_large(state: Any, judge: Any, pieces: dict[str, str]) -> dict[str, Any]:
+    """A clock that ticks per byte."""
+    size = sum(Path(path).stat().st_size for path in pieces.values())
+    return {"milliseconds": size / 1e5, "peak_bytes": 0}
+
+
+def test_latency_is_measured_and_may_be_an_objective(make: Make) -> None:
+    project = make(tune={"objectives": ["kl", "latency"], "sequences": 2})
+    _, calls = project.tune(5)
+    table, study = trials(project), project.json("study.json")
+    assert (table["latency"] > 0).all() and study["objectives"] == ["kl", "latency"]
+    assert calls["latency:measure_plan"] == table["plan"].nunique()
+    assert study["best"]["latency"] == table["latency"][study["best"]["trial"]]
+
+
+def test_the_best_trial_keeps_to_the_constraints(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "measure_plan", as_long_as_large)
+    about = {"objectives": ["bytes", "kl", "latency"], "sequences": 3, "sampler": "nsga2"}
+    project = make(tune=about)
+    project.tune(12)
+    table = trials(project)
+    least = table["kl"].idxmin()
+    limit = float(table["latency"].median())
+    assert table["latency"][least] > limit  # it makes a difference
+
+    shutil.rmtree(project.output)
+    project = make(tune={**about, "constraints": {"latency": limit}})
+    project.tune(12)
+    table, best = trials(project), project.json("study.json")["best"]
+    feasible = table[table["feasible"].astype(bool)]
+    assert 0 < len(feasible) < 12 and (feasible["latency"] <= limit).all()
+    assert (table["latency"][~table["feasible"].astype(bool)] > limit).all()
+    fitting = feasible[feasible["fits"]]
+    assert best["kl"] == fitting["kl"].min() and best["trial"] == fitting["kl"].idxmin()
+    assert {entry["trial"] for entry in project.json("study.json")["front"]} <= set(feasible.index)
+
+    # Of a limit on the KL the smallest plan is left.
+    shutil.rmtree(project.output)
+    project = make(tune={**about, "constraints": {"kl": float(table["kl"].median())}})
+    project.tune(12)
+    table, best = trials(project), project.json("study.json")["best"]
+    fitting = table[table["feasible"].astype(bool) & table["fits"]]
+    assert best["bytes"] == fitting["bytes"].min()
+    with pytest.raises(UserError, match="made with something else: constraints kl: .*, now 0.01"):
+        make(tune={**about, "constraints": {"kl": 0.01}}).tune(13)
+
+
+def test_a_study_without_a_feasible_trial_says_how_near_it_came(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "measure_plan", as_long_as_large)
+    project = make(tune={"constraints": {"latency": 1e-3}, "sequences": 2})
+    told = r"none of 4 keeps to tune.constraints; trial \d came nearest: latency [\d.]+ of 0.001 ms"
+    with pytest.raises(RunError, match=told):
+        project.tune(4)
+    assert len(project.tracked) == 4
+
+
+def test_a_plan_that_cannot_be_timed_is_a_failed_trial(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def once(state: Any, judge: Any, pieces: dict[str, str]) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("no kernel image is available")
+        return as_long_as_large(state, judge, pieces)
+
+    monkeypatch.setattr(latency, "measure_plan", once)
+    project = make(tune={"objectives": ["kl", "latency"], "sequences": 2})
+    project.tune(4)
+    assert list(trials(project)["state"]) == ["failed", *["complete"] * 3]
+    assert trials(project)["reason"][0] == "RuntimeError: no kernel image is available"
+
+
 def test_a_failed_trial_is_recorded_and_the_study_goes_on(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +301,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bytes alone": ({"tune": {"objectives": ["bytes"]}}, "objectives are kl alone, or kl and"),
     "knob": ({"tune": {"knobs": {"weight.head": 2}}}, "tune.knobs.weight.head: no such knob"),
     "range": ({"tune": {"knobs": {"mix": [0, 2]}}}, "tune.knobs.mix: [0.0, 2.0] is not within 0"),
+    "constraint": ({"tune": {"constraints": {"size": 3}}}, "tune.constraints.size"),
+    "no limit": ({"tune": {"constraints": {"latency": 0}}}, "latency: Input should be greater"),
+    "infinite": ({"tune": {"constraints": {"latency": math.inf}}}, "tune.constraints.latency"),
+    "bytes limit": ({"tune": {"constraints": {"bytes": "1 MB"}}}, "the budget is the limit"),
+    "kl limit": ({"tune": {"constraints": {"kl": 0.1}}}, "kl is the only objective"),
+    "unheeded": (
+        {"tune": {"constraints": {"latency": 1}, "sampler": "cmaes"}},
+        "cmaes heeds no constraints: take tpe, gp, nsga2",
+    ),
+    "other engine": (
+        {"serve": "transformers", "candidates": [BITS], "tune": {"objectives": ["kl", "latency"]}},
+        "tune: latency is measured with the modules of serve: moesaic",
+    ),
     "group": ({"tune": {"groups": {"a": "nothing_like_it"}}}, "tune.groups.a: 'nothing_like_it'"),
 }
 
