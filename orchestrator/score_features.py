@@ -187,37 +187,45 @@ def _output_features(errors: Path, member: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def gates(state: WorkerState, walk: dict[str, Any], shard: int) -> dict[str, Any]:
-    """What the dense model's routers do on a shard of the calibration text, into the store.
+def gates(state: WorkerState, walk: dict[str, Any], shards: Sequence[int]) -> dict[str, Any]:
+    """What the dense model's routers do on shards of the calibration text, into the store.
+
+    Every block is read once for all shards given, whose hidden states stay in memory.
 
     Returns:
-        ``found``: block → ``tokens`` routed to each expert and sums of their ``gates``;
+        ``found``: shard → block → ``tokens`` routed to each expert and sums of their ``gates``;
         ``peak_bytes``.
     """
     plan = Walk(**walk)
     model = opened(state, plan)
-    ids = token_ids(plan, shard)
-    kinds = torch.zeros(ids.numel(), dtype=torch.int64)
-    hidden = [model.embed(part.to(model.device)) for part in ids.split(plan.batch)]
-    found: dict[str, dict[str, list[float]]] = {}
+    hidden: dict[int, list[Tensor]] = {}
+    found: dict[int, dict[str, dict[str, list[float]]]] = {shard: {} for shard in shards}
+    for shard in shards:
+        parts = token_ids(plan, shard).split(plan.batch)
+        hidden[shard] = [model.embed(part.to(model.device)).cpu() for part in parts]
     for index in range(model.blocks):
         module = model.load_block(index)
         units = block_units(model, index)
         bank = next((unit for unit in units if unit.kind == "bank"), None)
-        layer = None
-        if bank is not None:
-            nothing = Tokens(sources=kinds, kinds=1, sampled=(), rows=(), total=0)
-            layer = ExpertStatistics(bank, {"gates"}, nothing, model.device)
-        observer = StatisticsObserver(units, (), model.device)
-        with observing(model, index, module, observer, layer=layer):
-            hidden = [model.run_block(index, module, x) for x in hidden]
-        if layer is not None:
-            sums = layer.finish()
-            found[str(index)] = {
-                "tokens": sums["load"].sum(0).double().tolist(),
-                "gates": sums["gates"].double().tolist(),
-            }
-    Store(Path(plan.store)).put_json("scores", gates_key(plan, shard), found)
+        for shard, states in hidden.items():
+            layer = None
+            if bank is not None:
+                kinds = torch.zeros(sum(x[..., 0].numel() for x in states), dtype=torch.int64)
+                nothing = Tokens(sources=kinds, kinds=1, sampled=(), rows=(), total=0)
+                layer = ExpertStatistics(bank, {"gates"}, nothing, model.device)
+            observer = StatisticsObserver(units, (), model.device)
+            with observing(model, index, module, observer, layer=layer):
+                moved = (x.to(model.device) for x in states)
+                hidden[shard] = [model.run_block(index, module, x).cpu() for x in moved]
+            if layer is not None:
+                sums = layer.finish()
+                found[shard][str(index)] = {
+                    "tokens": sums["load"].sum(0).double().tolist(),
+                    "gates": sums["gates"].double().tolist(),
+                }
+    store = Store(Path(plan.store))
+    for shard, own in found.items():
+        store.put_json("scores", gates_key(plan, shard), own)
     return {"found": found, "peak_bytes": peak_memory_bytes()}
 
 

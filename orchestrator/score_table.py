@@ -27,18 +27,11 @@ from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pictures import save
 from moesaic.orchestrator.pipeline import Pipeline
+from moesaic.orchestrator.plan_losses import Swap, judged_rows, plan_losses, swap_losses
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.score_pictures import scatter
-from moesaic.orchestrator.scoring import (
-    Swap,
-    all_rules,
-    judged_rows,
-    obstacle,
-    pairs_of,
-    plan_losses,
-    swap_losses,
-)
+from moesaic.orchestrator.scoring import all_rules, obstacle, pairs_of
 from moesaic.orchestrator.store import write_atomically, write_json
 from moesaic.search.base import Plan, Problem
 from moesaic.search.emq import Evolved, Observed, evolve, rank_correlations

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from moesaic.kernels.discovery import UnknownName
-from moesaic.methods.base import Chain, Unit, reducing
+from moesaic.methods.base import Unit, reducing
 from moesaic.orchestrator.choices import Choice, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.plan_losses import Swap, swap_losses
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Recipe, Tune
-from moesaic.orchestrator.resident import trial_key
+from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.results import Table
 from moesaic.orchestrator.score_features import gates_key, read_features, summed
-from moesaic.orchestrator.stages import finished_entries, remember_dense
+from moesaic.orchestrator.stages import finished_entries
+from moesaic.orchestrator.statistics import ranges
 from moesaic.search.base import Measurement, Problem, search_module
 from moesaic.search.features import (
     FEATURES,
@@ -43,8 +43,6 @@ from moesaic.search.formula import load_formula
 
 # What search: knapsack adds up without a key score, by name: with gradients, and without.
 _GRADIENT, _OUTPUT = "gradient", "output"
-# Unit and chain.
-Swap = tuple[str, Chain]
 
 
 def rule_in(experiment: Experiment, name: str) -> Rule:
@@ -296,16 +294,17 @@ def _of_routers(
     missing = [shard for shard in shards if parts[shard] is None]
     view.stage("routers", walk.shards, walk.shards - len(missing))
 
-    def task(shard: int) -> Task:
+    def task(own: list[int]) -> Task:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            parts[shard] = result["found"]
-            view.advance("routers", 1, result["peak_bytes"])
+            parts.update(result["found"])
+            view.advance("routers", len(own), result["peak_bytes"])
             return ()
 
-        arguments = {"walk": plain(walk), "shard": shard}
-        return Task("score_features:gates", arguments, f"routers {shard}", done=done)
+        arguments = {"walk": plain(walk), "shards": own}
+        return Task("score_features:gates", arguments, f"routers {own[0]}", done=done)
 
-    pool.run([task(shard) for shard in missing], view.tick)
+    spans = ranges(len(missing), pool.size) if missing else []
+    pool.run([task(missing[low:high]) for low, high in spans], view.tick)
     sums = summed([parts[shard] for shard in shards])
     tokens = experiment.calibration.ids.size
     found = {"frequency": np.ones(len(rows)), "gate": np.ones(len(rows))}
@@ -330,76 +329,3 @@ def _shared_out(rows: Sequence[Row], kl: Mapping[Swap, float]) -> Floats:
         for index, share in own.items():
             found[index] = kl[swap] * (share / total if total > 0 else 1 / len(own))
     return found
-
-
-# The model run
-
-
-def swap_losses(
-    experiment: Experiment, pool: Pool, view: View, swaps: Sequence[Swap]
-) -> dict[Swap, float]:
-    """KL with one unit under one chain and all others dense."""
-    plans = {}
-    for unit, chain in swaps:
-        chosen = {choice.name: chain for choice in choices(experiment.by_name[unit])}
-        plans[unit, chain] = plan_pieces(experiment, experiment.walk, chosen)
-    # Later units first: what comes before them is computed once and kept.
-    order = sorted(swaps, key=lambda swap: -experiment.by_name[swap[0]].block)
-    return plan_losses(experiment, pool, view, "swaps", {swap: plans[swap] for swap in order})
-
-
-def judged_rows(experiment: Experiment) -> tuple[int, int]:
-    """The sequences of the calibration text that plans are run on: as many as ``tune`` takes."""
-    section = experiment.recipe.tune or Tune()
-    return 0, min(section.sequences, len(experiment.calibration.ids))
-
-
-def plan_losses(
-    experiment: Experiment,
-    pool: Pool,
-    view: View,
-    stage: str,
-    plans: Mapping[Any, Mapping[str, str]],
-) -> dict[Any, float]:
-    """KL of plans to the dense model on calibration text, in nats per token.
-
-    Each plan is run by whatever worker is free, and remembered when it is done.
-
-    Args:
-        stage: name of the progress bar.
-        plans: name → unit → file of its piece.
-    """
-    store, judge, rows = experiment.store, experiment.calibration_judge, judged_rows(experiment)
-    keys = {name: trial_key(judge, rows, pieces) for name, pieces in plans.items()}
-    known: dict[str, list[float]] = {}
-    for key in dict.fromkeys(keys.values()):
-        found = store.get_json("scores", key)
-        if found is not None:
-            known[key] = found
-    todo = {key: name for name, key in keys.items() if key not in known}
-    view.stage(stage, len(known) + len(todo), len(known))
-
-    def task(key: str, name: Any) -> Task:
-        def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            known[key] = result["kl"]
-            store.put_json("scores", key, result["kl"])
-            view.advance(stage, 1, result["peak_bytes"])
-            return ()
-
-        arguments = {
-            "judge": plain(judge),
-            "rows": rows,
-            "pieces": dict(plans[name]),
-            "total": rows[1],
-        }
-        return Task("resident:evaluate_plan", arguments, stage, done=done)
-
-    if todo:
-        remember_dense(pool, view, judge, [rows])
-        pool.run([task(key, name) for key, name in todo.items()], view.tick)
-        pool.run(
-            [Task("resident:release", {}, "release", affinity=n) for n in range(pool.size)],
-            view.tick,
-        )
-    tokens = (rows[1] - rows[0]) * (experiment.calibration.ids.shape[1] - 1)
-    return {name: math.fsum(known[key]) / tokens for name, key in keys.items()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau, spearmanr
 
+from moesaic.methods.base import Spec
 from moesaic.orchestrator import results
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
@@ -362,6 +363,23 @@ def test_an_evolved_formula_is_a_score(make: Make, compared: Project) -> None:
     assert searched(project)["loss"] > 0
     kept = (project.output / "recipe.yaml").read_text()
     assert f"score: {compared.output}/emq.json" in kept
+
+
+def test_a_study_starts_from_the_score_and_goes_on_with_no_other(make: Make) -> None:
+    project = make(score="fisher", tune={"prune": False})
+    plan = searched(project)
+    project.tune(2)
+    told = pd.read_parquet(project.output / "trials.parquet")
+    pairs = features_of(project)[2]
+    fisher = dict(zip(pairs.names, pairs.losses(rule_of("fisher")), strict=True))
+    chains = {u: tuple(Spec(x["method"], json.dumps(x["options"], sort_keys=True)) for x in c)
+              for u, c in plan["units"].items()}  # fmt: skip
+    expected = sum(fisher[unit, chain] for unit, chain in chains.items())
+    assert told["start"][0] == "as predicted"
+    assert told["predicted_loss"][0] == pytest.approx(expected, rel=1e-9)
+    project = make(score="mc_moe", tune={"prune": False})
+    with pytest.raises(UserError, match="made with something else: score: fisher, now mc_moe"):
+        project.tune(3)
 
 
 REDUCED = [{"method": "reap", "keep": 0.5}, {"method": "rtn", "bits": 4, "group_size": -1}]
