@@ -199,7 +199,7 @@ class Study:
             )
         except OSError as error:
             raise UserError(f"{self.journal}: cannot be used: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(_damaged(self.journal, str(error))) from None
         known = study.user_attrs.get(_MADE_OF)
         if known is None:
