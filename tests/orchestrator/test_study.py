@@ -178,7 +178,10 @@ def test_a_lock_that_a_dead_process_left_in_the_journal_is_waited_for_and_taken(
 
 
 def test_a_place_that_may_not_be_written_is_told() -> None:
-    with pytest.raises(UserError, match=r"--storage: /proc cannot be written"), study(Path("/proc")):
+    with (
+        pytest.raises(UserError, match=r"--storage: /proc cannot be written"),
+        study(Path("/proc")),
+    ):
         pass
 
 
