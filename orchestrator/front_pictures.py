@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from moesaic.orchestrator.fronts import FrontPoint
@@ -113,8 +113,9 @@ def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
     above = [lost for lost in losses if lost > 0]
     if len(above) == len(losses) > 0 and min(above) < max(above) / 8:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(min(above) / 1.6, max(above) * 1.6)
     else:
         axes.set_ylim(0, max([*above, 1e-9]) * 1.18)

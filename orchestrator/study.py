@@ -199,7 +199,7 @@ class Study:
             )
         except OSError as error:
             raise UserError(f"{self.journal}: cannot be used: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(_damaged(self.journal, str(error))) from None
         known = study.user_attrs.get(_MADE_OF)
         if known is None:
@@ -207,6 +207,9 @@ class Study:
                 params = start_params(self.knobs, values)
                 marks = {_START: name, _WANTED: params}
                 study.enqueue_trial(params, user_attrs=marks, skip_if_exists=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this is experimental
+                study.set_metric_names(self.objectives)  # which Optuna's dashboard shows
             study.set_user_attr(_MADE_OF, self.made_of)
         else:
             self._check(known)

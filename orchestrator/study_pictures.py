@@ -22,8 +22,9 @@ _CAPTIONS = {
     "study_importances": "How much each knob has to do with a trial being among the best"
     " (PED-ANOVA). A knob that does nothing near the best trials has a small share, whatever its"
     " value.",
-    "study_front": "Bytes against KL on calibration text. The line joins the trials that no other"
-    " one beats in both; every one of them is a plan that can be had at its size.",
+    "study_front": "KL on calibration text against the other objective. Blue: the trials that no"
+    " other one beats in all objectives; every one of them is a plan that can be had. Rings: tried"
+    " first. A thin line is what the measurements predict for every size.",
 }
 
 
@@ -34,10 +35,13 @@ def draw_study(
     wanted: dict[str, Callable[[], Figure]] = {"study_history": partial(history, study)}
     if study.importances:
         wanted["study_importances"] = partial(importances, study)
+    if len(_predicted(study)) > 2:
+        wanted["study_predicted"] = partial(predicted, study)
     if study.front:
         wanted["study_front"] = partial(front, summary, study)
     files = save(wanted, folder)
-    return {name: (path, _CAPTIONS[name]) for name, path in files.items()}
+    captions = _CAPTIONS | {"study_predicted": _predicted_caption(study)}
+    return {name: (path, captions[name]) for name, path in files.items()}
 
 
 def history(study: StudySummary) -> Figure:
@@ -89,31 +93,99 @@ def importances(study: StudySummary) -> Figure:
 
 
 def front(summary: RunSummary, study: StudySummary) -> Figure:
-    """Bytes against KL of all complete trials, those that no other beats joined."""
+    """KL against the first other objective of all complete trials, those that no other beats
+    joined."""
     trials = _of(study, "complete")
-    scale, unit = byte_scale(max(t.attributes["bytes"] for t in trials))
+    other = next(name for name in study.objectives if name != "kl")
+    in_bytes = other == "bytes"
+    scale, unit = byte_scale(max(t.figures["bytes"] for t in trials)) if in_bytes else (1.0, "ms")
 
-    def sizes(some: Sequence[Told]) -> list[float]:
-        return [t.attributes["bytes"] / scale for t in some]
+    def places(some: Sequence[Told]) -> list[float]:
+        return [t.figures[other] / scale for t in some]
 
-    figure = Figure(figsize=(7, 4.2))
+    figure = Figure(figsize=(7.6, 4.6))
     axes = figure.add_subplot()
     beaten = [t for t in trials if t.number not in study.front]
     unbeaten = [t for t in trials if t.number in study.front]
-    unbeaten.sort(key=lambda t: float(t.attributes["bytes"]))
-    axes.scatter(sizes(beaten), _losses(beaten), s=22, color=GREY)
-    steps = {"drawstyle": "steps-post", "marker": "o", "markersize": 5, "zorder": 3}
-    axes.plot(sizes(unbeaten), _losses(unbeaten), color=_OTHERS, **steps)  # type: ignore[arg-type]
+    unbeaten.sort(key=lambda t: (t.figures[other], -t.figures["kl"]))
+    axes.scatter(places(beaten), _losses(beaten), s=22, color=GREY)
+    # With a third objective some of them are beaten in these two.
+    joined = {"marker": "o", "markersize": 5, "zorder": 3, "color": _OTHERS}
+    joined |= {"drawstyle": "steps-post"} if len(study.objectives) == 2 else {"linestyle": "none"}
+    axes.plot(places(unbeaten), _losses(unbeaten), **joined)  # type: ignore[arg-type]
     best = [study.best_trial]
-    axes.scatter(sizes(best), _losses(best), s=130, marker="*", color=_BEST, zorder=4)
-    budget = summary.budget_bytes / scale
-    axes.axvline(budget, color="#202124", linestyle=(0, (4, 3)), linewidth=1)
+    axes.scatter(places(best), _losses(best), s=130, marker="*", color=_BEST, zorder=4)
+    for trial in (t for t in trials if "start" in t.attributes):
+        place = trial.figures[other] / scale, trial.figures["kl"]
+        axes.scatter(*place, s=80, facecolors="none", edgecolors="#202124", zorder=4)
+        axes.annotate(
+            trial.attributes["start"],
+            place,
+            xytext=(8, 5),
+            textcoords="offset points",
+            size=8,
+            bbox=BEHIND,
+            zorder=5,
+        )
+    what = "latency (ms per token); star: the plan taken"
+    if in_bytes:
+        line = {"color": "#202124", "linestyle": (0, (4, 3)), "linewidth": 1}
+        axes.axvline(summary.budget_bytes / scale, **line)  # type: ignore[arg-type]
+        what = f"bytes of the checkpoint ({unit}); dashed: budget; star: the plan taken"
+        if summary.loss_is_predicted:
+            ends = axes.get_xlim()
+            curve = [(p.bytes / scale, p.loss) for p in summary.predicted if p.loss > 0]
+            inside = [(x, y) for x, y in curve if ends[0] <= x <= ends[1]]
+            if inside:
+                axes.plot(*zip(*inside, strict=True), color="#8a9099", linewidth=1.2, zorder=1)
     _log_if_wide(axes, _losses(trials))
-    axes.set_xlabel(f"bytes of the checkpoint ({unit}); dashed: budget; star: the plan taken")
+    axes.set_xlabel(what)
     axes.set_ylabel("KL (nats per token)")
-    axes.set_title("Bytes against loss, calibration text")
+    axes.set_title(f"{'Bytes' if in_bytes else 'Latency'} against loss, calibration text")
     axes.grid()
     return figure
+
+
+def predicted(study: StudySummary) -> Figure:
+    """Predicted loss of every plan, the knobs at their defaults, against what was measured."""
+    points = _predicted(study)
+    figure = Figure(figsize=(5.6, 4.4))
+    axes = figure.add_subplot()
+    losses, measured = zip(*points, strict=True)
+    axes.scatter(losses, measured, s=22, color=_OTHERS, zorder=3)
+    best = study.best_trial
+    star = float(best.attributes["predicted_loss"]), best.figures["kl"]
+    axes.scatter(*star, s=130, marker="*", color=_BEST, zorder=4)
+    wide = [min(values) > 0 and max(values) > 8 * min(values) for values in (losses, measured)]
+    if any(wide) and min(*losses, *measured) > 0:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel("predicted (sum of the units' losses as measured)")
+    axes.set_ylabel("measured KL (nats per token)")
+    axes.set_title("What was predicted, and what came of it")
+    axes.grid()
+    return figure
+
+
+def _predicted(study: StudySummary) -> list[tuple[float, float]]:
+    """Predicted loss and measured KL of every plan that was judged to the end."""
+    plans = {t.attributes["plan"]: t for t in reversed(_of(study, "complete"))}
+    return sorted((float(t.attributes["predicted_loss"]), t.figures["kl"]) for t in plans.values())
+
+
+def _predicted_caption(study: StudySummary) -> str:
+    from scipy.stats import spearmanr
+
+    points = _predicted(study)
+    if len({loss for loss, _ in points}) < 2 or len({kl for _, kl in points}) < 2:
+        return ""
+    rank = float(spearmanr(points).statistic)
+    return (
+        f"Every different plan that saw all of the text, {len(points)} of them; star: the one"
+        f" taken. Spearman's rank correlation is {rank:.2f}: 1 would mean that predictions put all"
+        " plans into the right order, and that there is nothing to gain by a study. Sizes differ"
+        " only where bytes are an objective, which makes the order easier."
+    )
 
 
 def _of(study: StudySummary, state: str) -> list[Told]:

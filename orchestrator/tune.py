@@ -14,6 +14,7 @@ it consists of, and a trial whose plan another one is just being judged with wai
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -356,7 +357,8 @@ class Trials:
         self.rungs = rungs(self.experiment)
         self.tokens = self.experiment.calibration.ids.shape[1] - 1
         self.flying: dict[str, _Job] = {}
-        self.finished = self.failed = 0
+        self.finished = self.failed = self.front = 0
+        self.reasons: Counter[str] = Counter()
         self.streak: list[str] = []
         self.timed = section(self.experiment).timed
         self.limits = limits(self.experiment)
@@ -382,6 +384,8 @@ class Trials:
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
+        for reason, count in self.reasons.most_common():
+            self.view.line(f"failed ×{count}: {reason}")
 
     def plan(self, values: Mapping[str, Value]) -> Plan:
         """The plan of some values.
@@ -558,6 +562,7 @@ class Trials:
         for asked in failing:
             self.study.tell_failed(asked, text)
             self.failed += 1
+            self.reasons[text] += 1
             self.view.line(f"trial {asked.number} failed: {text}")
             self._count(asked, None)
         if kind == _NO_PLAN:
@@ -573,6 +578,8 @@ class Trials:
         self.streak = self.streak if plan is None else []
         self.view.advance("trials")
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
+        if told.state == "complete" and len(self.study.objectives) > 1:
+            self.front = len(self.study.front())
         self._track(told, plan)
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
@@ -594,8 +601,10 @@ class Trials:
         return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
 
     def _tick(self, running: list[str]) -> None:
-        best = "" if self.best is None else f"best {_shown(self.best)}, "
-        self.view.tick([f"{best}{self._pace()}"])
+        told = [] if self.best is None else [f"best {self.best.kl:.4g} (trial {self.best.number})"]
+        if len(self.study.objectives) > 1:
+            told.append(f"front {self.front}")
+        self.view.tick([*told, self._pace()])
 
     def _track(self, told: Told, plan: Plan | None = None) -> None:
         """Puts a trial on record, with its plan, which is made again if it is not given."""

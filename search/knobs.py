@@ -40,6 +40,7 @@ EXPONENT, SLOPE, MIX = "score_exponent", "depth_slope", "mix"
 CHARGE, CORRECTIONS, WEIGHT = "charge.reductions", "corrections", "weight."
 ANY, OFFERED, LEFT_OUT = "any", "offered", "left out"
 # Options that say how large a result is: what an allocation chooses by itself.
+_FACTORS = 1e-3, 1e3  # the widest range of a factor
 SIZES = frozenset({"bits", "rank", "keep", "density", "outliers", "width", "channels"})
 
 
@@ -54,6 +55,7 @@ class Knob:
         low, high: range of a number.
         log: whether factors matter rather than differences.
         choices: the values of a knob that is no number.
+        widest: what a recipe may make of the range; no more than that, if None.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Knob:
     high: float = 0.0
     log: bool = False
     choices: tuple[str, ...] = ()
+    widest: tuple[float, float] | None = None
 
     @property
     def fixed(self) -> bool:
@@ -100,7 +103,8 @@ class Place:
 
 
 def narrowed(knobs: Sequence[Knob], wishes: Mapping[str, Any]) -> list[Knob]:
-    """Knobs as a user wants them: one value fixes a knob, ``[low, high]`` or a list narrows it.
+    """Knobs as a user wants them: one value fixes a knob, ``[low, high]`` is another range of a
+    number, perhaps a wider one, and a list leaves some of the values.
 
     Raises:
         ValueError: naming every wish that cannot be met.
@@ -132,8 +136,9 @@ def _narrowed(knob: Knob, wish: Any) -> Knob:
     if not numbers or len(ends) != 2:
         raise ValueError(f"{wish!r} is neither a number nor [low, high]")
     low, high = map(float, ends)
-    if not knob.low <= low <= high <= knob.high:
-        raise ValueError(f"{wish!r} is not within {knob.range_text()}")
+    least, most = knob.widest or (knob.low, knob.high)
+    if not least <= low <= high <= most:
+        raise ValueError(f"{wish!r} is not within {least:g} to {most:g}")
     return replace(knob, low=low, high=high, default=min(max(float(knob.default), low), high))
 
 
@@ -200,10 +205,12 @@ class Allocator:
     # What there is to turn
 
     def _numbers(self) -> Iterator[Knob]:
-        yield Knob(EXPONENT, "1: sensitivities as measured; 0: all weights alike", 1.0, 0.0, 2.0)
+        meaning = "1: sensitivities as measured; 0: all weights alike"
+        yield Knob(EXPONENT, meaning, 1.0, 0.0, 2.0, widest=(-2.0, 4.0))
         depths = {place.depth for place in self.places.values()}
         if len(depths) > 1:
-            yield Knob(SLOPE, "above 0: late blocks matter more than measured", 0.0, -3.0, 3.0)
+            meaning = "above 0: late blocks matter more than measured"
+            yield Knob(SLOPE, meaning, 0.0, -3.0, 3.0, widest=(-10.0, 10.0))
         scored = [m.score is not None for m in self._measurements()]
         if all(scored):
             meaning = "0: predicted losses alone; 1: relative errors of the outputs alone"
@@ -220,7 +227,7 @@ class Allocator:
             yield _weight(group, f"how much more the units of the group {group} matter")
         if any(a.prefix for found in self.problem.banks.values() for a in found):
             meaning = "factor on what reductions are predicted to lose"
-            yield Knob(CHARGE, meaning, 1.0, 0.25, 16.0, log=True)
+            yield Knob(CHARGE, meaning, 1.0, 0.25, 16.0, log=True, widest=_FACTORS)
 
     def _options(self) -> Iterator[Knob]:
         chains = list(dict.fromkeys(self._chains()))
@@ -351,4 +358,4 @@ def _keeps_to(method: str, option: str, value: str, chain: Chain) -> bool:
 
 
 def _weight(name: str, meaning: str) -> Knob:
-    return Knob(WEIGHT + name, meaning, 1.0, 0.125, 8.0, log=True)
+    return Knob(WEIGHT + name, meaning, 1.0, 0.125, 8.0, log=True, widest=_FACTORS)

@@ -151,6 +151,7 @@ def study(several: bool, run: RunSummary) -> StudySummary:
                 "bytes": run.budget_bytes - 50 + 10 * number,
                 "fits": number < 6,
                 "plan": f"plan {number // 2}",
+                "predicted_loss": 0.5 / (1 + number // 2),
                 **({"start": "even"} if number < 2 else {}),
             },
             steps={2: 1.0},
@@ -182,7 +183,10 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
     share = "–" if several else "90 %"
     assert page.tables["knobs"][1] == ["mix", "of two", "0 to 2", "0", "0.5", share]
     assert page.tables["knobs"][2][2:5] == ["any, x", "any", "any"]
-    assert set(drawn) == {"study_history", "study_front" if several else "study_importances"}
+    third = "study_front" if several else "study_importances"
+    assert set(drawn) == {"study_history", "study_predicted", third}
+    # Of five plans: predictions order them as the measurements do.
+    assert "5 of them" in drawn["study_predicted"][1] and "is 1.00" in drawn["study_predicted"][1]
     assert all(imread(path).std() > 0 for path, _ in drawn.values())
     assert found.to_json()["best"] == {
         "trial": 5,

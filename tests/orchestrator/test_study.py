@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moesaic.orchestrator import study as study_module
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.study import Study
 from moesaic.search.knobs import Knob
@@ -147,6 +148,64 @@ def test_a_damaged_journal_is_told_and_left_as_it_is(content: bytes, tmp_path: P
     with pytest.raises(UserError, match=r"journal.log: is damaged.*--storage"), study(tmp_path):
         pass
     assert journal.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"gar\xffbage\n", b"[]\n", b'{"op_code": 99, "worker_id": "x"}\n', b"{}\n", b"\n"]
+)
+def test_garbage_in_the_middle_is_told_and_nothing_is_lost(garbage: bytes, tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    journal = tmp_path / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    content = b"".join([*lines[:4], garbage, *lines[4:]])
+    journal.write_bytes(content)
+    with pytest.raises(UserError, match=r"journal.log: is damaged"), study(tmp_path):
+        pass
+    assert journal.read_bytes() == content
+
+
+def test_a_lock_that_a_dead_process_left_in_the_journal_is_waited_for_and_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    monkeypatch.setattr(study_module, "_GRACE_SECONDS", 0.5)
+    (tmp_path / "journal.log.lock").write_bytes(b"")
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 2.0})
+        assert [t.kl for t in opened.told()] == [1.0, 2.0]
+
+
+def test_a_place_that_may_not_be_written_is_told() -> None:
+    with (
+        pytest.raises(UserError, match=r"--storage: /proc cannot be written"),
+        study(Path("/proc")),
+    ):
+        pass
+
+
+def test_a_journal_that_may_not_be_opened_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with study(tmp_path):
+        pass
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    text = r"journal.log: cannot be used: Permission denied"
+    with pytest.raises(UserError, match=text), study(tmp_path):
+        pass
+
+
+def test_infeasible_trials_are_told_apart_and_stand_in_no_front(tmp_path: Path) -> None:
+    with study(tmp_path, objectives=["bytes", "kl"]) as opened:
+        for size, kl, excess in ((10, 3.0, 0.0), (20, 1.0, 0.5), (30, 2.0, -1.0)):
+            opened.tell(opened.ask(), {"kl": kl, "bytes": float(size)}, {"latency": excess})
+        assert [t.feasible for t in opened.told()] == [True, False, True]
+        assert opened.front() == [0, 2]
 
 
 def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:

@@ -106,6 +106,53 @@ def test_a_trial_is_a_child_run_that_is_logged_once(
     assert found["trial 2"].data.tags["failure"] == "MemoryError: no room"
 
 
+def test_the_plans_of_a_front_are_logged_models_of_their_trials(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    made = []
+
+    def plan() -> dict[str, Any]:
+        made.append(1)
+        return {"units": {"a": []}, "pieces": {}}
+
+    with pytest.raises(KeyboardInterrupt), track() as tracker:
+        tracker.log_trial("trial 0", {}, {"kl": 0.25}, {}, "complete", "", plan)
+        model_id = tracker.log_trial_model("trial 0", {"kl": 0.25, "bytes": 90.0}, True)
+        raise KeyboardInterrupt
+    with track() as tracker:
+        tracker.log_trial("trial 0", {}, {"kl": 0.25}, {}, "complete", "", plan)
+        assert tracker.log_trial_model("trial 0", {"kl": 0.25, "bytes": 90.0}, True) == model_id
+    assert len(made) == 1
+    child = children(client, client.get_run(tracker.run_id))["trial 0"].info.run_id
+    file = artifact(client, child, "plan.json", tmp_path / "down")
+    assert json.loads(file.read_text()) == {"units": {"a": []}, "pieces": {}}
+    model = client.get_logged_model(model_id)
+    assert (model.name, model.source_run_id) == ("small-0_6b-trial-0", child)
+    assert model.tags["plan"] == f"runs:/{child}/plan.json" and model.tags["best"] == "true"
+    assert {m.key: m.value for m in model.metrics} == {"kl": 0.25, "bytes": 90.0}
+
+
+def test_each_budget_has_a_child_with_files_and_a_model_of_its_own(
+    track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    scores = {"dense": SCORES["dense"], "3bpw": SCORES["plan"], "2.5bpw": SCORES["rtn 3"]}
+    with track(register_as="several sizes") as tracker:
+        tracker.log_scores(scores, {"3bpw": PLANS["plan"], "2.5bpw": PLANS["rtn 3"]})
+        for label in ("3bpw", "2.5bpw"):
+            tracker.log_files([tmp_path / "plan.json"], label)
+            tracker.log_model(tmp_path / label, scores[label], label)
+    found = children(client, client.get_run(tracker.run_id))
+    assert set(found) == set(scores)
+    child = found["2.5bpw"].info.run_id
+    assert [file.path for file in client.list_artifacts(child)] == ["plan.json"]
+    (output,) = client.get_run(child).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, model.source_run_id) == ("small-0_6b-2_5bpw", child)
+    versions = client.search_model_versions("name = 'several sizes'")
+    assert {v.tags["path"] for v in versions} == {str(tmp_path / n) for n in ("3bpw", "2.5bpw")}
+
+
 def artifact(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return Path(client.download_artifacts(run_id, name, str(folder)))

@@ -241,6 +241,22 @@ def test_wishes_fix_and_narrow() -> None:
     }
 
 
+def test_ranges_may_be_widened_up_to_a_point() -> None:
+    knobs = Allocator(
+        layers_problem([1.0, 2.0], 1.5), placed(layers_problem([1.0, 2.0], 1.5))
+    ).knobs
+    (exponent, slope) = (
+        next(k for k in knobs if k.name == n) for n in ("score_exponent", "depth_slope")
+    )
+    wider = narrowed(knobs, {"score_exponent": [-1, 3], "depth_slope": [-10, 3]})
+    assert [(k.low, k.high) for k in wider if k.name in (exponent.name, slope.name)] == [
+        (-1.0, 3.0),
+        (-10.0, 3.0),
+    ]
+    with pytest.raises(ValueError, match=r"score_exponent: \[-3, 1\] is not within -2 to 4"):
+        narrowed(knobs, {"score_exponent": [-3, 1]})
+
+
 def test_every_wrong_wish_is_named_with_what_is_allowed() -> None:
     wishes = {"slop": 1, "slope": [0, 9], "weight": "high", "order": "maybe"}
     with pytest.raises(ValueError) as error:
