@@ -321,12 +321,18 @@ class Pool:
                 " finished work is kept, run the same command again"
             )
 
-    def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
+    def run(
+        self,
+        tasks: Iterable[Task],
+        tick: Callable[[list[str]], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.
 
         Args:
             tasks: what can start now.
             tick: called about once a second with the labels of what is running.
+            meanwhile: called whenever workers were given work: for what no worker should wait for.
 
         Raises:
             UserError, RunError: as raised by a task, or when a task killed its worker repeatedly.
@@ -343,6 +349,8 @@ class Pool:
         try:
             while waiting or running:
                 self._dispatch(waiting, idle, running)
+                if meanwhile is not None:
+                    meanwhile()
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
                 for reference in ready:
                     worker, task = running.pop(reference)

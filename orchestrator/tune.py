@@ -334,7 +334,7 @@ class _Job:
     pieces: Mapping[str, str]
     size: int
     key: str
-    started: float
+    started: float = 0.0
     kl: list[float] = field(default_factory=list)
     latency: float | None = None
     followers: list[Asked] = field(default_factory=list)
@@ -357,6 +357,9 @@ class Trials:
         self.rungs = rungs(self.experiment)
         self.tokens = self.experiment.calibration.ids.shape[1] - 1
         self.flying: dict[str, _Job] = {}
+        # The trial that the next idle worker takes, and those that are told but not on record yet.
+        self.prepared: _Job | None = None
+        self.unrecorded: list[tuple[Told, Plan | None]] = []
         self.finished = self.failed = self.front = 0
         self.reasons: Counter[str] = Counter()
         self.streak: list[str] = []
@@ -380,7 +383,11 @@ class Trials:
         remember_dense(pool, self.view, judge, self.rungs)
         slots = range(min(self.options.jobs or pool.size, pool.size))
         self.started = time.monotonic()
-        pool.run([task for slot in slots for task in self._next(slot)], self._tick)
+        tasks = [task for slot in slots for task in self._next(slot)]
+        try:
+            pool.run(tasks, self._tick, self._meanwhile)
+        finally:
+            self._record()
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
@@ -406,10 +413,23 @@ class Trials:
 
     def _next(self, slot: int) -> Iterable[Task]:
         """The first task of the next trial that needs one; nothing when there are enough."""
-        while self.begun < self.options.trials and not self._late():
+        while (job := self._prepared()) is not None:
+            self.prepared = None
+            job.started = time.monotonic()
+            if job.key in self.flying:
+                self.flying[job.key].followers.append(job.asked)
+                continue
+            self.flying[job.key] = job
+            task = self._go_on(job, slot)
+            if task is not None:
+                return [task]
+        return ()
+
+    def _prepared(self) -> _Job | None:
+        """The next trial, asked and with its plan; None when there are enough, or time is up."""
+        while self.prepared is None and self.begun < self.options.trials and not self._late():
             asked = self.study.ask()
             self.begun += 1
-            started = time.monotonic()
             try:
                 plan = self.plan(asked.values)
             except (RecipeError, Infeasible, ValueError) as error:
@@ -420,14 +440,18 @@ class Trials:
             key, size = digest(made_of), self.pipeline.file_bytes(plan)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self._fits(plan, size)})
-            if key in self.flying:
-                self.flying[key].followers.append(asked)
-                continue
-            job = self.flying[key] = _Job(asked, plan, pieces, size, key, started)
-            task = self._go_on(job, slot)
-            if task is not None:
-                return [task]
-        return ()
+            self.prepared = _Job(asked, plan, pieces, size, key)
+        return self.prepared
+
+    def _meanwhile(self) -> None:
+        """What no worker waits for: the next trial's plan, and the record of finished ones."""
+        self._prepared()
+        self._record()
+
+    def _record(self) -> None:
+        """Puts trials that were told on record."""
+        while self.unrecorded:
+            self._track(*self.unrecorded.pop(0))
 
     def _fits(self, plan: Plan, size: int) -> bool:
         """Whether a plan keeps to the recipe's budget; one in bits limits the units alone."""
@@ -580,7 +604,7 @@ class Trials:
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
         if told.state == "complete" and len(self.study.objectives) > 1:
             self.front = len(self.study.front())
-        self._track(told, plan)
+        self.unrecorded.append((told, plan))
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 

@@ -11,6 +11,7 @@ relative error of the outputs instead of the least predicted loss.
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,12 @@ def run(
 def gains(found: Found, name: str, removed: float, way: str) -> list[float]:
     """KL of a way over that of uniform ranks, seed by seed."""
     pairs = zip(found[name, removed, way], found[name, removed, UNIFORM], strict=True)
-    return [one.kl / other.kl for one, other in pairs]
+    return [over(one.kl, other.kl) for one, other in pairs]
+
+
+def over(one: float, other: float) -> float:
+    """Their quotient; NaN over nothing, as where a plan is the dense model."""
+    return one / other if other else math.nan
 
 
 def rows(found: Found) -> list[list[str]]:
@@ -150,7 +156,7 @@ def rows(found: Found) -> list[list[str]]:
                 figure([o.perplexity for o in outcomes]),
                 figure([o.kl for o in outcomes]),
                 ratio,
-                figure([o.predicted / o.kl for o in outcomes]),
+                figure([over(o.predicted, o.kl) for o in outcomes]),
             ]
         )
     return sorted(lines, key=lambda line: float(line[0].rstrip("%")))

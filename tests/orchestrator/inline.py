@@ -52,7 +52,12 @@ class InlinePool:
     def close(self) -> None:
         """There is nothing to end."""
 
-    def run(self, tasks: Iterable[Task], tick: Callable[[list[str]], None] | None = None) -> None:
+    def run(
+        self,
+        tasks: Iterable[Task],
+        tick: Callable[[list[str]], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """As :meth:`Pool.run`; tasks without affinity go round."""
         order = itertools.count()
         waiting = [(task.priority, next(order), task) for task in tasks]
@@ -67,6 +72,8 @@ class InlinePool:
                 self.judged.append(dict(task.arguments))
             if tick is not None:
                 tick([task.label])
+            if meanwhile is not None:
+                meanwhile()
             try:
                 result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
             except Exception as error:
