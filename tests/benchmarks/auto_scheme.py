@@ -1,6 +1,6 @@
 """A mixture of bits by moesaic and by AutoRound's AutoScheme, each in its own environment.
 
-    python tests/benchmarks/auto_scheme.py [--iterations 0 50] [--peer-python PATH]
+    python tests/benchmarks/auto_scheme.py [--iterations 0 20] [--peer-python PATH]
 
 Both choose one of the same options (symmetric integers of ``--bits``, one group size) for every
 linear layer of the blocks, so that what is stored for these layers, scales and zero points
@@ -226,7 +226,7 @@ def main() -> None:
     add_text_options(parser)
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has auto-round")
     parser.add_argument("--peer-batch-size", type=int, default=8, help="its own default is 8")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 50])
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 20])
     parser.add_argument("--bits-per-weight", type=float, default=3.0)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
