@@ -39,6 +39,7 @@ from common import (
     add_text_options,
     arguments_parser,
     check_inputs,
+    end_in_order,
     progress,
     report,
     table,
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="remove --folder first")
     arguments = parser.parse_args()
     check_inputs(arguments)
+    end_in_order()
     python, peer = peer_python(arguments.peer_python)
     progress(peer)
     folder = arguments.folder.resolve()
