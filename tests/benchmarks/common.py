@@ -232,7 +232,7 @@ def report(title: str, body: str, write: Path | None) -> None:
 
 
 def end_in_order() -> None:
-    """Makes SIGTERM an exit, so that started processes and scratch folders go with the benchmark."""
+    """Makes SIGTERM an exit: started processes and scratch folders go with the benchmark."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
