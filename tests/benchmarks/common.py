@@ -231,9 +231,14 @@ def report(title: str, body: str, write: Path | None) -> None:
         write.write_text(text, encoding="utf-8")
 
 
+def end_in_order() -> None:
+    """Makes SIGTERM an exit: started processes and scratch folders go with the benchmark."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def scratch(name: str) -> tempfile.TemporaryDirectory[str]:
     """A folder under build/ that goes when its ``with`` ends, also when the benchmark is ended."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_in_order()
     BUILD.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix=f"{name}-", dir=BUILD)
 

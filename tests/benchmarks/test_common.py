@@ -101,6 +101,7 @@ def test_alternate_takes_turns() -> None:
     ("script", "option"),
     [
         ("llm_compressor", "--peer-python"),
+        ("auto_scheme", "--bits-per-weight"),
         ("memory", "--limit-gb"),
         ("workers", "--gradients"),
         ("assemble", "--runs"),

@@ -1,5 +1,6 @@
 """Reducers that drop experts or channels: each against a computation from the layer itself."""
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -304,20 +305,26 @@ def test_global_keeps_are_those_of_one_threshold(kinds: list[str], keep: float) 
 
     distances = {name: brute_distance(layer, 1.0) for name, layer in layers.items()}
 
+    @functools.cache
+    def widest(name: str, at: int, size: int, clusters: int) -> float:
+        """Largest distance within a cluster of a routing group that has so many clusters."""
+        block = distances[name][at : at + size, at : at + size]
+        pairs = (
+            block[i, j]
+            for cluster in complete_linkage(block, clusters)
+            for i, j in itertools.combinations(cluster, 2)
+        )
+        return max(map(float, pairs))
+
     def clusters_at(threshold: float) -> dict[str, int]:
-        """Of every layer, clustering all of it again."""
+        """Of every layer."""
         counts = {}
         for name, layer in layers.items():
             groups = layer.shape.routing_groups
-            distance, size, most = distances[name], 8 // groups, 0
+            size, most = 8 // groups, 0
             for at in range(0, 8, size):
-                block = distance[at : at + size, at : at + size]
                 left = size
-                while left > 1 and all(
-                    block[i, j] < threshold
-                    for cluster in complete_linkage(block, left - 1)
-                    for i, j in itertools.combinations(cluster, 2)
-                ):
+                while left > 1 and widest(name, at, size, left - 1) < threshold:
                     left -= 1
                 most = max(most, left)
             counts[name] = max(most * groups, layer.shape.least, layer.shape.top_k)

@@ -175,6 +175,33 @@ def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
     assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
 
 
+def test_a_run_killed_between_two_stages_ends_with_the_same_bytes(
+    project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the search, then when the evaluation, has just put its result in place."""
+    _, whole = project.run()
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write()
+    rename, done = Path.replace, Counter[str]()
+    for name in ("plan.json", "scores.json"):
+
+        def die(temporary: Path, target: Path, name: str = name) -> Path:
+            rename(temporary, target)
+            if target == other.output / name:
+                raise Killed
+            return target
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "replace", die)
+            other.run()
+        done += other.calls
+        assert (other.output / name).exists() and not (other.output / "model").exists()
+    other.run()
+    assert done + other.calls == whole
+    one, two = project.left(), other.left()
+    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+
+
 def test_the_checkpoint_assembled_alone_is_that_of_the_run(project: Project) -> None:
     project.run(stages=("assemble",))
     assert "perplexity" not in (project.output / "model" / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """Problems made of numbers alone, and the best plan found by looking at every one."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -9,6 +8,8 @@ from moesaic.methods.base import Chain, Spec
 from moesaic.search.base import Budget, Layer, Measurement, Plan, Problem
 
 FIXED = 1000
+# Far above the error of a sum of losses, far below a difference of two that are not equal.
+_ROUNDING = 1e-9
 Table = list[tuple[int, float]]
 
 
@@ -45,16 +46,27 @@ def extremes(given: Problem) -> tuple[int, int]:
 def best_by_looking_at_all(given: Problem) -> Plan | None:
     """The fitting plan of least (loss, bytes)."""
     groups = given.groups()
+    sizes = np.array([given.budget.fixed_bytes])
+    losses = np.array([0.0])
+    for _, offers in groups:  # one more column; the last one counts fastest
+        sizes = np.add.outer(sizes, [size for _, size, _ in offers]).ravel()
+        losses = np.add.outer(losses, [loss for _, _, loss in offers]).ravel()
+    fits = sizes <= given.budget.total_bytes
+    if not fits.any():
+        return None
+    # What rounding could make the least is looked at as a plan.
+    nearly = np.flatnonzero(fits & (losses <= losses[fits].min() + _ROUNDING))
+    shape = [len(offers) for _, offers in groups]
     plans = []
-    for pick in itertools.product(*(offers for _, offers in groups)):
+    for pick in zip(*np.unravel_index(nearly, shape), strict=True):
         chosen = {
-            unit: choice
-            for (units, _), (choice, _, _) in zip(groups, pick, strict=True)
+            unit: offers[number][0]
+            for (units, offers), number in zip(groups, pick, strict=True)
             for unit in units
         }
         plans.append(given.plan(chosen))
-    fitting = [plan for plan in plans if plan.bytes <= given.budget.total_bytes]
-    return min(fitting, key=lambda plan: (plan.loss, plan.bytes), default=None)
+    assert all(plan.bytes <= given.budget.total_bytes for plan in plans)
+    return min(plans, key=lambda plan: (plan.loss, plan.bytes))
 
 
 def realistic(units: int, choices: int, share: float, seed: int = 0) -> Problem:
