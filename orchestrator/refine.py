@@ -92,10 +92,10 @@ class Refining:
         plan, stages = start, []
         for name in self.section.method:
             found, stage = self._stage(name, given, plan)
-            better = [judged for judged in found[:_FINALISTS] if judged.kl < stage.start_kl]
-            taken = next(
-                (judged for judged in better if fits(judged.plan)), Judged(plan, stage.start_kl)
-            )
+            # What the refiner decided for comes first; the others are for where it does not fit.
+            better = [] if found[0].plan.units == plan.units else found[:_FINALISTS]
+            fitting = (j for j in better if j.kl < stage.start_kl and fits(j.plan))
+            taken = next(fitting, Judged(plan, stage.start_kl))
             plan = taken.plan
             stages.append(replace(stage, kl=taken.kl))
             stage = stages[-1]

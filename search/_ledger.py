@@ -3,7 +3,9 @@
 import math
 from collections.abc import Generator, Iterable, Sequence
 
-from moesaic.search._points import Point, Space
+import numpy as np
+
+from moesaic.search._points import Floats, Point, Space
 from moesaic.search.refining import (
     SLOPE_PASSES,
     Answer,
@@ -17,6 +19,9 @@ from moesaic.search.refining import (
 # Shares of the text that points have seen when the best of them are picked, and the share of them
 # that goes on.
 _SEEN, _LEFT = (1 / 8, 3 / 8, 1.0), 1 / 4
+# Standard errors by which a point must be better to take another one's place: of hundreds that are
+# tried on little text, many are better by chance.
+_SURE = 1.0
 
 
 class Ledger:
@@ -26,6 +31,7 @@ class Ledger:
         every: all blocks of the text.
         passes: times that the whole text was run.
         step: generations or steps that are done.
+        best: KL of the best point so far on the whole text; None before the start was judged.
     """
 
     def __init__(self, space: Space, text: Text, effort: Effort, steps: int) -> None:
@@ -36,8 +42,9 @@ class Ledger:
         self.step = 0
         self.passes = 0.0
         self.every = range(len(text.blocks))
+        self.best: float | None = None
         self._points: dict[bytes, Point] = {}
-        self._kl: dict[bytes, dict[int, float]] = {}
+        self._kl: dict[bytes, dict[int, Floats]] = {}
 
     def judge(
         self, points: Iterable[Point], blocks: Sequence[int]
@@ -58,7 +65,7 @@ class Ledger:
     def race(
         self, parent: Point, points: Sequence[Point], order: Sequence[int]
     ) -> Generator[Batch, Sequence[Answer], Point | None]:
-        """The best of some points if it is better on the whole text than one that has seen it.
+        """The best of some points if it is surely better on the whole text than one that saw it.
 
         They are run on more and more of the text. Who is behind the parent on what both have seen
         goes no further, and of the others the best go on.
@@ -77,24 +84,44 @@ class Ledger:
                 key=lambda point: self.kl(point, blocks),
             )
             points = ahead[: max(1, math.floor(len(points) * _LEFT))]
-        return points[0] if points else None
+        return points[0] if points and self._surely_better(points[0], parent) else None
 
     def batch(self, requests: Sequence[Request]) -> Batch:
         return Batch(requests, self.step, self.steps, self.best)
+
+    def settle(self, best: Point) -> None:
+        """Says which point is the best so far."""
+        self.best = self.kl(best, self.every)
 
     def take(self, point: Point, block: int, answer: Answer) -> None:
         """Remembers what a point lost on a block."""
         share = self.text.sequences(block) / self.text.total
         self.passes += share * (SLOPE_PASSES if answer.slopes else 1)
-        kl = sum(answer.kl) / len(answer.kl)
+        kl = np.array(answer.kl, dtype=float)
+        kl[~np.isfinite(kl)] = np.inf
         self._points[point.key] = point
-        self._kl.setdefault(point.key, {})[block] = kl if math.isfinite(kl) else math.inf
+        self._kl.setdefault(point.key, {})[block] = kl
 
     def kl(self, point: Point, blocks: Sequence[int]) -> float:
         """Mean over blocks that the point has seen, nats per token."""
-        sizes = [self.text.sequences(block) for block in blocks]
-        found = [self._kl[point.key][block] for block in blocks]
-        return sum(n * kl for n, kl in zip(sizes, found, strict=True)) / sum(sizes)
+        return float(self._sequences(point, blocks).mean())
+
+    def _sequences(self, point: Point, blocks: Sequence[int]) -> Floats:
+        """KL of every sequence of some blocks."""
+        return np.concatenate([self._kl[point.key][block] for block in blocks])
+
+    def _surely_better(self, point: Point, other: Point) -> bool:
+        """Whether a point is better on the whole text by more than chance makes likely.
+
+        What is compared are the differences sequence by sequence: they vary much less than the
+        sequences themselves.
+        """
+        own, others = (self._sequences(p, self.every) for p in (point, other))
+        if not np.isfinite(own).all() or not np.isfinite(others).all():
+            return bool(np.isfinite(own).all())
+        less = others - own
+        error = float(less.std(ddof=1)) / math.sqrt(len(less)) if len(less) > 1 else 0.0
+        return float(less.mean()) > _SURE * error
 
     def knows(self, point: Point) -> bool:
         """Whether a point was ever run."""
@@ -105,18 +132,13 @@ class Ledger:
         whole = [self._points[k] for k, seen in self._kl.items() if len(seen) == len(self.every)]
         return sorted(whole, key=lambda point: self.kl(point, self.every))
 
-    @property
-    def best(self) -> float | None:
-        """KL of the best point on the whole text."""
-        ranked = self.ranked()
-        return self.kl(ranked[0], self.every) if ranked else None
-
     def exhausted(self) -> bool:
         """Whether the whole text has been run as often as it may be."""
         return self.effort.passes is not None and self.passes >= self.effort.passes
 
-    def result(self) -> list[Judged]:
-        """The plans that saw the whole text, the best first."""
+    def result(self, best: Point) -> list[Judged]:
+        """One plan, then the others that saw the whole text, the best first."""
+        others = [point for point in self.ranked() if point is not best]
         return [
-            Judged(self.space.plan(point), self.kl(point, self.every)) for point in self.ranked()
+            Judged(self.space.plan(point), self.kl(point, self.every)) for point in [best, *others]
         ]
