@@ -11,6 +11,7 @@ as that did.
 """
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,8 @@ class Refining:
                 self.working = True
                 judge = self.experiment.calibration_judge
                 remember_dense(self.pool, self.view, judge, self.text.blocks)
+                _ = self.pool.size  # starts the workers, which is no time of the search's
+                watch.started = time.monotonic()
             # The same plan by another way: asked for once.
             first = {work.key: work for work in missing}
             self.pool.run([work.task(watch) for work in first.values()], self.view.tick)

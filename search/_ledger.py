@@ -19,9 +19,6 @@ from moesaic.search.refining import (
 # Shares of the text that points have seen when the best of them are picked, and the share of them
 # that goes on.
 _SEEN, _LEFT = (1 / 8, 3 / 8, 1.0), 1 / 4
-# Standard errors by which a point must be better to take another one's place: of hundreds that are
-# tried on little text, many are better by chance.
-_SURE = 1.0
 
 
 class Ledger:
@@ -65,7 +62,7 @@ class Ledger:
     def race(
         self, parent: Point, points: Sequence[Point], order: Sequence[int]
     ) -> Generator[Batch, Sequence[Answer], Point | None]:
-        """The best of some points if it is surely better on the whole text than one that saw it.
+        """The best of some points if it is better on the whole text than one that has seen it.
 
         They are run on more and more of the text. Who is behind the parent on what both have seen
         goes no further, and of the others the best go on.
@@ -84,7 +81,7 @@ class Ledger:
                 key=lambda point: self.kl(point, blocks),
             )
             points = ahead[: max(1, math.floor(len(points) * _LEFT))]
-        return points[0] if points and self._surely_better(points[0], parent) else None
+        return points[0] if points else None
 
     def batch(self, requests: Sequence[Request]) -> Batch:
         return Batch(requests, self.step, self.steps, self.best)
@@ -104,24 +101,7 @@ class Ledger:
 
     def kl(self, point: Point, blocks: Sequence[int]) -> float:
         """Mean over blocks that the point has seen, nats per token."""
-        return float(self._sequences(point, blocks).mean())
-
-    def _sequences(self, point: Point, blocks: Sequence[int]) -> Floats:
-        """KL of every sequence of some blocks."""
-        return np.concatenate([self._kl[point.key][block] for block in blocks])
-
-    def _surely_better(self, point: Point, other: Point) -> bool:
-        """Whether a point is better on the whole text by more than chance makes likely.
-
-        What is compared are the differences sequence by sequence: they vary much less than the
-        sequences themselves.
-        """
-        own, others = (self._sequences(p, self.every) for p in (point, other))
-        if not np.isfinite(own).all() or not np.isfinite(others).all():
-            return bool(np.isfinite(own).all())
-        less = others - own
-        error = float(less.std(ddof=1)) / math.sqrt(len(less)) if len(less) > 1 else 0.0
-        return float(less.mean()) > _SURE * error
+        return float(np.concatenate([self._kl[point.key][block] for block in blocks]).mean())
 
     def knows(self, point: Point) -> bool:
         """Whether a point was ever run."""

@@ -4,8 +4,7 @@ Sieberling et al. 2024, "EvoPress: Accurate Dynamic Model Compression via Evolut
 2410.14649, section 3. One plan is the parent. Its *offspring* are made by level switches: a few
 groups of units go up, others go down, and the budget is kept. They are run on a part of the text,
 the better ones on more of it, the last one on all of it; it is the next parent if it is nearer to
-the original model there than the parent, by more than the differences between the two vary from
-sequence to sequence. The parent never gets worse, and is never run twice.
+the original model there than the parent. The parent never gets worse, and is never run twice.
 
 What differs from the paper, whose units have all the same size:
 

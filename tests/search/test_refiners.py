@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from moesaic.search import _ledger, evolve, knapsack, relax, uniform
+from moesaic.search import evolve, knapsack, relax, uniform
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Plan, Problem
-from moesaic.search.refining import Answer, Effort, cut, refiner, refiners
+from moesaic.search.refining import Effort, cut, refiner, refiners
 from tests.search.problems import best_by_looking_at_all, realistic
 from tests.search.refining import Driven, Quadratic, drive, with_budget
 from tests.search.test_alternatives import all_picks, best_of_all, drawn
@@ -237,27 +237,3 @@ def test_relax_with_slopes_that_are_differences_reaches_losses_that_add_up() -> 
     found = drive(search, lambda plan: plan.loss, slopes)
     gained = (start.loss - found.result[0].kl) / (start.loss - best.loss)
     assert gained >= 0.95
-
-
-def test_what_is_better_by_chance_is_mostly_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Quadratic(7)
-    start = knapsack.search(made.problem)
-
-    def changes() -> int:
-        """How often the noise of equally good plans makes another one of the start."""
-        rng = np.random.default_rng(0)
-        found = 0
-        for seed in range(12):
-            search = evolve.refine(made.problem, start, TEXT, Effort(1, 16, seed=seed))
-            batch = next(search)
-            try:
-                while True:
-                    drawn = rng.normal(1, 0.05, (len(batch.requests), 2))
-                    batch = search.send([Answer(row.tolist()) for row in drawn])
-            except StopIteration as end:
-                found += end.value[0].plan.units != start.units
-        return found
-
-    rarely = changes()
-    monkeypatch.setattr(_ledger, "_SURE", 0.0)
-    assert rarely <= 0.6 * changes()
