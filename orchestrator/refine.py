@@ -11,6 +11,7 @@ as that did.
 """
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,10 +93,10 @@ class Refining:
         plan, stages = start, []
         for name in self.section.method:
             found, stage = self._stage(name, given, plan)
-            better = [judged for judged in found[:_FINALISTS] if judged.kl < stage.start_kl]
-            taken = next(
-                (judged for judged in better if fits(judged.plan)), Judged(plan, stage.start_kl)
-            )
+            # What the refiner decided for comes first; the others are for where it does not fit.
+            better = [] if found[0].plan.units == plan.units else found[:_FINALISTS]
+            fitting = (j for j in better if j.kl < stage.start_kl and fits(j.plan))
+            taken = next(fitting, Judged(plan, stage.start_kl))
             plan = taken.plan
             stages.append(replace(stage, kl=taken.kl))
             stage = stages[-1]
@@ -140,6 +141,8 @@ class Refining:
                 self.working = True
                 judge = self.experiment.calibration_judge
                 remember_dense(self.pool, self.view, judge, self.text.blocks)
+                _ = self.pool.size  # starts the workers, which is no time of the search's
+                watch.started = time.monotonic()
             # The same plan by another way: asked for once.
             first = {work.key: work for work in missing}
             self.pool.run([work.task(watch) for work in first.values()], self.view.tick)

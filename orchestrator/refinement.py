@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moesaic.orchestrator.console import View
 from moesaic.search.refining import SLOPE_PASSES, Answer, Batch, Text
-
-# Means of the same numbers, added up in another order, differ by less.
-_SAME = 1e-12
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class Watch:
             self.tokens += passes * len(answer.kl) * self.tokens_each
         if batch.best is None:  # the first batch is the start alone, on all of the text
             values = [value for answer in answers for value in answer.kl]
-            self.start_kl = sum(values) / len(values)
+            self.start_kl = float(np.mean(values))
             self._best(self.start_kl)
 
     def stage(self, kl: float) -> Stage:
@@ -189,7 +188,7 @@ class Watch:
             self.step = step
 
     def _best(self, kl: float) -> None:
-        better = not self.trace or kl < self.trace[-1].kl * (1 - _SAME)
+        better = not self.trace or kl < self.trace[-1].kl
         self.trace.append(Moment(self.step, self.evaluations, self.tokens, kl))
         if better:
             seconds = time.monotonic() - self.started

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Generator, Iterable, Sequence
 
-from moesaic.search._points import Point, Space
+import numpy as np
+
+from moesaic.search._points import Floats, Point, Space
 from moesaic.search.refining import (
     SLOPE_PASSES,
     Answer,
@@ -26,6 +28,7 @@ class Ledger:
         every: all blocks of the text.
         passes: times that the whole text was run.
         step: generations or steps that are done.
+        best: KL of the best point so far on the whole text; None before the start was judged.
     """
 
     def __init__(self, space: Space, text: Text, effort: Effort, steps: int) -> None:
@@ -36,8 +39,9 @@ class Ledger:
         self.step = 0
         self.passes = 0.0
         self.every = range(len(text.blocks))
+        self.best: float | None = None
         self._points: dict[bytes, Point] = {}
-        self._kl: dict[bytes, dict[int, float]] = {}
+        self._kl: dict[bytes, dict[int, Floats]] = {}
 
     def judge(
         self, points: Iterable[Point], blocks: Sequence[int]
@@ -82,19 +86,22 @@ class Ledger:
     def batch(self, requests: Sequence[Request]) -> Batch:
         return Batch(requests, self.step, self.steps, self.best)
 
+    def settle(self, best: Point) -> None:
+        """Says which point is the best so far."""
+        self.best = self.kl(best, self.every)
+
     def take(self, point: Point, block: int, answer: Answer) -> None:
         """Remembers what a point lost on a block."""
         share = self.text.sequences(block) / self.text.total
         self.passes += share * (SLOPE_PASSES if answer.slopes else 1)
-        kl = sum(answer.kl) / len(answer.kl)
+        kl = np.array(answer.kl, dtype=float)
+        kl[~np.isfinite(kl)] = np.inf
         self._points[point.key] = point
-        self._kl.setdefault(point.key, {})[block] = kl if math.isfinite(kl) else math.inf
+        self._kl.setdefault(point.key, {})[block] = kl
 
     def kl(self, point: Point, blocks: Sequence[int]) -> float:
         """Mean over blocks that the point has seen, nats per token."""
-        sizes = [self.text.sequences(block) for block in blocks]
-        found = [self._kl[point.key][block] for block in blocks]
-        return sum(n * kl for n, kl in zip(sizes, found, strict=True)) / sum(sizes)
+        return float(np.concatenate([self._kl[point.key][block] for block in blocks]).mean())
 
     def knows(self, point: Point) -> bool:
         """Whether a point was ever run."""
@@ -105,18 +112,13 @@ class Ledger:
         whole = [self._points[k] for k, seen in self._kl.items() if len(seen) == len(self.every)]
         return sorted(whole, key=lambda point: self.kl(point, self.every))
 
-    @property
-    def best(self) -> float | None:
-        """KL of the best point on the whole text."""
-        ranked = self.ranked()
-        return self.kl(ranked[0], self.every) if ranked else None
-
     def exhausted(self) -> bool:
         """Whether the whole text has been run as often as it may be."""
         return self.effort.passes is not None and self.passes >= self.effort.passes
 
-    def result(self) -> list[Judged]:
-        """The plans that saw the whole text, the best first."""
+    def result(self, best: Point) -> list[Judged]:
+        """One plan, then the others that saw the whole text, the best first."""
+        others = [point for point in self.ranked() if point is not best]
         return [
-            Judged(self.space.plan(point), self.kl(point, self.every)) for point in self.ranked()
+            Judged(self.space.plan(point), self.kl(point, self.every)) for point in [best, *others]
         ]

@@ -70,6 +70,7 @@ def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinem
     ledger = Ledger(space, text, effort, effort.generations)
     parent = space.start
     yield from ledger.judge([parent], ledger.every)
+    ledger.settle(parent)
     stale = barren = 0
     for generation in range(effort.generations):
         if ledger.exhausted():
@@ -82,8 +83,9 @@ def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinem
         order = np.roll(ledger.every, -generation).tolist()
         winner = yield from ledger.race(parent, offspring, order)
         parent, stale = (parent, stale + 1) if winner is None else (winner, 0)
+        ledger.settle(parent)
         ledger.step = generation + 1
-    return ledger.result()
+    return ledger.result(parent)
 
 
 class _Breeder:

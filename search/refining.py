@@ -8,7 +8,8 @@ nothing itself. A module of this folder that defines ``refine`` is a refiner::
     def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinement: ...
 
 which is a generator: it yields a :class:`Batch` of requests, is sent an answer to each of them in
-their order, and returns all plans that saw the whole text, the best first. What it asks follows
+their order, and returns all plans that saw the whole text: the one that it decided for, then the
+others, the best first. What it asks follows
 from its arguments and the answers alone, so that whoever kept the answers can repeat a search that
 was interrupted. Every plan that it asks for keeps to the problem's budget and ties.
 

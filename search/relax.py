@@ -77,6 +77,8 @@ def refine(
     space = Space(problem, start)
     ledger = Ledger(space, text, effort, effort.steps)
     yield from ledger.judge([space.start], ledger.every)
+    best = space.start
+    ledger.settle(best)
     descent = _Descent(space, curvature)
     rng = np.random.default_rng(effort.seed)
     for step in range(effort.steps):
@@ -95,12 +97,15 @@ def refine(
         gradients = yield from _gradients(descent, ledger, draws, order)
         descent.advance(gradients)
         seen = [draw.point for draw in draws if math.isfinite(ledger.kl(draw.point, order[:1]))]
-        yield from ledger.race(best, seen, order)
+        winner = yield from ledger.race(best, seen, order)
+        best = best if winner is None else winner
+        ledger.settle(best)
         ledger.step = step + 1
     if not ledger.exhausted():
-        last = descent.draw(rng, 0.0, ledger.ranked()[0])
-        yield from ledger.race(ledger.ranked()[0], [last.point], list(ledger.every))
-    return ledger.result()
+        last = descent.draw(rng, 0.0, best)
+        winner = yield from ledger.race(best, [last.point], list(ledger.every))
+        best = best if winner is None else winner
+    return ledger.result(best)
 
 
 def _scale(space: Space, ledger: Ledger, best: Point) -> float:

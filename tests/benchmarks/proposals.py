@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, alternate, arguments_parser, report, spread, table
+from common import ROOT, alternate, arguments_parser, median, report, spread, table
 
 from moesaic.search import evolve, knapsack
 from moesaic.search._points import Space
@@ -52,7 +52,7 @@ def main() -> None:
             return float(usable.sum()) / seconds
 
         speeds = alternate({f"{units} units": proposed}, arguments.runs)[f"{units} units"]
-        reached &= min(speeds) >= GOAL
+        reached &= median(speeds) >= GOAL
         rows.append([units, spread([s / 1000 for s in speeds], 0), f"{exact:.3f}"])
     text = table(["units", "thousand plans per second", "exact knapsack, s"], rows)
     verdict = "reached" if reached else "**not reached**"

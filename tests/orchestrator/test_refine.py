@@ -27,6 +27,7 @@ CHAINS: dict[str, Any] = {
     "baselines": {},
     "budget": {"bits_per_weight": 4.5},
     "evaluation": {"sequences": 2},
+    "search": "uniform",  # leaves something to gain
     "refine": {
         "method": ["evolve", "relax"],
         "generations": 3,
@@ -150,7 +151,9 @@ def test_the_same_command_again_runs_nothing(make: Make) -> None:
 
 
 def test_a_study_s_best_plan_is_refined(make: Make) -> None:
-    project = make(tune={"prune": False}, refine={"generations": 3, "offspring": 4})
+    project = make(
+        search="knapsack", tune={"prune": False}, refine={"generations": 3, "offspring": 4}
+    )
     project.tune(5)
     study, plan = project.json("study.json"), project.json("plan.json")
     assert plan["refined"]["start_kl"] == pytest.approx(study["best"]["kl"], rel=1e-5)

@@ -107,7 +107,8 @@ def test_the_start_is_a_candidate_and_the_same_search_asks_the_same(name: str) -
     for found in (*runs, other):
         assert found.result[0].kl <= made.loss(start)
         assert start in [judged.plan for judged in found.result]
-        assert [j.kl for j in found.result] == sorted(j.kl for j in found.result)
+        others = [judged.kl for judged in found.result[1:]]
+        assert others == sorted(others) and found.result[0].kl <= others[0] * (1 + 1e-12)
         for judged in found.result:
             assert judged.kl == pytest.approx(made.loss(judged.plan), rel=1e-12)
 
