@@ -402,6 +402,15 @@ def test_a_file_that_is_no_database_is_refused(model: Path, tmp_path: Path) -> N
     assert refusal("check", recipe).endswith("odd.db is no sqlite database: name another file")
 
 
+@pytest.mark.parametrize("verb", [["run"], ["tune", "--trials", "3"]])
+def test_a_name_that_the_registry_refuses_is_told(
+    verb: list[str], model: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, model)
+    text = told(ask(*verb, str(recipe), "--register", "a/b", "--json"))
+    assert text.startswith("--register: 'a/b' is no name for a model")
+
+
 def test_check_leaves_no_database(model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, model, tracking={"uri": f"sqlite:///{tmp_path}/new.db"})
     assert ask("check", recipe, "--output", tmp_path / "run").exit_code == 0
