@@ -378,8 +378,8 @@ class Refine(Section):
     sequences: int = Field(default=64, ge=1, le=10**6)
     generations: int = Field(default=20, ge=1, le=10**6)
     offspring: int = Field(default=16, ge=1, le=10**5)
-    steps: int = Field(default=12, ge=1, le=10**6)
-    draws: int = Field(default=4, ge=1, le=10**4)
+    steps: int = Field(default=30, ge=1, le=10**6)
+    draws: int = Field(default=2, ge=1, le=10**4)
     passes: float | None = Field(default=None, gt=0, le=1e9)
     seed: int = Field(default=0, ge=0, lt=2**31)
 

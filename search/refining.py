@@ -69,8 +69,8 @@ class Effort:
 
     generations: int = 20
     offspring: int = 16
-    steps: int = 12
-    draws: int = 4
+    steps: int = 30
+    draws: int = 2
     passes: float | None = None
     seed: int = 0
 

@@ -69,7 +69,7 @@ def refine(
 
     Example::
 
-        search = refine(problem, plan, cut(64, 8), Effort(steps=12, draws=4))
+        search = refine(problem, plan, cut(64, 8), Effort(steps=30, draws=2))
         batch = next(search)
         while True:  # until StopIteration, which has the plans
             batch = search.send([run(request) for request in batch.requests])
