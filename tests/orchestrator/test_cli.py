@@ -69,7 +69,10 @@ def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
     tune = {"sampler": "grid", "knobs": {"mix": 0}, "seeds": 1}
     text = refusal("tune", make_recipe(tmp_path, model, tune=tune), "--trials", "3")
     assert "recipe.yaml: tune.sampler: unknown sampler 'grid': known are tpe, gp" in text
-    assert "recipe.yaml: tune.seeds: unknown key (allowed here: objectives, sampler, seed" in text
+    assert (
+        "recipe.yaml: tune.seeds: unknown key (allowed here: objectives, constraints, sampler, seed"
+        in text
+    )
     wrong = make_recipe(tmp_path, model, tune={"knobs": {"mix": 2, "weight.head": 1}})
     for verb, more in (("tune", ["--trials", "3"]), ("check", [])):
         text = refusal(verb, wrong, *more)
