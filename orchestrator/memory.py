@@ -30,6 +30,7 @@ from moesaic.orchestrator.statistics import (
     covered,
     ranges,
 )
+from moesaic.search.features import SWAPS, rule_of
 
 # Resident size of a worker that has Ray, torch and transformers loaded and has run a block
 # (measured on Linux, CPU builds).
@@ -241,6 +242,9 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
     found["evaluate"] = _largest(_evaluate(sizes, block) for block in blocks)
     if sizes.experiment.recipe.tune is not None:
         found["tune"] = _tune(sizes)
+    score = sizes.experiment.recipe.score
+    if score is not None and SWAPS in rule_of(score).sources:
+        found["score"] = _tune(sizes)
     if sizes.experiment.recipe.refine is not None:
         found["refine"] = _refine(sizes)
     for stage, parts in found.items():
@@ -423,12 +427,13 @@ def _tune(sizes: Sizes) -> Parts:
 def _refine(sizes: Sizes) -> Parts:
     """As :func:`_tune`; where slopes are wanted, inputs of all blocks, and a block's gradients."""
     section, texts = sizes.experiment.recipe.refine, sizes.experiment.recipe.calibration
-    parts = _tune(sizes)
+    largest = max(map(sizes.weights, range(sizes.model.blocks)))
+    # A mixture of experts, and the piece that some of them are just taken from.
+    parts = {**_tune(sizes), "mixtures": 2 * largest}
     if section is None or "relax" not in section.method:
         return parts
     rows = -(-min(section.sequences, texts.sequences) // BLOCKS)
     states = rows * texts.length * sizes.model.hidden_size * sizes.item
-    largest = max(map(sizes.weights, range(sizes.model.blocks)))
     # Of one batch, their sum, and the change of weights that they are multiplied with.
     return {**parts, "block inputs": sizes.model.blocks * states, "gradients": 3 * largest}
 

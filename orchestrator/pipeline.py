@@ -206,11 +206,11 @@ class Pipeline:
         experiment = self.experiment
         if experiment.recipe.refine is None:
             return start
-        given = self.rated(results.problem(experiment, self.table))
-        refining = Refining(experiment, self.pool, self.view, given)
+        given = results.problem(experiment, self.table)
+        refining = Refining(experiment, self.pool, self.view, self.rated(given))
         plan, self.refinement = refining.run(start, self._fits)
         write_json(self.output / "refine.json", self.refinement.to_json())
-        return plan
+        return given.plan(plan.units)  # with losses as they are told, whatever was searched by
 
     def _fits(self, plan: Plan) -> bool:
         """Whether a plan's files keep to a budget in bytes; one in bits limits the units alone."""

@@ -120,14 +120,14 @@ class Refining:
                 watch.asked(batch)
                 answers = self._answers(batch, watch)
                 watch.told(batch, answers)
+                if not math.isfinite(watch.start_kl):
+                    raise RunError(
+                        f"{name}: the KL of the plan to start from is not finite: the budget ruins"
+                        " the model: give more"
+                    )
                 batch = search.send(answers)
         except StopIteration as end:
             found: list[Judged] = end.value
-        if not math.isfinite(watch.start_kl):
-            raise RunError(
-                f"{name}: the KL of the plan to start from is not finite: the budget ruins the"
-                " model: give more"
-            )
         return found, watch.stage(found[0].kl)
 
     # Answering
@@ -209,7 +209,10 @@ class _Work:
             choice: [value / count for value in values]
             for choice, values in self.result["slopes"].items()
         }
-        return Answer([value / tokens for value in self.result["kl"]], slopes)
+        answer = Answer([value / tokens for value in self.result["kl"]], slopes)
+        if not answer.steady:
+            self.refining.view.line("relax: a plan whose slopes are not finite is left out")
+        return answer
 
 
 class PlanFiles:

@@ -174,11 +174,15 @@ class Resident:
         parts = self.mixtures.get(path)
         if parts is None:
             return dense_members({unit: path})[unit]
-        sources = {source: self.whole(source) for source in {source: None for *_, source in parts}}
-        found = dict(sources[parts[0][2]])  # what comes with a reduced bank is the same in all
-        for member in {member: None for member, *_ in parts}:
-            found[member] = found[member].clone()
-            for source, whole in sources.items():
+        mixed = list(dict.fromkeys(member for member, *_ in parts))
+        found: dict[str, Tensor] = {}
+        # One source at a time: a bank may be large, and come from many.
+        for source in dict.fromkeys(source for *_, source in parts):
+            whole = self.whole(source)
+            if not found:  # what comes with a reduced bank is the same in all
+                found = {**whole, **{member: whole[member].clone() for member in mixed}}
+                continue
+            for member in mixed:
                 experts = [e for name, e, other in parts if (name, other) == (member, source)]
                 found[member][experts] = whole[member][experts]
         return found

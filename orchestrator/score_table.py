@@ -119,6 +119,8 @@ def check_scores(experiment: Experiment) -> None:
     Raises:
         RecipeError: naming what is wrong.
     """
+    if experiment.recipe.budget.several:
+        raise RecipeError("budget: scores are compared near one budget: give one, not a list")
     family = experiment.model.family
     if family.is_encoder:
         raise RecipeError(

@@ -93,7 +93,7 @@ def check_score(experiment: Experiment) -> None:
             " score out"
         )
     reduces = any(reducing(chain)[0] for chain in experiment.recipe.candidates)
-    if reduces and rule.name not in (_GRADIENT, _OUTPUT):
+    if reduces and name not in (_GRADIENT, _OUTPUT):
         raise RecipeError(
             f"score: {rule.name} does not tell what fewer or narrower experts, heads or MLPs lose:"
             f" take {_GRADIENT} or {_OUTPUT}, or candidates that reduce nothing"

@@ -127,11 +127,11 @@ def front(summary: RunSummary, study: StudySummary) -> Figure:
             bbox=BEHIND,
             zorder=5,
         )
-    what = "latency (ms per token); star: the plan taken"
+    what = "latency (ms per token); star: the best trial"
     if in_bytes:
         line = {"color": "#202124", "linestyle": (0, (4, 3)), "linewidth": 1}
         axes.axvline(summary.budget_bytes / scale, **line)  # type: ignore[arg-type]
-        what = f"bytes of the checkpoint ({unit}); dashed: budget; star: the plan taken"
+        what = f"bytes of the checkpoint ({unit}); dashed: budget; star: the best trial"
         if summary.loss_is_predicted:
             ends = axes.get_xlim()
             curve = [(p.bytes / scale, p.loss) for p in summary.predicted if p.loss > 0]

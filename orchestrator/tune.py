@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
@@ -210,7 +212,7 @@ class TunedPipeline(Pipeline):
             tune.objectives,
             tune.sampler,
             tune.seed,
-            self._made_of(),
+            self._made_of(allocator),
             self._starts(allocator, knobs),
             self.options.resume,
         ) as study:
@@ -219,6 +221,11 @@ class TunedPipeline(Pipeline):
             best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
             plan = told.plan(trials.plan(best.values).units)
+            if trials.key(plan) != best.attributes["plan"]:
+                raise RunError(
+                    f"trial {best.number}: its knobs lead to another plan now than when it was"
+                    f" judged: remove {study.journal} to begin anew"
+                )
             self.study = self._summary(study, best)
             self._write(study)
             for number in dict.fromkeys([*self.study.front, best.number]):
@@ -247,8 +254,8 @@ class TunedPipeline(Pipeline):
                     starts[f"as predicted, {bits:.3g} bits"] = {BITS: bits}
         return starts
 
-    def _made_of(self) -> dict[str, Any]:
-        """What the losses of trials depend on."""
+    def _made_of(self, allocator: Allocator) -> dict[str, Any]:
+        """What the plans of trials and their losses depend on."""
         experiment = self.experiment
         recipe, judge = experiment.recipe, experiment.calibration_judge
         constraints = section(experiment).constraints
@@ -264,7 +271,9 @@ class TunedPipeline(Pipeline):
             "score": described(recipe),
             "serve": recipe.serve,
             "groups": section(experiment).groups,
+            "measurements": digest(allocator.measured()),
             **({"constraints": constraints} if constraints else {}),
+            **({"timed on": describe_machine()} if section(experiment).timed else {}),
         }
 
     def _best(self, told: list[Told]) -> Told:
@@ -307,6 +316,11 @@ class TunedPipeline(Pipeline):
 def _name(number: int) -> str:
     """What a trial is called on record."""
     return f"trial {number}"
+
+
+def _key(pieces: Mapping[str, str]) -> str:
+    """Names what a plan consists of; ``pieces`` is unit → file."""
+    return digest({unit: Path(path).stem for unit, path in pieces.items()})
 
 
 def _shown(told: Told) -> str:
@@ -386,8 +400,11 @@ class Trials:
         tasks = [task for slot in slots for task in self._next(slot)]
         try:
             pool.run(tasks, self._tick, self._meanwhile)
-        finally:
-            self._record()
+        except BaseException:
+            with suppress(RunError):  # of the record: what came first is what is told
+                self._record()
+            raise
+        self._record()
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
@@ -409,11 +426,15 @@ class Trials:
         found = solve(given, self.experiment.recipe.search)
         return self.allocator.problem.plan(found.units)
 
+    def key(self, plan: Plan) -> str:
+        """Names what a plan consists of."""
+        return _key(plan_pieces(self.experiment, self.experiment.walk, plan.units))
+
     # From trial to trial
 
     def _next(self, slot: int) -> Iterable[Task]:
         """The first task of the next trial that needs one; nothing when there are enough."""
-        while (job := self._prepared()) is not None:
+        while not self._late() and (job := self._prepared()) is not None:
             self.prepared = None
             job.started = time.monotonic()
             if job.key in self.flying:
@@ -427,7 +448,7 @@ class Trials:
 
     def _prepared(self) -> _Job | None:
         """The next trial, asked and with its plan; None when there are enough, or time is up."""
-        while self.prepared is None and self.begun < self.options.trials and not self._late():
+        while self.prepared is None and self.begun < self.options.trials:
             asked = self.study.ask()
             self.begun += 1
             try:
@@ -436,8 +457,7 @@ class Trials:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
             pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
-            made_of = {unit: Path(path).stem for unit, path in pieces.items()}
-            key, size = digest(made_of), self.pipeline.file_bytes(plan)
+            key, size = _key(pieces), self.pipeline.file_bytes(plan)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self._fits(plan, size)})
             self.prepared = _Job(asked, plan, pieces, size, key)
@@ -451,7 +471,8 @@ class Trials:
     def _record(self) -> None:
         """Puts trials that were told on record."""
         while self.unrecorded:
-            self._track(*self.unrecorded.pop(0))
+            self._track(*self.unrecorded[0])
+            del self.unrecorded[0]
 
     def _fits(self, plan: Plan, size: int) -> bool:
         """Whether a plan keeps to the recipe's budget; one in bits limits the units alone."""

@@ -202,6 +202,16 @@ class Allocator:
             found["without corrections"] = {CORRECTIONS: LEFT_OUT}
         return found
 
+    def measured(self) -> list[list[Any]]:
+        """All that plans depend on, plain: of every choice its candidates, and alternatives."""
+        found: list[list[Any]] = []
+        for name, alternatives in self.problem.banks.items():
+            found += [[name, str(a.prefix), a.bytes, a.loss] for a in alternatives]
+        for choices in self._tables():
+            for name, offers in choices.items():
+                found += [[name, str(m.chain), m.bytes, m.error, m.score] for m in offers]
+        return found
+
     # What there is to turn
 
     def _numbers(self) -> Iterator[Knob]:

@@ -17,6 +17,7 @@ The text is cut into blocks of sequences. Requests name one block each; nothing 
 for, so that answers can be kept.
 """
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -104,6 +105,11 @@ class Answer:
 
     kl: Sequence[float]
     slopes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def steady(self) -> bool:
+        """Whether all slopes are finite; a backward pass may overflow where the model does not."""
+        return all(math.isfinite(value) for values in self.slopes.values() for value in values)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _gradients(
     found = []
     for draw, answer in zip(unique, answers, strict=True):
         ledger.take(draw.point, order[0], answer)
-        if math.isfinite(ledger.kl(draw.point, order[:1])):
+        if math.isfinite(ledger.kl(draw.point, order[:1])) and answer.steady:
             found.append(descent.gradient(draw, answer.slopes))
     return found
 
