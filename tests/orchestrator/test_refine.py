@@ -1,5 +1,6 @@
 """The recipe's section refine: what it asks of workers, what it leaves, what it refuses."""
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from moesaic.methods.base import Spec
@@ -150,6 +152,18 @@ def test_the_same_command_again_runs_nothing(make: Make) -> None:
     assert project.json("plan.json") == plan
 
 
+def test_losses_are_told_as_measured_whatever_was_searched_by(make: Make) -> None:
+    project = make(score="output", candidates=[BITS])
+    project.run(stages=SEARCH)
+    plan = project.json("plan.json")
+    assert plan["refined"]["stages"][-1]["kl"] < plan["refined"]["start_kl"]
+    table = pd.read_parquet(project.output / "measurements.parquet")
+    rows = zip(table["unit"], table["specs"], table["predicted_kl"], strict=True)
+    losses = {(unit, str(json.loads(specs))): loss for unit, specs, loss in rows}
+    chosen = [losses[unit, str(chain)] for unit, chain in plan["units"].items()]
+    assert plan["loss"] == pytest.approx(sum(chosen))
+
+
 def test_a_study_s_best_plan_is_refined(make: Make) -> None:
     project = make(
         search="knapsack", tune={"prune": False}, refine={"generations": 3, "offspring": 4}
@@ -219,8 +233,10 @@ def test_a_model_that_is_ruined_stops_with_advice(
         return {**found, "kl": [float("nan")] * len(found["kl"])}
 
     monkeypatch.setattr(resident, "evaluate_plan", ruined)
+    project = make()
     with pytest.raises(RunError, match="evolve: the KL of the plan to start from is not finite"):
-        make().run(stages=SEARCH)
+        project.run(stages=SEARCH)
+    assert project.calls[EVALUATE] <= refine.BLOCKS  # no offspring of it was run
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -409,6 +409,13 @@ def test_a_score_that_cannot_be_is_refused_before_any_work(case: str, make: Make
     assert project.calls.total() == 0
 
 
+def test_scores_near_several_budgets_are_refused_before_any_work(make: Make) -> None:
+    project = make(budget={"bits_per_weight": [3.0, 4.0]})
+    with pytest.raises(UserError, match="budget: scores are compared near one budget"):
+        project.scores(4)
+    assert project.calls.total() == 0
+
+
 def test_a_file_without_a_formula_is_refused(make: Make) -> None:
     project = make(score="bad.json")
     (project.folder / "bad.json").write_text('{"formula": ["exp", "error"]}')

@@ -339,6 +339,14 @@ def test_a_study_with_another_budget_is_refused(make: Make) -> None:
     project.tune(4, storage=project.folder / "other.log")
 
 
+def test_a_study_with_other_measurements_is_refused(make: Make) -> None:
+    project = make()
+    project.tune(2)
+    project = make(calibration={"gradient_sequences": 12})
+    with pytest.raises(UserError, match="made with something else: measurements"):
+        project.tune(3)
+
+
 def test_groups_and_options_are_knobs(make: Make) -> None:
     candidates = [
         {"method": "gptq", "bits": [2, 4, 8], "group_size": -1, "act_order": [True, False]}

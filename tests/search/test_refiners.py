@@ -237,3 +237,15 @@ def test_relax_with_slopes_that_are_differences_reaches_losses_that_add_up() -> 
     found = drive(search, lambda plan: plan.loss, slopes)
     gained = (start.loss - found.result[0].kl) / (start.loss - best.loss)
     assert gained >= 0.95
+
+
+def test_relax_leaves_plans_without_finite_slopes_out() -> None:
+    given = realistic(units=6, choices=4, share=0.5)
+
+    def broken(plan: Plan) -> dict[str, list[float]]:
+        return {name: [math.nan] * len(given.choices[name]) for name in plan.units}
+
+    start = knapsack.search(given)
+    search = relax.refine(given, start, TEXT, Effort(steps=3, draws=2))
+    found = drive(search, lambda plan: plan.loss, broken)
+    assert found.result[0].plan.loss <= start.loss and len(found.plans) > 1
