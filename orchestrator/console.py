@@ -40,6 +40,7 @@ class View:
         self._peak_bytes = 0
         self.seconds: dict[str, float] = {}
         self._started: dict[str, float] = {}
+        self._earlier: dict[str, float] = {}  # seconds of stages of that name that are over
         self.progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -68,12 +69,17 @@ class View:
         self.progress.stop()
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Opens a stage of ``total`` steps, ``done`` of which were finished by an earlier run."""
+        """Opens a stage of ``total`` steps, ``done`` of which were finished by an earlier run.
+
+        One of the same name is over then, and their seconds add up.
+        """
+        if name in self._bars:
+            self._complete(name)
         self._bars[name] = self.progress.add_task(
             name, total=total, completed=done, note="", rate=""
         )
         self._started[name] = time.monotonic()
-        self.seconds.setdefault(name, 0.0)
+        self._earlier[name] = self.seconds.setdefault(name, 0.0)
         if done:
             self.line(f"{name}: {done} of {total} were finished before")
 
@@ -82,7 +88,21 @@ class View:
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
         bar = self._bars[name]
         self.progress.advance(bar, steps)
-        self.seconds[name] = time.monotonic() - self._started[name]
+        self._clock(name)
+
+    def finish(self, name: str) -> None:
+        """Ends a stage with the steps that were done; nothing if it is over or never began."""
+        if name in self._bars:
+            self._clock(name)
+            self._complete(name)
+
+    def _clock(self, name: str) -> None:
+        self.seconds[name] = self._earlier[name] + time.monotonic() - self._started[name]
+
+    def _complete(self, name: str) -> None:
+        bar = self._bars.pop(name)
+        done = next(task.completed for task in self.progress.tasks if task.id == bar)
+        self.progress.update(bar, total=done)
 
     def tick(self, running: Iterable[str]) -> None:
         """Shows what is being worked on; for :meth:`Pool.run`."""

@@ -63,6 +63,38 @@ def test_a_finished_stage_says_no_more(clock: Clock) -> None:
     assert stream.getvalue() == ""
 
 
+def test_a_stage_that_ends_early_says_no_more(clock: Clock) -> None:
+    view, stream = log()
+    with view:
+        view.stage("relax", 30)
+        clock.now += 5
+        view.advance("relax", 12)
+        clock.now += 1
+        view.finish("relax")
+        clock.now += 100
+        view.finish("relax")
+        view.finish("evolve")  # never began
+        view.tick([])
+    (bar,) = view.progress.tasks
+    assert bar.finished and bar.completed == bar.total == 12
+    assert stream.getvalue() == "" and view.seconds == {"relax": 6}
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_stages_of_one_name_add_up(clock: Clock, steps: int) -> None:
+    view, stream = log()
+    with view:
+        for _ in range(3):
+            view.stage("evolve", 10)
+            clock.now += 4
+            view.advance("evolve", steps)
+            clock.now += 100  # other stages
+        assert view.seconds == {"evolve": 12}
+        assert [bar.finished for bar in view.progress.tasks] == [True, True, steps == 10]
+        view.tick([])
+    assert len(stream.getvalue().splitlines()) == (steps < 10)
+
+
 def test_events_are_counted_by_kind_and_the_first_is_told() -> None:
     view, stream = log()
     few = [Event("few_tokens", f"{n} tokens [48]", f"bank {n}") for n in range(3)]
