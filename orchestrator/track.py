@@ -32,6 +32,7 @@ from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
 
 _PARENT = "mlflow.parentRunId"
+_VERB = "moesaic.verb"
 _MEMORY = "mlflow_run.json"
 # What MLflow takes in one call.
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
@@ -44,13 +45,15 @@ class Tracker:
 
     Leaving the block ends the run as FINISHED, or as KILLED (Ctrl-C, SIGTERM) or FAILED with the
     reason in the tag ``failure``. ``OUTPUT/mlflow_run.json`` remembers the run: with the same
-    params, an unfinished one is continued. Every method logs one thing and is called once.
+    verb and params, an unfinished one is continued. Every method logs one thing and is called once.
 
     Args:
         tracking: where, and under which names.
         name: of the run.
         output: folder of the run; the default database lies beside it.
         params: what distinguishes this run from others; nested mappings become ``outer.inner``.
+        verb: of moesaic that this is a run of, the tag ``moesaic.verb``; another one goes on with
+            no run of this one.
 
     Raises:
         UserError: the recipe names what MLflow cannot have.
@@ -58,7 +61,12 @@ class Tracker:
     """
 
     def __init__(
-        self, tracking: Tracking, name: str, output: Path, params: Mapping[str, Any]
+        self,
+        tracking: Tracking,
+        name: str,
+        output: Path,
+        params: Mapping[str, Any],
+        verb: str = "run",
     ) -> None:
         self.place = mlflow_text.place(tracking.uri, output.resolve().parent)
         model = tracking.register_as
@@ -69,6 +77,7 @@ class Tracker:
         self.tracking = tracking
         self.name = name
         self.output = output
+        self.verb = verb
         self.params, self._long_params = mlflow_text.safe_params(params)
         self.run_id = ""
         self._experiment_id = ""
@@ -251,13 +260,18 @@ class Tracker:
         with self._talk():
             self._log(self.run_id, {legal_name(f"seconds.{s}"): t for s, t in seconds.items()})
 
-    def log_refinement(self, refinement: Refinement) -> None:
+    def log_refinement(self, refinement: Refinement, child: str | None = None) -> None:
         """How a plan was refined: ``refine.kl``, each stage's KL, seconds, evaluations, tokens;
-        ``refine.best_kl`` by evaluations."""
+        ``refine.best_kl`` by evaluations.
+
+        Args:
+            child: name of the child run that it belongs to, of those that :meth:`log_scores` made.
+        """
         from mlflow.entities import Metric
 
+        run_id = self.run_id if child is None else self._scored_children[child]
         with self._talk():
-            self._log(self.run_id, refinement.metrics())
+            self._log(run_id, refinement.metrics())
             at, before, points = _now(), 0, []
             for stage in refinement.stages:
                 points += [
@@ -266,7 +280,7 @@ class Tracker:
                 ]
                 before += stage.evaluations
             for low in range(0, len(points), _METRICS_PER_BATCH):
-                self._client.log_batch(self.run_id, points[low : low + _METRICS_PER_BATCH])
+                self._client.log_batch(run_id, points[low : low + _METRICS_PER_BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Numbers of the run by their names."""
@@ -419,6 +433,8 @@ class Tracker:
         info = run.info
         if info.status == "FINISHED" or info.lifecycle_stage != "active":
             return None
+        if run.data.tags.get(_VERB, "run") != self.verb:
+            return None
         if info.experiment_id != self._experiment_id or run.data.params != self.params:
             return None
         self._client.update_run(run_id, status="RUNNING")
@@ -427,7 +443,11 @@ class Tracker:
         return str(run_id)
 
     def _new_run(self) -> str:
-        tags = {"mlflow.source.name": "moesaic", "output": str(self.output.resolve())}
+        tags = {
+            "mlflow.source.name": "moesaic",
+            "output": str(self.output.resolve()),
+            _VERB: self.verb,
+        }
         run = self._client.create_run(self._experiment_id, tags=tags, run_name=self.name)
         run_id = str(run.info.run_id)
         self._log(run_id, {}, self.params)

@@ -63,9 +63,11 @@ def client(database: str) -> MlflowClient:
 
 @pytest.fixture
 def track(tracking: Tracking, tmp_path: Path) -> Callable[..., Tracker]:
-    def make(params: Any = PARAMS, output: str = "small", **changes: Any) -> Tracker:
+    def make(
+        params: Any = PARAMS, output: str = "small", verb: str = "run", **changes: Any
+    ) -> Tracker:
         changed = tracking.model_copy(update=changes)
-        return Tracker(changed, "small-0.6b", tmp_path / output, params)
+        return Tracker(changed, "small-0.6b", tmp_path / output, params, verb)
 
     return make
 
@@ -226,6 +228,20 @@ def test_refining_is_a_curve_by_evaluations(
     assert [(m.step, m.value) for m in curve] == [(8, 0.5), (20, 0.25), (28, 0.5), (40, 0.25)]
 
 
+def test_how_the_plan_of_a_budget_was_refined_is_told_on_its_child(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    stage = Stage("evolve", 0.5, 0.25, 2, 20, 200, 1.5, (Moment(0, 8, 80, 0.5),))
+    with track() as tracker:
+        tracker.log_scores({"dense": SCORES["dense"], "3bpw": SCORES["plan"]}, {})
+        tracker.log_refinement(Refinement(sequences=8, length=10, stages=(stage,)), "3bpw")
+    run = client.get_run(tracker.run_id)
+    child = children(client, run)["3bpw"]
+    assert child.data.metrics["refine.kl"] == 0.25 and child.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "refine.best_kl")] == [8]
+    assert not any(name.startswith("refine") for name in run.data.metrics)
+
+
 def test_table_files_and_events_are_artifacts(
     track: Callable[..., Tracker], client: MlflowClient, tmp_path: Path
 ) -> None:
@@ -355,6 +371,28 @@ def test_new_run_begins_when_params_changed(track: Callable[..., Tracker]) -> No
     first = fail(track())
     with track({**PARAMS, "model": "other"}) as second:
         assert second.run_id != first
+
+
+def test_no_verb_goes_on_with_the_run_of_another(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    first = fail(track())
+    with track(verb="tune") as study:
+        assert study.run_id != first
+        assert client.get_run(study.run_id).data.tags["moesaic.verb"] == "tune"
+    memory = study.output / "mlflow_run.json"
+    text = memory.read_text()
+    assert client.get_run(first).info.status == "FAILED"
+    again = fail(track(verb="tune"))
+    with track(verb="tune") as study:
+        assert study.run_id == again
+    memory.write_text(text.replace(json.loads(text)["run_id"], first))
+    client.delete_tag(first, "moesaic.verb")  # as runs were before there was the tag
+    with track(verb="scores") as scores:
+        assert scores.run_id != first
+    memory.write_text(text.replace(json.loads(text)["run_id"], first))
+    with track() as run:
+        assert run.run_id == first
 
 
 def test_new_run_begins_when_only_the_end_of_a_long_param_changed(
