@@ -5,8 +5,8 @@ OUTPUT/measurements.parquet  every unit under every candidate
 OUTPUT/scores.json           dense model, baselines and every plan on held-out text
 OUTPUT/front.json            bytes against loss: predicted points, and the plans
 OUTPUT/report.html           the front to look at, with links to the plans' own reports
-OUTPUT/2.5bpw/               a run of its own: recipe.yaml, plan.json, scores.json, front.json,
-                             report.html, model/
+OUTPUT/2.5bpw/               a run of its own: recipe.yaml, plan.json, refine.json where it was
+                             refined, scores.json, front.json, report.html, model/
 
 A plan's folder holds all that a run with that single budget leaves but for the measurements, and
 its recipe is one with that budget and the same store.
@@ -26,13 +26,15 @@ from moesaic.orchestrator.front_report import FrontSummary, write_front_report
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import BEFORE, Pipeline
 from moesaic.orchestrator.recipe import Recipe, portable
-from moesaic.orchestrator.store import write_json
+from moesaic.orchestrator.store import disk_errors, write_json
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan
 
 # Of every plan, and of the whole, what MLflow keeps beside the record.
-PLAN_FILES = ("recipe.yaml", "plan.json", "scores.json", "report.html")
+PLAN_FILES = ("recipe.yaml", "plan.json", "scores.json", fronts.FRONT, "report.html")
 FILES = ("recipe.yaml", "scores.json", fronts.FRONT, "measurements.parquet", "report.html")
+# Of a plan that was refined.
+REFINED, _REFINED_PICTURE = "refine.json", Path("pictures") / "refinement.png"
 
 
 def folders(recipe: Recipe, output: Path) -> list[Path]:
@@ -40,6 +42,20 @@ def folders(recipe: Recipe, output: Path) -> list[Path]:
     if not recipe.budget.several:
         return [output]
     return [output / label for label in recipe.budget.each]
+
+
+def remove_stale(recipe: Recipe, output: Path) -> None:
+    """Removes what a run with another recipe left in the folder, and this one will not write: how
+    a plan was refined, and a plan where there will be several."""
+    stale = [output / "plan.json"] if recipe.budget.several else []
+    unrefined = [output] if recipe.budget.several else []
+    if recipe.refine is None:
+        unrefined += folders(recipe, output)
+    for folder in unrefined:
+        stale += [folder / REFINED, folder / _REFINED_PICTURE]
+    for file in stale:
+        with disk_errors(file):
+            file.unlink(missing_ok=True)
 
 
 class Budgets:
@@ -121,9 +137,15 @@ class Budgets:
         tracker.log_description("\n".join(score_lines(scores)))
         tracker.log_scores(scores, self.plans)
         for label, pipeline in self.each.items():
-            tracker.log_files((pipeline.output / name for name in PLAN_FILES), label)
+            refined = [] if pipeline.refinement is None else [REFINED]
+            files = [pipeline.output / name for name in (*PLAN_FILES, *refined)]
+            tracker.log_files(files, label)
+            if pipeline.refinement is not None:
+                tracker.log_refinement(pipeline.refinement, label)
             tracker.log_model(Path(result["models"][label]), scores[label], label)
-        tracker.log_events(self.whole.table.events)
+        # What happened before the plans is among the events of each, and so are pieces they share.
+        events = (event for pipeline in self.each.values() for event in pipeline.events())
+        tracker.log_events(dict.fromkeys(events))
         tracker.log_stages(self.whole.view.seconds)
         tracker.log_files(output / name for name in FILES)
         tracker.log_files(sorted((output / "pictures").glob("*.png")))

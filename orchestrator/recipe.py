@@ -176,6 +176,14 @@ class BudgetSection(Section):
             raise ValueError("give either bytes or bits_per_weight")
         if self.several and len(set(self._values)) < max(len(self._values), 1):
             raise ValueError("a list holds at least one budget, and none of them twice")
+        if self.several:
+            called: dict[str, float] = {}
+            for value, label in zip(self._values, map(self._label, self._values), strict=True):
+                if label in called:
+                    raise ValueError(
+                        f"{called[label]!r} and {value!r} are both called {label}: keep one of them"
+                    )
+                called[label] = value
         return self
 
     @property
@@ -193,8 +201,11 @@ class BudgetSection(Section):
     def each(self) -> dict[str, "BudgetSection"]:
         """The budgets one by one, by a name that a folder can have: ``2.5bpw``, ``1.1MB``."""
         if self.bits_per_weight is not None:
-            return {f"{v:g}bpw": BudgetSection(bits_per_weight=v) for v in self._values}
-        return {_size_name(int(v)): BudgetSection(bytes=int(v)) for v in self._values}
+            return {self._label(v): BudgetSection(bits_per_weight=v) for v in self._values}
+        return {self._label(v): BudgetSection(bytes=int(v)) for v in self._values}
+
+    def _label(self, value: float) -> str:
+        return f"{value:g}bpw" if self.bits_per_weight is not None else _size_name(int(value))
 
 
 def _size_name(size: int) -> str:

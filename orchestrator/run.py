@@ -5,15 +5,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moesaic.methods.base import chain_text
+from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import propagate
-from moesaic.orchestrator.budgets import Budgets, folders
+from moesaic.orchestrator.budgets import REFINED, Budgets, folders, remove_stale
 from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
@@ -47,7 +48,6 @@ _FILES = (
     "measurements.parquet",
     "report.html",
 )
-_REFINED = "refine.json"
 
 
 def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
@@ -61,12 +61,14 @@ def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
 def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
     """What a run will take (see :func:`forecast`), once nothing is wrong with the recipe.
 
+    What only ``moesaic tune`` refuses is no mistake, but comes first among the events.
+
     Raises:
         UserError: naming every mistake at once; the places that the recipe names are asked, too.
     """
     recipe = load_recipe(recipe_file)
     folder = _output(recipe, output)
-    mistakes = Mistakes()
+    mistakes, warnings = Mistakes(), []
     with _naming(recipe_file):
         experiment = mistakes.attempt(lambda: Experiment(recipe, folder))
         mistakes.attempt(lambda: crew(recipe.compute))
@@ -74,7 +76,11 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
         mistakes.attempt(lambda: check_tracking(recipe.tracking, folder.parent))
         if experiment is not None and recipe.tune is not None:
             tuned = experiment
-            mistakes.attempt(lambda: check_tune(tuned))
+            study = Mistakes()
+            study.attempt(lambda: check_tune(tuned))
+            # Names and values of the section itself are wrong whatever the recipe is used for.
+            mistakes.found += [text for text in study.found if text.startswith("tune.")]
+            warnings = [text for text in study.found if not text.startswith("tune.")]
         if experiment is not None:
             known = experiment
             mistakes.attempt(lambda: check_refine(known))
@@ -82,7 +88,9 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
             mistakes.attempt(lambda: check_score(scored))
         if experiment is None or mistakes.found:
             raise mistakes.error()
-        return forecast(_ready(experiment))
+        found = forecast(_ready(experiment))
+    events = [Event("no_study", f"moesaic tune will refuse this: {text}") for text in warnings]
+    return {**found, "events": [*map(asdict, events), *found["events"]]}
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def tune_recipe(
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
         _naming(recipe_file),
-        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
+        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
         _pipeline(
             recipe,
             folder,
@@ -207,7 +215,9 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
         _naming(recipe_file),
-        Tracker(recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe)) as tracker,
+        Tracker(
+            recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"
+        ) as tracker,
         _pipeline(
             recipe, folder, lambda *parts: ScoredPipeline(*parts, options=options), check_scores
         ) as pipeline,
@@ -253,7 +263,9 @@ def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> B
         pipeline.measure()
     if {"calibrate", "measure"} >= set(stages):
         return None
-    if pipeline.experiment.recipe.budget.several:
+    recipe = pipeline.experiment.recipe
+    remove_stale(recipe, pipeline.output)
+    if recipe.budget.several:
         return _run_budgets(Budgets(pipeline), stages, result)
     result["plan"] = _without_units(pipeline.search())
     if "evaluate" in stages:
@@ -292,7 +304,7 @@ def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> N
     tracker.log_files(output / name for name in _FILES)
     if pipeline.refinement is not None:
         tracker.log_refinement(pipeline.refinement)
-        tracker.log_files([output / _REFINED])
+        tracker.log_files([output / REFINED])
     tracker.log_files(sorted((output / "pictures").glob("*.png")))
     tracker.log_model(Path(result["model"]), result["scores"]["plan"])
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from moesaic.methods.base import Event
 from moesaic.orchestrator import run as run_module
 from moesaic.orchestrator.budgets import Budgets
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.listing import read_run
+from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.recipe import BudgetSection, load_recipe
 from moesaic.orchestrator.run import check_recipe, collect_garbage, open_experiment
 from tests.orchestrator.inline import InlineTracker, Killed, Project
@@ -21,6 +23,7 @@ SEVERAL: dict[str, Any] = {
     "budget": {"bits_per_weight": [4.5, 6, 5]},
     "baselines": {"plan b": {"method": "rtn", "bits": 8, "group_size": 16}},
 }
+REFINE = {"method": "evolve", "generations": 1, "offspring": 2, "sequences": 4}
 LABELS = ["4.5bpw", "6bpw", "5bpw"]
 
 
@@ -111,13 +114,32 @@ def test_everything_is_on_record(project: Project, monkeypatch: pytest.MonkeyPat
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments: logged.append((name, *map(_listed, arguments)))
 
+    original = Pipeline.events
+
+    def events(this: Pipeline) -> list[Event]:
+        own = [Event("told", "before"), Event("told", this.output.name)]
+        return [*original(this), *own]
+
+    monkeypatch.setattr(Pipeline, "events", events)
     monkeypatch.setattr(run_module, "Tracker", lambda *about: Remembering([]))
+    project.write(**SEVERAL, refine=REFINE)
     result, _ = project.run(stages=("evaluate", "assemble", "report"))
     models = {call[3]: call[1] for call in logged if call[0] == "log_model"}
     assert models == {label: Path(result["models"][label]) for label in LABELS}
     files = [call for call in logged if call[0] == "log_files" and len(call) == 3]
     assert [call[2] for call in files] == LABELS
     assert all(path.exists() for call in files for path in call[1])
+    for call in files:
+        assert {path.name for path in call[1]} == {
+            "recipe.yaml", "plan.json", "scores.json", "front.json", "refine.json", "report.html"
+        }  # fmt: skip
+    refined = {call[2]: call[1] for call in logged if call[0] == "log_refinement"}
+    assert list(refined) == LABELS
+    for label, refinement in refined.items():
+        assert refinement.to_json() == project.json(f"{label}/refine.json")
+    (events,) = [set(call[1]) for call in logged if call[0] == "log_events"]
+    assert len(events) == len(next(call for call in logged if call[0] == "log_events")[1])
+    assert {"before", *LABELS} == {event.message for event in events if event.kind == "told"}
     plans = next(call for call in logged if call[0] == "log_scores")[2]
     assert list(plans) == ["plan b", *LABELS]
     page = (project.output / "report.html").read_text()
@@ -127,6 +149,32 @@ def test_everything_is_on_record(project: Project, monkeypatch: pytest.MonkeyPat
 
 def _listed(value: Any) -> Any:
     return list(value) if hasattr(value, "__next__") else value
+
+
+def test_another_recipe_in_the_same_folder_leaves_no_old_plan(project: Project) -> None:
+    project.write(budget={"bits_per_weight": 5.0}, refine=REFINE)
+    project.run(stages=("evaluate",))
+    assert "plan" in read_run(project.output)
+    picture = project.output / "pictures" / "refinement.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"old")
+    project.write(budget={"bits_per_weight": 5.0})
+    project.run(stages=("measure",))  # makes no plan: the old one stands
+    assert "refined" in project.json("plan.json") and (project.output / "refine.json").exists()
+    project.run(stages=("evaluate",))
+    assert "refined" not in project.json("plan.json")
+    assert not (project.output / "refine.json").exists() and not picture.exists()
+
+    project.write(budget={"bits_per_weight": 5.0}, refine=REFINE)
+    project.run(stages=("evaluate",))
+    project.write(**SEVERAL, refine=REFINE)
+    project.run(stages=("evaluate",))
+    assert list(read_run(project.output)["plans"]) == LABELS
+    left = {path.parent.name for path in project.output.rglob("refine.json")}
+    assert left == set(LABELS) and not (project.output / "plan.json").exists()
+    project.write(**SEVERAL)
+    project.run(stages=("evaluate",))
+    assert not list(project.output.rglob("refine.json"))
 
 
 def test_check_predicts_for_all_of_them(project: Project) -> None:
@@ -152,6 +200,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         [r"budget.bytes.1: 'two' is not a size"],
     ),
     "none": ({"budget": {"bits_per_weight": []}}, ["budget: a list holds at least one budget"]),
+    "one folder": (
+        {"budget": {"bits_per_weight": [5, 2.5, 2.50000001]}},
+        ["budget: 2.5 and 2.50000001 are both called 2.5bpw: keep one of them"],
+    ),
     "twice": ({"budget": {"bits_per_weight": [4, 4.0]}}, ["and none of them twice"]),
     "both": (
         {"budget": {"bits_per_weight": [4], "bytes": [10**6]}},
@@ -174,6 +226,11 @@ def test_lists_that_cannot_be_are_refused(case: str, model: Path, tmp_path: Path
 
 
 def test_a_study_takes_one_budget(project: Project) -> None:
+    project.write(**SEVERAL, tune={"sequences": 8})
+    found = check_recipe(project.folder / "recipe.yaml", project.output)
+    assert found["events"][0]["message"].startswith(
+        "moesaic tune will refuse this: budget: a study is made under one budget"
+    )
     with pytest.raises(UserError, match=r"budget: a study is made under one budget"):
         project.tune(3)
     assert not project.calls

@@ -81,6 +81,29 @@ def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
     assert ask("tune", wrong).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"budget": {"bits_per_weight": [4.5, 6]}}, "budget: a study is made under one budget"),
+        ({"search": "strs"}, "search: strs does not add up losses"),
+        (
+            {"serve": "transformers", "tune": {"objectives": ["kl", "latency"]}},
+            "tune: latency is measured with the modules of serve: moesaic",
+        ),
+    ],
+)
+def test_check_says_what_tune_will_refuse_of_a_recipe_that_can_be_run(
+    model: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    recipe = make_recipe(tmp_path, model, **{"tune": {"sequences": 8}, **changes})
+    result = ask("check", recipe, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    line = f"moesaic tune will refuse this: {reason}"
+    assert json.loads(result.stdout)["events"][0]["message"].startswith(line)
+    assert line in result.stderr
+    assert reason in refusal("tune", recipe, "--trials", "3")
+
+
 def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_path: Path) -> None:
     result = ask("check", make_recipe(tmp_path, model), "--json")
     assert result.exit_code == 0, result.stderr
