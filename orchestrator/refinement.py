@@ -170,6 +170,7 @@ class Watch:
         """What there is to tell in the end."""
         self._reached(min(self.step + 1, self.steps))  # the one that was under way is done
         self._best(kl)
+        self.view.finish(self.method)
         seconds = time.monotonic() - self.started
         return Stage(
             self.method,

@@ -405,6 +405,7 @@ class Trials:
                 self._record()
             raise
         self._record()
+        self.view.finish("trials")
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
