@@ -12,7 +12,7 @@ Imported only when a product is asked for, since Triton does not run everywhere.
 # Triton's decorators and kernel arguments, and torch.cuda.device_of, carry no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,18 @@ class Plan(NamedTuple):
     sections: int
 
 
+@cache
+def _small_plans(rows: int, outputs: int, inputs: int, device: torch.device) -> dict[str, Plan]:
+    """Ways to compare for few rows, by name; asked for with every token, so remembered."""
+    names = [name for name in ("vector", "decode") if rows <= CONFIGS[name].block_m]
+    found = {}
+    for name in names:
+        several = sections_for(rows, outputs, inputs, CONFIGS[name], device)
+        for sections in sorted({1, several}):
+            found[f"{name}, {sections}"] = Plan(CONFIGS[name], sections)
+    return found
+
+
 def plan(rows: int, weight: CompressedTensor, dtype: torch.dtype) -> Plan:
     """The way for x ``[rows, inputs]``; for few rows the fastest, measured when first met.
 
@@ -80,16 +92,10 @@ def plan(rows: int, weight: CompressedTensor, dtype: torch.dtype) -> Plan:
     device = weight.parts["weight_packed"].device
     span = group_span(max(0, int(weight.params["group_size"])))
     usual = config_for(rows, inputs, span)
-    shared = Plan(usual, sections_for(rows, outputs, inputs, usual, device))
-    small = (CONFIGS["vector"], CONFIGS["decode"])
-    if INTERPRETED or rows == 0 or usual not in small:
-        return shared
+    if INTERPRETED or rows == 0 or usual not in (CONFIGS["vector"], CONFIGS["decode"]):
+        return Plan(usual, sections_for(rows, outputs, inputs, usual, device))
     bucket = _plan.row_bucket(rows)
-    found: dict[str, Plan] = {}
-    for name in ("vector", "decode") if usual is small[0] else ("decode",):
-        several = sections_for(bucket, outputs, inputs, CONFIGS[name], device)
-        for sections in sorted({1, several}):
-            found[f"{name}, {sections}"] = Plan(CONFIGS[name], sections)
+    found = _small_plans(bucket, outputs, inputs, device)
 
     def ways() -> _plan.Ways:
         x = torch.randn((bucket, inputs), dtype=dtype, device=device)
