@@ -208,16 +208,21 @@ class Pipeline:
             return start
         given = results.problem(experiment, self.table)
         refining = Refining(experiment, self.pool, self.view, self.rated(given))
-        plan, self.refinement = refining.run(start, self._fits)
+        plan, self.refinement = refining.run(start, self.fits)
         write_json(self.output / "refine.json", self.refinement.to_json())
         return given.plan(plan.units)  # with losses as they are told, whatever was searched by
 
-    def _fits(self, plan: Plan) -> bool:
-        """Whether a plan's files keep to a budget in bytes; one in bits limits the units alone."""
-        budget = self.experiment.budget
+    def fits(self, plan: Plan, size: int | None = None) -> bool:
+        """Whether a plan's files keep to a budget in bytes; one in bits limits the units alone.
+
+        Args:
+            size: bytes of the files, where they are known.
+        """
         if self.experiment.recipe.budget.bytes is None:
-            return plan.bytes <= budget.total_bytes
-        return self.file_bytes(plan) <= budget.total_bytes
+            size = plan.bytes
+        elif size is None:
+            size = self.file_bytes(plan)
+        return size <= self.experiment.budget.total_bytes
 
     def rated(self, given: Problem) -> Problem:
         """A problem with the losses of the score that the recipe wants."""
@@ -253,9 +258,12 @@ class Pipeline:
     def file_bytes(self, plan: Plan) -> int:
         """Bytes of the safetensors files of a plan, headers included, exactly."""
         experiment = self.experiment
-        pieces = plan_pieces(experiment, experiment.walk, plan.units)
+        return self.piece_bytes(plan_pieces(experiment, experiment.walk, plan.units))
+
+    def piece_bytes(self, pieces: Mapping[str, str]) -> int:
+        """The same of a plan's pieces, unit → file."""
         paths = {unit: Path(path) for unit, path in pieces.items()}
-        return folder_bytes(experiment.model, paths, experiment.recipe.serve)
+        return folder_bytes(self.experiment.model, paths, self.experiment.recipe.serve)
 
     def search(self) -> dict[str, Any]:
         """The plan as ``plan.json`` has it; writes it."""

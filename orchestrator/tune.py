@@ -373,7 +373,7 @@ class Trials:
         self.flying: dict[str, _Job] = {}
         # The trial that the next idle worker takes, and those that are told but not on record yet.
         self.prepared: _Job | None = None
-        self.unrecorded: list[tuple[Told, Plan | None]] = []
+        self.unrecorded: list[tuple[Told, _Job | None]] = []
         self.finished = self.failed = self.front = 0
         self.reasons: Counter[str] = Counter()
         self.streak: list[str] = []
@@ -429,13 +429,17 @@ class Trials:
 
     def key(self, plan: Plan) -> str:
         """Names what a plan consists of."""
-        return _key(plan_pieces(self.experiment, self.experiment.walk, plan.units))
+        return _key(self._pieces(plan))
+
+    def _pieces(self, plan: Plan) -> dict[str, str]:
+        """Unit → file of its piece."""
+        return plan_pieces(self.experiment, self.experiment.walk, plan.units)
 
     # From trial to trial
 
     def _next(self, slot: int) -> Iterable[Task]:
         """The first task of the next trial that needs one; nothing when there are enough."""
-        while not self._late() and (job := self._prepared()) is not None:
+        while (job := self._prepared()) is not None:
             self.prepared = None
             job.started = time.monotonic()
             if job.key in self.flying:
@@ -449,6 +453,8 @@ class Trials:
 
     def _prepared(self) -> _Job | None:
         """The next trial, asked and with its plan; None when there are enough, or time is up."""
+        if self._late():
+            return None
         while self.prepared is None and self.begun < self.options.trials:
             asked = self.study.ask()
             self.begun += 1
@@ -457,10 +463,10 @@ class Trials:
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
-            pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
-            key, size = _key(pieces), self.pipeline.file_bytes(plan)
+            pieces = self._pieces(plan)
+            key, size = _key(pieces), self.pipeline.piece_bytes(pieces)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
-            self.study.note(asked, {**notes, "fits": self._fits(plan, size)})
+            self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
             self.prepared = _Job(asked, plan, pieces, size, key)
         return self.prepared
 
@@ -474,11 +480,6 @@ class Trials:
         while self.unrecorded:
             self._track(*self.unrecorded[0])
             del self.unrecorded[0]
-
-    def _fits(self, plan: Plan, size: int) -> bool:
-        """Whether a plan keeps to the recipe's budget; one in bits limits the units alone."""
-        in_bytes = self.experiment.recipe.budget.bytes is not None
-        return (size if in_bytes else plan.bytes) <= self.experiment.budget.total_bytes
 
     def _late(self) -> bool:
         limit = self.options.timeout
@@ -596,7 +597,7 @@ class Trials:
                 self.study.tell_pruned(asked)
             else:
                 self.study.tell(asked, figures, self.limits.excess(figures))
-            self._count(asked, job.plan)
+            self._count(asked, job)
 
     def _fail(self, failing: list[Asked], kind: str, reason: str) -> None:
         """Puts failures on record.
@@ -618,15 +619,15 @@ class Trials:
             advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
             raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
 
-    def _count(self, asked: Asked, plan: Plan | None) -> None:
-        """A trial was told; one that failed without a plan."""
+    def _count(self, asked: Asked, job: _Job | None) -> None:
+        """A trial was told; one that failed without its job."""
         self.finished += 1
-        self.streak = self.streak if plan is None else []
+        self.streak = self.streak if job is None else []
         self.view.advance("trials")
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
         if told.state == "complete" and len(self.study.objectives) > 1:
             self.front = len(self.study.front())
-        self.unrecorded.append((told, plan))
+        self.unrecorded.append((told, job))
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 
@@ -652,8 +653,8 @@ class Trials:
             told.append(f"front {self.front}")
         self.view.tick([*told, self._pace()])
 
-    def _track(self, told: Told, plan: Plan | None = None) -> None:
-        """Puts a trial on record, with its plan, which is made again if it is not given."""
+    def _track(self, told: Told, job: _Job | None = None) -> None:
+        """Puts a trial on record, with its plan, which is made again if its job is not given."""
         notes = told.attributes
         metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
         if told.kl is not None:
@@ -668,14 +669,14 @@ class Trials:
             told.steps,
             told.state,
             reason,
-            partial(self._document, told, plan) if told.state == "complete" else None,
+            partial(self._document, told, job) if told.state == "complete" else None,
         )
 
-    def _document(self, told: Told, plan: Plan | None) -> dict[str, Any]:
+    def _document(self, told: Told, job: _Job | None) -> dict[str, Any]:
         """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
-        plan = plan or self.plan(told.values)
+        plan = job.plan if job else self.plan(told.values)
+        pieces = job.pieces if job else self._pieces(plan)
         root = self.experiment.store.root
-        pieces = plan_pieces(self.experiment, self.experiment.walk, plan.units)
         return {
             **plan.to_json(),
             "file_bytes": told.attributes["bytes"],
