@@ -195,3 +195,12 @@ class Project:
         """Plan and checkpoint. The model card tells the scores, and these how fast it went."""
         files = [self.output / "plan.json", *(self.output / "model").iterdir()]
         return {path.name: path.read_bytes() for path in files}
+
+
+def measured_store(folder: Path, model: Path, **recipe: Any) -> Path:
+    """A store in which everything is measured and no plan was judged yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        project = Project(folder, model, patch)
+        project.write(**recipe)
+        project.run(stages=("measure",))
+    return folder / "store"

@@ -20,7 +20,7 @@ from moesaic.orchestrator.listing import listing
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import check_recipe, open_experiment
 from moesaic.orchestrator.worker import WorkerState
-from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
 BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
@@ -50,12 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which everything is measured, and no plan was run yet."""
-    folder = tmp_path_factory.mktemp("measured")
-    with pytest.MonkeyPatch.context() as patch:
-        project = Project(folder, model, patch)
-        project.write(**CHAINS)
-        project.run(stages=("measure",))
-    return folder / "store"
+    return measured_store(tmp_path_factory.mktemp("measured"), model, **CHAINS)
 
 
 Make = Callable[..., Project]

@@ -15,7 +15,7 @@ from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.worker import WorkerState
-from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
 BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
@@ -36,12 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which everything is measured and no plan was judged yet."""
-    folder = tmp_path_factory.mktemp("measured")
-    with pytest.MonkeyPatch.context() as patch:
-        project = Project(folder, model, patch)
-        project.write(**CHAINS)
-        project.run(stages=("measure",))
-    return folder / "store"
+    return measured_store(tmp_path_factory.mktemp("measured"), model, **CHAINS)
 
 
 Make = Callable[..., Project]
