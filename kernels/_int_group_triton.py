@@ -3,7 +3,7 @@
 The product is computed transposed, ``outᵀ = weight @ xᵀ``: output channels take the large
 dimension of the tensor-core instruction, so that decoding with a handful of rows wastes little.
 
-One row to four, as in decoding, go through ``int_group_matvec``: multiplied where it was unpacked,
+One row or two, as in decoding, go through ``int_group_matvec``: multiplied where it was unpacked,
 a weight crosses no threads, and nothing waits for tensor cores that would be idle anyway. Whether
 that is faster ``plan`` measures, once per shape.
 
@@ -40,11 +40,11 @@ from moesaic.kernels.tensor import CompressedTensor
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16)
 
 # Every configuration that ships. The tests compile each one ahead of time for sm_80 and sm_90 and
-# look at spills, shared memory and tensor cores; of what passes, those for tensor cores are the
-# fastest on an H200 (tests/benchmarks/kernel_configs.py).
+# look at spills, shared memory and tensor cores; of what passes, these are the fastest on an H200
+# (tests/benchmarks/kernel_configs.py).
 CONFIGS = {
-    # Of int_group_matvec, not timed yet; block_m: the rows up to which it is offered.
-    "vector": Config(block_m=4, block_n=8, block_k=1024, num_warps=4, num_stages=2),
+    # Of int_group_matvec; block_m: the rows up to which it is offered.
+    "vector": Config(block_m=2, block_n=4, block_k=1024, num_warps=4, num_stages=2),
     "decode": Config(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
     "batch": Config(block_m=64, block_n=128, block_k=64, num_warps=8, num_stages=4),
     "prefill": Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),

@@ -7,8 +7,8 @@ from ``t``, goes into ``s += tile @ down.rightᵀ [BLOCK_M, rank]``, and is gone
 streamed over the outputs. FlashSVD, arXiv 2508.01506, section 3.3 (its FFN v1).
 
 What is rounded to the dtype of ``x``: ``t``, the tiles of activations, ``s``, ``y``. Without the
-kernel the activations lie in memory, ``[rows, width]``: the path of plain products does blocks of
-``PRODUCT_ROWS`` rows at a time, so that this stays small as well.
+kernel the activations lie in memory, ``[rows, width]``: the path of plain products does a block of
+rows at a time, so that they take no more than the result.
 
 Imported only when a product is asked for, since Triton does not run everywhere.
 """
@@ -32,7 +32,8 @@ from moesaic.kernels._tiles_triton import Config
 
 # As in _lowrank_triton.
 MAX_RANK, MAX_ODD_RANK = 512, 256
-PRODUCT_ROWS = 2048
+MIN_PRODUCT_ROWS = 512  # fewer at a time keep a card waiting for the next launch
+Way = Literal["fused", "products", "linears"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 # Every configuration that ships, by the largest rank it takes; gated layers keep twice as much in
@@ -167,13 +168,13 @@ def config_for(inputs: int, layer: Layer) -> Config:
     return CONFIGS["gated_64" if rank <= 64 else "gated_128" if rank <= 128 else "gated_256"]
 
 
-def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path:
+def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Way:
     """The fastest way for x ``[rows, inputs]``, measured the first time that a shape is met.
 
-    ``layer`` itself takes part in measuring. ``fused`` must be faster than plain products, and than
-    the three linears in the way that is the fastest for each: the layer as it is without this
-    kernel. Time decides; who wants the least memory says ``fused``. ``path`` decides instead; so
-    does the interpreter, which has nothing to measure, for ``fused``.
+    ``layer`` itself takes part in measuring, against the kernel and plain products: the three
+    linears, each in the way that is the fastest for it. Time decides; who wants the least memory
+    says ``fused``. ``path`` decides instead; so does the interpreter, which has nothing to
+    measure, for ``fused``.
 
     Raises:
         ValueError: ``path`` is unknown, or ``fused`` and a rank exceeds ``max_rank``.
@@ -200,28 +201,50 @@ def plan(rows: int, inputs: int, layer: Layer, path: Path | None = None) -> Path
     shape = (bucket, inputs, layer.width, len(weight), layer.ranks)
     key = ("mlp", layer.activation, *biased, shape, weight.dtype, weight.device)
     best = _plan.fastest(key, ways, "products", weight.device)
-    return "fused" if best == "fused" else "products"
+    return "fused" if best == "fused" else "linears" if best == "linears" else "products"
 
 
 def feed_forward(x: Tensor, layer: Layer, path: Path | None = None) -> Tensor:
     """The layer's outputs for x ``[*, in]``; see :func:`swiglu`."""
     check(x, layer)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    outputs = len(layer.down.left)
-    if plan(len(rows), x.shape[-1], layer, path) == "products":
-        return _products(rows, layer).view(*x.shape[:-1], outputs)
-    out = low_rank.empty_output(x, (len(rows), outputs))
-    launch(rows, layer, out)
-    return out.to(x.dtype).view(*x.shape[:-1], outputs)
+    way = plan(len(rows), x.shape[-1], layer, path)
+    if way == "linears":
+        return reference(x, layer, measured_product)
+    if way == "products":
+        out = _products(rows, layer)
+    else:
+        out = low_rank.empty_output(x, (len(rows), len(layer.down.left)))
+        launch(rows, layer, out)
+    return out.to(x.dtype).view(*x.shape[:-1], out.shape[1])
 
 
+def product_rows(rows: int, layer: Layer) -> int:
+    """Rows of a block of plain products: its activations take what the whole result takes."""
+    activations = layer.width * (1 if layer.gate is None else 2)
+    blocks = -(-activations // len(layer.down.left))
+    return max(MIN_PRODUCT_ROWS, -(-rows // blocks))
+
+
+@torch.no_grad()  # no backward pass here either
 def _products(x: Tensor, layer: Layer) -> Tensor:
-    """Plain products for a block of rows at a time, which bounds the activations."""
-    if len(x) <= PRODUCT_ROWS:
-        return reference(x, layer)
+    """Plain products for a block of rows at a time, activations in place."""
     out = x.new_empty((len(x), len(layer.down.left)))
-    for source, target in zip(x.split(PRODUCT_ROWS), out.split(PRODUCT_ROWS), strict=True):
-        target.copy_(reference(source, layer))
+    size = product_rows(len(x), layer)
+    for source, target in zip(x.split(size), out.split(size), strict=True):
+        hidden = product(source, layer.gate or layer.up, layer.up_bias)
+        if layer.activation == "silu":
+            F.silu(hidden, inplace=True)
+        else:
+            approximate = "none" if layer.activation == "gelu" else "tanh"
+            torch.ops.aten.gelu_(hidden, approximate=approximate)
+        if layer.gate is not None:
+            hidden *= product(source, layer.up, None)
+        right, left = F.linear(hidden, layer.down.right), layer.down.left.T
+        if layer.down_bias is None:
+            torch.mm(right, left, out=target)
+        else:
+            torch.addmm(layer.down_bias, right, left, out=target)
     return out
 
 

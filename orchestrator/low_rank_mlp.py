@@ -108,13 +108,15 @@ class LowRankFeedForward(nn.Module):
     low_rank_form: Form
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """By the kernel where it is meant for this call and faster, else as the class behind."""
+        """As a whole where that is meant for this call and faster, else as the class behind."""
         if len(args) == 1 and not kwargs and not self.training and kernels_take(args[0]):
             (x,) = args
             kernel = _kernel()
             layer = None if kernel is None else self._layer(x, kernel)
-            if kernel and layer and kernel.plan(x[..., 0].numel(), x.shape[-1], layer) == "fused":
-                return kernel.feed_forward(x, layer, "fused")
+            if kernel and layer:
+                way = kernel.plan(x[..., 0].numel(), x.shape[-1], layer)
+                if way != "linears":
+                    return kernel.feed_forward(x, layer, way)
         return super().forward(*args, **kwargs)
 
     def _layer(self, x: Tensor, kernel: ModuleType) -> "Layer | None":

@@ -59,7 +59,7 @@ _SAME = 1e-4
 def peer_python(given: Path | None) -> tuple[Path, str]:
     """The interpreter that has AutoRound, and its version; makes the environment where there is
     none."""
-    python = given or ROOT / "build" / "autoround" / "bin" / "python"
+    python = (given or ROOT / "build" / "autoround" / "bin" / "python").absolute()
     if given is None and not python.exists():
         progress(f"installing {PEER} into {python.parents[1]}")
         venv.create(python.parents[1], with_pip=True, clear=True)

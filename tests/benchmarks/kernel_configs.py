@@ -57,9 +57,9 @@ def grid(*values: tuple[int, ...], kind: Callable[..., Any] = Config) -> list[An
 
 def cases() -> Iterator[Case]:
     """Shapes: rows, outputs, inputs[, rank]; of attention: batch, length, heads, size, rank."""
-    vector = grid((4,), (4, 8, 16, 32), (512, 1024), (1, 2, 4), (2,))
+    vector = grid((2,), (4, 8, 16, 32), (512, 1024), (1, 2, 4), (2,))
     decode = grid((16,), (32, 64, 128), (128, 256), (4, 8), (2, 4))
-    for rows, configs in ((1, vector), (4, vector), (4, decode), (16, decode)):
+    for rows, configs in ((1, vector), (2, vector), (2, decode), (16, decode)):
         for shape in ((11008, 4096), (4096, 11008)):
             for config, sections in itertools.product(configs, (1, 2, 4, 8)):
                 yield Case("int_group", (rows, *shape), config, sections)

@@ -51,7 +51,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 def peer_python(given: Path | None) -> Path:
     """The interpreter that has llm-compressor; makes the environment where there is none."""
-    python = given or ROOT / "build" / "llmcompressor" / "bin" / "python"
+    python = (given or ROOT / "build" / "llmcompressor" / "bin" / "python").absolute()
     if given is None and not python.exists():
         progress(f"installing {PEER} into {python.parents[1]}")
         venv.create(python.parents[1], with_pip=True, clear=True)

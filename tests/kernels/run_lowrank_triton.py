@@ -194,7 +194,7 @@ def run_mlp(index: int, device: str) -> dict[str, object]:
         tanh = "tanh" if activation == "gelu_tanh" else "none"
         return mlp.gelu(x, layer.up, layer.up_bias, layer.down, layer.down_bias, tanh, path)
 
-    mlp.PRODUCT_ROWS = 64  # so that there are several blocks
+    mlp.MIN_PRODUCT_ROWS = 16  # so that there are several blocks
     return {
         "kernel": "mlp",
         "config": name_of(mlp.config_for(inputs, layer), mlp.CONFIGS),
