@@ -16,9 +16,9 @@ from the eigenvectors of Σ W_i W_iᵀ, [out, out], without the long matrix.
 
 Whitened († in the paper): the weights are W_i S_i, with S_i S_iᵀ the second moments C_i of expert
 i's inputs, and V_i is mapped back with S_i⁻¹. That cancels, Σ_r V_i'ᵀ S_i⁻¹ = U_rᵀ W_i: only U
-differs, which now comes from Σ W_i C_i W_iᵀ, and no C_i is ever factored or inverted. C_i is taken
-over all sampled tokens, plus a small multiple of the identity, which orders the directions that
-the sample leaves open.
+differs, which now comes from Σ W_i C_i W_iᵀ, and no C_i is ever factored or inverted. C_i sums over
+the sampled tokens that the router gives to expert i, so that busy experts count for more, plus a
+small multiple of the identity, which orders the directions that the sample leaves open.
 
 Only groups of more than one expert are truncated. The result is stored as full matrices: a rank
 below 1 leaves out what members do not share, it saves nothing by itself.
@@ -98,15 +98,16 @@ def reduce(layer: ExpertLayer, options: Options) -> Reduction:
     if options.rank == 1 or count == layer.shape.experts:
         return merged(layer, groups, shares, options.router)
     weights = mean_weights(layer, groups, shares)
+    routed = _routed(layer) if options.whiten else []
     for number, (group, share) in enumerate(zip(groups, shares, strict=True)):
         if len(group) == 1:
             continue
-        inputs = _inputs(layer, group) if options.whiten else {}
+        inputs = _inputs(layer, group, routed) if options.whiten else {}
         for name, weight in layer.weights.items():
             members = [weight[expert].double() for expert in group]
             mean = union_mean(members, share, options.rank, inputs.get(name))
             weights[name][number] = mean.to(weight.dtype)
-    events = _few_tokens(layer, groups) if options.whiten else []
+    events = _few_tokens(layer, groups, routed) if options.whiten else []
     return merged(layer, groups, shares, options.router, weights, events=events)
 
 
@@ -119,7 +120,7 @@ def union_mean(
         weights: the members', float64 ``[out, in]``.
         share: of the members in the mean, ``[members]``.
         rank: share of min(out, members · in) singular values that stay, at least one.
-        inputs: the members', ``[tokens, in]``, for the whitened variant.
+        inputs: the members', ``[tokens, in]`` each, for the whitened variant.
     """
     out, width = weights[0].shape
     gram = torch.zeros(out, out, dtype=torch.float64, device=weights[0].device)
@@ -130,10 +131,9 @@ def union_mean(
             gram.addmm_(weight, weight.T)
             continue
         x = inputs[number].double()
-        tokens = max(len(x), 1)
-        energy = float(x.square().sum()) / (tokens * width) or 1.0
+        energy = float(x.square().sum()) / width or 1.0
         y = x @ weight.T
-        gram.addmm_(y.T, y, alpha=1 / tokens)
+        gram.addmm_(y.T, y)
         gram.addmm_(weight, weight.T, alpha=RIDGE * energy)
     full = min(out, len(weights) * width)
     kept = max(1, round(rank * full))
@@ -141,16 +141,23 @@ def union_mean(
     return basis @ (basis.T @ mean)
 
 
-def _inputs(layer: ExpertLayer, group: list[int]) -> dict[str, list[Tensor]]:
-    """Inputs of each member's weights at the sampled tokens, ``[T, in]``."""
+def _routed(layer: ExpertLayer) -> list[Tensor]:
+    """Of each expert, the sampled tokens that the router gives to it, ``[tokens, H]``."""
     x = layer.stats["sample"].to(layer.weights["gate"].device)
-    middle = [layer.middle(expert, x) for expert in group]
-    return {"gate": [x] * len(group), "up": [x] * len(group), "down": middle}
+    chosen, _ = layer.gating(x, layer.router)
+    return [x[(chosen == expert).any(1)] for expert in range(layer.shape.experts)]
 
 
-def _few_tokens(layer: ExpertLayer, groups: Groups) -> list[Event]:
-    """An event if the sample cannot fill the second moments."""
-    tokens = len(layer.stats["sample"])
+def _inputs(layer: ExpertLayer, group: list[int], routed: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Inputs of each member's weights at its own tokens, ``[tokens, in]``."""
+    own = [routed[expert] for expert in group]
+    middle = [layer.middle(expert, x) for expert, x in zip(group, own, strict=True)]
+    return {"gate": own, "up": own, "down": middle}
+
+
+def _few_tokens(layer: ExpertLayer, groups: Groups, routed: list[Tensor]) -> list[Event]:
+    """An event if the samples of some group cannot fill its second moments."""
+    tokens = min(sum(len(routed[e]) for e in group) for group in groups if len(group) > 1)
     width = max(layer.shape.hidden, layer.shape.width)
     if tokens >= width:
         return []

@@ -370,7 +370,7 @@ def test_sub_moe_truncated_is_the_papers_decomposition(out: int, width: int) -> 
     torch.testing.assert_close(sub_moe.union_mean(weights, share, 0.4), plain, rtol=0, atol=1e-9)
     roots = []
     for x in inputs:
-        moment = x.T @ x / len(x)
+        moment = x.T @ x
         moment += sub_moe.RIDGE * moment.diagonal().mean() * torch.eye(width)
         roots.append(torch.linalg.cholesky(moment))
     white = literal_union(weights, share, kept, roots)
