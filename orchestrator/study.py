@@ -203,10 +203,12 @@ class Study:
             raise UserError(_damaged(self.journal, str(error))) from None
         known = study.user_attrs.get(_MADE_OF)
         if known is None:
+            # Some may be there: of a process that died here.
+            there = {trial.user_attrs.get(_START) for trial in study.get_trials(deepcopy=False)}
             for name, values in self._starts.items():
                 params = start_params(self.knobs, values)
-                marks = {_START: name, _WANTED: params}
-                study.enqueue_trial(params, user_attrs=marks, skip_if_exists=True)
+                if name not in there:
+                    study.enqueue_trial(params, user_attrs={_START: name, _WANTED: params})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that this is experimental
                 study.set_metric_names(self.objectives)  # which Optuna's dashboard shows

@@ -43,7 +43,7 @@ from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Layer, Plan, search_module
-from moesaic.search.knobs import Allocator, Knob, Place, Value, narrowed
+from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, Value, narrowed
 
 # What a study leaves in the output folder, besides the journal.
 STUDY_FILES = ("study.json", "trials.parquet")
@@ -220,7 +220,7 @@ class TunedPipeline(Pipeline):
             trials.run()
             best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
-            plan = told.plan(trials.plan(best.values).units)
+            plan = told.plan(trials.plan(best.values, best.attributes.get("start")).units)
             if trials.key(plan) != best.attributes["plan"]:
                 raise RunError(
                     f"trial {best.number}: its knobs lead to another plan now than when it was"
@@ -412,19 +412,20 @@ class Trials:
         for reason, count in self.reasons.most_common():
             self.view.line(f"failed ×{count}: {reason}")
 
-    def plan(self, values: Mapping[str, Value]) -> Plan:
-        """The plan of some values.
+    def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
+        """The plan of some values, by the recipe's strategy unless the trial is the greedy start.
 
         Raises:
             RecipeError, Infeasible, ValueError: there is none.
         """
         given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
+        search = GREEDY if start == GREEDY else self.experiment.recipe.search
         if BITS not in values:
-            return self.allocator.problem.plan(self.pipeline.fitted(given).units)
+            return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
         size = self.experiment.size
         total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
         given = replace(given, budget=Budget(total, size.fixed_bytes))
-        found = solve(given, self.experiment.recipe.search)
+        found = solve(given, search)
         return self.allocator.problem.plan(found.units)
 
     def key(self, plan: Plan) -> str:
@@ -459,7 +460,7 @@ class Trials:
             asked = self.study.ask()
             self.begun += 1
             try:
-                plan = self.plan(asked.values)
+                plan = self.plan(asked.values, asked.start)
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
