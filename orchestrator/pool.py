@@ -351,18 +351,39 @@ class Pool:
                 self._dispatch(waiting, idle, running)
                 if meanwhile is not None:
                     meanwhile()
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
-                for reference in ready:
+                for reference in self._wait(running, _POLL_SECONDS):
                     worker, task = running.pop(reference)
                     idle.add(worker)
                     for new in self._finish(reference, worker, task):
                         heapq.heappush(waiting, (new.priority, next(order), new))
-                if tick is not None and time.monotonic() - last_tick > _POLL_SECONDS:
-                    last_tick = time.monotonic()
+                if tick is not None and self._now() - last_tick > _POLL_SECONDS:
+                    last_tick = self._now()
                     tick([task.label for _, task in running.values()])
         finally:
             for reference in running:
-                ray.cancel(reference, force=False)
+                self._cancel(reference)
+
+    # All that the loop asks of Ray and of the clock: a simulation puts its own in their places.
+
+    def _now(self) -> float:
+        """Seconds on a clock that never goes back."""
+        return time.monotonic()
+
+    def _submit(self, worker: int, task: Task) -> Any:
+        """Starts a task on a worker; the handle names it in the other calls."""
+        return self.workers[worker].call.remote(task.function, dict(task.arguments))
+
+    def _wait(self, handles: Iterable[Any], seconds: float) -> list[Any]:
+        """The next handle that is done, or none of them after so many seconds."""
+        ready, _ = ray.wait(list(handles), num_returns=1, timeout=seconds)
+        return list(ready)
+
+    def _result(self, handle: Any) -> Any:
+        """What a task that is done returned; raises what it raised, or RayError."""
+        return ray.get(handle)
+
+    def _cancel(self, handle: Any) -> None:
+        ray.cancel(handle, force=False)
 
     def _dispatch(
         self,
@@ -381,14 +402,13 @@ class Pool:
                 continue
             worker = min(idle) if wanted is None else wanted
             idle.discard(worker)
-            reference = self.workers[worker].call.remote(task.function, dict(task.arguments))
-            running[reference] = (worker, task)
+            running[self._submit(worker, task)] = (worker, task)
         for item in passed:
             heapq.heappush(waiting, item)
 
     def _finish(self, reference: Any, worker: int, task: Task) -> Iterable[Task]:
         try:
-            result = ray.get(reference)
+            result = self._result(reference)
         except RayTaskError as error:
             cause = error.cause
             if task.failed is not None:
