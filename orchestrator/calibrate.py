@@ -55,6 +55,10 @@ from moesaic.orchestrator.store import (
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
+# A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk,
+# and hidden states in memory.
+LEAD = 2
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -391,7 +395,7 @@ def _advance(
     influence: InfluenceObserver | None = None,
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
-    model = opened(state, walk)
+    model, own = opened(state, walk), ("hidden", walk.key, walk.prefixes)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
     after = _passed(walk, model, block, module, hidden, influence)
@@ -402,7 +406,9 @@ def _advance(
         )
     save_tensor(hidden_path(walk, block + 1, shard), after)
     if block + 1 < model.blocks:
-        state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
+        # What a worker got of other ranges, while theirs was away, may have gone on elsewhere.
+        state.discard(lambda key: key[:3] == own and key[3] < block - LEAD)
+        state.put((*own, block + 1, shard), after)
     else:
         _keep_boundary(walk, block + 1, shard, after)
 
@@ -431,10 +437,12 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     plan = Walk(**walk)
     store = Store(Path(plan.store))
     key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
-    if store.get(what, key) is not None:  # by a worker that died while it removed the nodes
-        return {"peak_bytes": peak_memory_bytes()}
     root: Node = (0, plan.shards)
     used: list[Path] = []
+
+    def known() -> bool:
+        """Whether another worker was here, and has removed some nodes or all."""
+        return store.get(what, key) is not None
 
     def leaf(node: Node) -> SiteStats | None:
         path = node_path(plan, what, block, node)
@@ -448,7 +456,14 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
             stats.sums = {name: value.clone() for name, value in stats.sums.items()}
         return loaded
 
-    total = tree_sum(root, leaf)
+    if known():
+        return {"peak_bytes": peak_memory_bytes()}
+    try:
+        total = tree_sum(root, leaf)
+    except (RunError, FileNotFoundError):
+        if known():
+            return {"peak_bytes": peak_memory_bytes()}
+        raise
     for site, stats in total.items():
         for name, value in stats.sums.items():
             if not torch.isfinite(value).all():

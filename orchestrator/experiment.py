@@ -33,13 +33,13 @@ from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import Chosen, choices, member_choices, tied_choices
+from moesaic.orchestrator.cluster import has_16_bit_products, processor_only
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.offers import Offering
-from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.score_features import features_key

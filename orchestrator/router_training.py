@@ -301,8 +301,10 @@ class RouterTraining:
                     found[f"{unit}|{role}"] = member.dense().float()
         return found
 
-    def _run(self, chunks: Sequence[int], routers: Path, gradients: bool) -> dict[int, float]:
-        """Chunk → its divergence; gradients are written beside."""
+    def _run(
+        self, chunks: Sequence[int], routers: Path, step: int | None = None
+    ) -> dict[int, float]:
+        """Chunk → its divergence; for a step, gradients are written beside."""
         found: dict[int, float] = {}
 
         def task(number: int) -> Task:
@@ -315,15 +317,16 @@ class RouterTraining:
                 "rows": self.chunks[number],
                 "pieces": self.pieces,
                 "routers": str(routers),
-                "output": str(self._gradients(number)) if gradients else None,
+                "output": None if step is None else str(self._gradients(step, number)),
             }
             return Task("router_training:chunk", arguments, f"routers {number}", done=done)
 
         self.pool.run([task(number) for number in chunks], self.view.tick)
         return found
 
-    def _gradients(self, number: int) -> Path:
-        return self.scratch / f"gradients-{number:05d}.safetensors"
+    def _gradients(self, step: int, chunk: int) -> Path:
+        # With the step: what a worker writes too late must not be taken for that of another one.
+        return self.scratch / f"gradients-{step:04d}-{chunk:05d}.safetensors"
 
     def _tokens(self, chunks: Sequence[int]) -> int:
         length = self.experiment.recipe.calibration.length
@@ -331,11 +334,11 @@ class RouterTraining:
 
     def _step(self, number: int, chunks: Sequence[int]) -> None:
         """One step of Adam (Kingma & Ba, 1412.6980, algorithm 1) on the sum over ``chunks``."""
-        self._run(chunks, self._plain(number), gradients=True)
+        self._run(chunks, self._plain(number), number)
         state = load_file(self._state(number))
         total: Tensors = {}
         for part in chunks:  # in this order, whoever was first
-            for key, value in load_file(self._gradients(part)).items():
+            for key, value in load_file(self._gradients(number, part)).items():
                 total[key] = total[key] + value if key in total else value
         tokens = self._tokens(chunks)
         new: Tensors = {}
@@ -355,13 +358,13 @@ class RouterTraining:
             }
         write_atomically(self._state(number + 1), lambda p: save_file(new, p))
         for part in chunks:
-            self._gradients(part).unlink(missing_ok=True)
+            self._gradients(number, part).unlink(missing_ok=True)
         if number > 0:
             self._state(number - 1).unlink(missing_ok=True)
 
     def _judged(self, routers: Path) -> float:
         """Divergence per token on the held-back sequences."""
-        sums = self._run(self.held, routers, gradients=False)
+        sums = self._run(self.held, routers)
         return sum(sums[number] for number in self.held) / self._tokens(self.held)
 
     def _written(self, routers: Tensors) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, reducing, reverse_needs
-from moesaic.orchestrator.calibrate import Walk, boundary_path
+from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, score
@@ -17,8 +17,6 @@ from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, Store, digest, remove_scratch
 
-# A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
-_LEAD = 2
 EVALUATION_PARTS = 4
 _REDUCE, _FORWARD, _REVERSE, _MEASURE = range(4)
 
@@ -150,7 +148,7 @@ class Calibration:
                     new.append(self._reduce("stats", block))
                 if block + 1 == self.blocks and len(self.gradients) < self.blocks:
                     new += self._start_reverse()
-            ready = [t for t in self.held if t.arguments["block"] <= self.floor + _LEAD]
+            ready = [t for t in self.held if t.arguments["block"] <= self.floor + LEAD]
             self.held = [t for t in self.held if t not in ready]
             return [*new, *ready]
 

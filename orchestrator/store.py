@@ -309,7 +309,8 @@ def remove_scratch(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
             path.unlink(missing_ok=True)
-        folder.rmdir()
+        with contextlib.suppress(OSError):  # a worker of a run that was killed writes into it
+            folder.rmdir()
 
 
 def _seal_path(path: Path) -> Path:

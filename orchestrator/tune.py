@@ -29,10 +29,11 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.loop import WORKER_DIED
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
-from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
+from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Tune
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.scoring import described, is_predicted
