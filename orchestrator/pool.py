@@ -400,7 +400,8 @@ class Pool:
             if wanted is not None and wanted not in idle:
                 passed.append(item)  # what it needs lies in the memory of a busy worker
                 continue
-            worker = min(idle) if wanted is None else wanted
+            # Whoever keeps something in memory is among the first: free for what needs that.
+            worker = max(idle) if wanted is None else wanted
             idle.discard(worker)
             running[self._submit(worker, task)] = (worker, task)
         for item in passed:
