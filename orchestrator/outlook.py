@@ -17,9 +17,9 @@ from rich.console import Console
 from moesaic.methods.base import Chain, Spec, Unit
 from moesaic.orchestrator import memory
 from moesaic.orchestrator.blueprint import PlannedExperiment
-from moesaic.orchestrator.cluster import Cluster
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.fleet import Cluster
 from moesaic.orchestrator.machine import Crew, Speeds
 from moesaic.orchestrator.memory import Sizes
 from moesaic.orchestrator.pool import Task
