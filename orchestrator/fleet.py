@@ -12,13 +12,13 @@ nodes together.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from moesaic.orchestrator.datasheet import DATA_SHEETS
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.pool import shares
@@ -32,31 +32,6 @@ NETWORK_BYTES, STORE_BYTES = 12_500_000_000, 20_000_000_000
 _GROUP = re.compile(r"(?:(\d+)\*)?(?:(?:(\d+)x)?([A-Za-z]\w*)(?::(\d+)cpu)?|(\d+)cpu)", re.I)
 _HOW = "write 8xH100:16cpu, 4*8xA100:96cpu or 3*32cpu, several separated by commas, or name a file"
 
-
-@dataclass(frozen=True)
-class DataSheet:
-    """What a GPU's maker says of it.
-
-    Attributes:
-        tensor, float32: operations per second, dense, in bfloat16 and in float32.
-        bandwidth: bytes per second of its memory.
-        memory: bytes.
-        link: bytes per second between it and the processor's memory, one way.
-    """
-
-    tensor: float
-    float32: float
-    bandwidth: float
-    memory: int
-    link: float
-
-
-# NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024).
-DATA_SHEETS = {
-    "A100": DataSheet(312e12, 19.5e12, 2.039e12, 80_000_000_000, 32e9),
-    "H100": DataSheet(989e12, 67e12, 3.35e12, 80_000_000_000, 64e9),
-    "H200": DataSheet(989e12, 67e12, 4.8e12, 141_000_000_000, 64e9),
-}
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 

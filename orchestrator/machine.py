@@ -271,6 +271,15 @@ def probe_save(folder: Path) -> float:
     return _SAVE_BYTES / _seconds(write, "disk")
 
 
+def probe_load(folder: Path) -> float:
+    path = folder / f".probe-{uuid.uuid4().hex}"
+    _fill(path, bytes(_SAVE_BYTES))
+    try:
+        return _SAVE_BYTES / _seconds(path.read_bytes, "disk")
+    finally:
+        path.unlink()
+
+
 def probe_digest(folder: Path) -> float:
     path = folder / f".probe-{uuid.uuid4().hex}"
     _fill(path, bytes(_SAVE_BYTES))

@@ -8,7 +8,7 @@ other users of the machine come on top.
 """
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Unit, link_module, reducing
@@ -30,6 +30,9 @@ from moesaic.orchestrator.statistics import Node, covered, ranges
 START_SECONDS = 15.0
 # One call of a layer with its hooks, whatever its size: measured on one core.
 _CALL_SECONDS = 2e-4
+
+# Speeds of one worker for an experiment; of a batch's tokens, and of those that one expert sees.
+SpeedSource = Callable[[Experiment, Crew, int, int], Speeds]
 
 METHOD = (
     "operations counted from shapes, over the speeds of this machine measured just now, as if it"
@@ -75,10 +78,12 @@ class Clock:
     """Costs of one worker for the parts of a run.
 
     Args:
-        speeds: of a worker; by default they are measured, on this machine.
+        source: of a worker's speeds; by default they are measured, on this machine.
     """
 
-    def __init__(self, experiment: Experiment, crew: Crew, speeds: Speeds | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, crew: Crew, source: SpeedSource | None = None
+    ) -> None:
         self.experiment = experiment
         self.crew = crew
         self.sizes = Sizes(experiment, crew)
@@ -88,8 +93,7 @@ class Clock:
         self.per_token = (experts_per_token(self.model.config) or self.experts) if banks else 0
         tokens = self.sizes.batch_tokens()
         few = max(1, tokens * self.per_token // self.experts) if banks else 0
-        if speeds is None:
-            speeds = measure_speeds(experiment, crew, tokens, few)
+        speeds = (source or measure_speeds)(experiment, crew, tokens, few)
         # Pooling takes next to nothing.
         self.speeds = replace(speeds, head=0.0) if self.model.family.is_encoder else speeds
 
@@ -297,14 +301,14 @@ class Clock:
 
 
 def predict_seconds(
-    experiment: Experiment, crew: Crew, left: Left, speeds: Speeds | None = None
+    experiment: Experiment, crew: Crew, left: Left, source: SpeedSource | None = None
 ) -> dict[str, float]:
     """Stage → seconds of what is left to do with the crew's workers; ``total`` is their sum.
 
     Args:
-        speeds: of a worker; by default they are measured, on this machine.
+        source: of a worker's speeds; by default they are measured, on this machine.
     """
-    clock = Clock(experiment, crew, speeds)
+    clock = Clock(experiment, crew, source)
     jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
     found = {
         "start": START_SECONDS,
