@@ -266,7 +266,17 @@ def evaluate(
 
 @app.command()
 def check(
-    recipe: RecipeFile, output: Output = None, as_json: Json = False, debug: Debug = False
+    recipe: RecipeFile,
+    output: Output = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Predict for this cluster: 8xH100:16cpu,4*32cpu …, or a YAML file."),
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Unit costs, from moesaic bench --output FILE.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Validates everything and predicts bytes, memory and time before anything starts."""
 
@@ -274,8 +284,40 @@ def check(
         from moesaic.orchestrator.forecast import show_forecast
         from moesaic.orchestrator.run import check_recipe
 
-        result = check_recipe(recipe, output)
+        if cluster is not None:
+            from moesaic.orchestrator.outlook import predict_on, show_outlook
+
+            result = predict_on(recipe, output, cluster, bench)
+            show_outlook(result, stderr)
+            return result
+        result = check_recipe(recipe, output, bench)
         show_forecast(result, stderr)
+        return result
+
+    _answer(work, as_json, debug)
+
+
+@app.command()
+def bench(
+    output: Annotated[
+        Path | None, typer.Option(help="File (JSON) that check --bench reads.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe whose chains are measured as well.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Cores of one worker.")] = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measures what work costs on this machine: products, solving, files, Ray."""
+
+    def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.bench import bench_table, run_bench
+        from moesaic.orchestrator.console import View
+
+        with View() as view:
+            result = run_bench(output, recipe, threads, view)
+        stderr.print(bench_table(result))
         return result
 
     _answer(work, as_json, debug)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text
 from moesaic.orchestrator import memory, timing
+from moesaic.orchestrator.bench import bench_source
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment, find_model
@@ -107,7 +108,7 @@ def show_model(result: Mapping[str, Any], console: Console) -> None:
             f" {experts['per_token'] or 'all'} per token",
             markup=False,
         )
-    table = _table("", "units", "parameters", "bytes", "share")
+    table = new_table("", "units", "parameters", "bytes", "share")
     rows = {
         **result["parts"],
         "fixed": {**result["fixed"], "units": result["fixed"]["tensors"]},
@@ -120,19 +121,24 @@ def show_model(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def forecast(experiment: Experiment) -> dict[str, Any]:
+def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any]:
     """What a run of the recipe will take, as plain data; see the keys below.
 
     ``bytes`` of plans, ``work`` to do and how much of it is done, ``store`` and ``memory`` in
     bytes, ``time`` in seconds for what is left, ``experts``, ``events``, ``unloadable`` (reason →
     number of units and candidates).
+
+    Args:
+        bench: file of unit costs; by default they are measured now.
     """
     team = crew(experiment.recipe.compute)
     sizes = Sizes(experiment, team)
     left = _left(experiment)
     stages = memory.predict_memory(sizes)
     store = memory.predict_store(sizes)
-    seconds = timing.predict_seconds(experiment, team, left)
+    source = None if bench is None else bench_source(bench, team.device)
+    seconds = timing.predict_seconds(experiment, team, left, source)
+    told = timing.METHOD if bench is None else f"operations counted, over the speeds of {bench}"
     peak = max(parts["total"] for parts in stages.values())
     _, events = expert_load(experiment, experiment.walk)
     events += _expected_events(experiment, left.blocks)
@@ -158,7 +164,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
             "available": psutil.virtual_memory().available,
             "method": memory.METHOD,
         },
-        "time": {**seconds, "crew": asdict(team), "method": timing.METHOD},
+        "time": {**seconds, "crew": asdict(team), "method": told},
         "experts": _expert_tokens(experiment),
         "events": [asdict(event) for event in events],
         "unloadable": dict(experiment.unloadable),
@@ -311,21 +317,21 @@ def _machine_events(
     if peak * team.workers > available:
         yield Event(
             "memory_short",
-            f"{team.workers} worker(s) of up to {_size(peak)} need more than the"
-            f" {_size(available)} that are available",
+            f"{team.workers} worker(s) of up to {size_text(peak)} need more than the"
+            f" {size_text(available)} that are available",
             value=peak * team.workers,
         )
     free = shutil.disk_usage(experiment.store.root).free
     if store_bytes > free:
         yield Event(
             "disk_short",
-            f"{experiment.store.root} has {_size(free)} free, the store may take"
-            f" {_size(store_bytes)}",
+            f"{experiment.store.root} has {size_text(free)} free, the store may take"
+            f" {size_text(store_bytes)}",
             value=store_bytes,
         )
 
 
-def _size(value: float) -> str:
+def size_text(value: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.1f} {unit}"
@@ -333,13 +339,13 @@ def _size(value: float) -> str:
     return f"{value:.1f} TB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     table = Table(title=None)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left")
@@ -358,9 +364,9 @@ def show_forecast(result: Mapping[str, Any], console: Console) -> None:
     console.print(_stage_table(result))
     store, team = result["store"], result["time"]["crew"]
     console.print(
-        f"store   {store['path']}: {_size(store['total'])} in the end"
-        f" (pieces {_size(store['pieces'])}, statistics {_size(store['stats'])}, unfinished work"
-        f" {_size(store['scratch'])}), {_size(store['free'])} free",
+        f"store   {store['path']}: {size_text(store['total'])} in the end"
+        f" (pieces {size_text(store['pieces'])}, statistics {size_text(store['stats'])},"
+        f" unfinished work {size_text(store['scratch'])}), {size_text(store['free'])} free",
         markup=False,
     )
     console.print(
@@ -373,7 +379,7 @@ def show_forecast(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _bytes_table(sizes: Mapping[str, Any]) -> Table:
-    table = _table("", "bytes", "bits/weight")
+    table = new_table("", "bytes", "bits/weight")
     rows = {
         "dense": sizes["dense"],
         **{f"baseline {name}": entry for name, entry in sizes["baselines"].items()},
@@ -397,15 +403,15 @@ def _stage_table(result: Mapping[str, Any]) -> Table:
         "gradients": f"{work['gradients_finished']} of {work['gradients']} blocks",
         "measure": f"{work['pairs_finished']} of {work['pairs']} pairs",
     }
-    table = _table("stage", "finished before", "time left", "largest process")
+    table = new_table("stage", "finished before", "time left", "largest process")
     times = {name: v for name, v in result["time"].items() if isinstance(v, float)}
     total = times.pop("total")
     # How long a study takes is up to whoever starts it.
     for name in dict.fromkeys([*times, *stages]):
-        size = _size(stages[name]["total"]) if name in stages else ""
-        left = _duration(times[name]) if name in times else ""
+        size = size_text(stages[name]["total"]) if name in stages else ""
+        left = duration(times[name]) if name in times else ""
         table.add_row(name, steps.get(name, ""), left, size)
-    table.add_row("total", "", _duration(total), _size(result["memory"]["peak"]))
+    table.add_row("total", "", duration(total), size_text(result["memory"]["peak"]))
     return table
 
 

@@ -4,6 +4,7 @@ The speeds are measured in about two seconds on matrices of the model's widths, 
 large, as an undisturbed process has them. They are rough: one size stands for all of a kind.
 """
 
+import math
 import os
 import time
 import uuid
@@ -32,17 +33,17 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe import Compute
 from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
-from moesaic.orchestrator.store import write_atomically
+from moesaic.orchestrator.store import file_digest, write_atomically
 
 # One matrix product of a measurement takes at most this many operations, on sides of at most
 # this width.
-_PROBE_OPERATIONS = 2e8
-_PROBE_WIDTH = 2048
+_PROBE_OPERATIONS = {"cpu": 2e8, "cuda": 2e12}
+_PROBE_WIDTH = {"cpu": 2048, "cuda": 8192}
 _PROBE_SECONDS = 0.1
 _PROBE_REPEATS = 5
 # A layer to compress: inputs (at least) and the two numbers of rows that give the slope.
 _LAYER_INPUTS, _LAYER_ROWS = 256, (32, 512)
-_READ_BYTES, _ADD_BYTES = 64 << 20, 16 << 20
+_READ_BYTES, _ADD_BYTES, _SAVE_BYTES = 64 << 20, 16 << 20, 16 << 20
 _HEAD_ROWS = 64
 
 
@@ -119,6 +120,11 @@ class Speeds:
         add: bytes per second of an array that is set to zero and added to.
         write: seconds to write a small file so that it survives a crash.
         compress: chain → seconds; chains of methods that take no linears are not in it.
+        save: bytes per second of a large file that is written and flushed.
+        digest: bytes per second of a file whose digest is taken.
+        host_add: as ``add``, on the processor.
+        copy: bytes per second between the processor's memory and the device's; without one,
+            infinite.
     """
 
     matmul: float
@@ -130,10 +136,14 @@ class Speeds:
     add: float
     write: float
     compress: Mapping[Chain, Compressing]
+    save: float
+    digest: float
+    host_add: float
+    copy: float
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def using_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -173,40 +183,44 @@ def measure_speeds(experiment: Experiment, crew: Crew, tokens: int, expert_token
     """
     model = experiment.model
     hidden = model.hidden_size
-    with _threads(crew.cpus), torch.random.fork_rng(devices=[]):
+    with using_threads(crew.cpus), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         linears = [unit.shapes["weight"][0] for unit in model.units() if unit.kind == "linear"]
         banks = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
         out, few = max(linears, default=hidden), expert_tokens or tokens
         narrow = max(banks, default=out)
         return Speeds(
-            matmul=_matmul(tokens, hidden, out, model.dtype, crew.device),
-            hessian=_hessian(tokens, hidden, model.dtype, crew.device),
-            expert_matmul=_matmul(few, hidden, 2 * narrow, model.dtype, crew.device),
-            expert_hessian=_hessian(few, hidden, model.dtype, crew.device),
-            head=_head(hidden, model.vocab_size, model.dtype, crew.device),
-            read=_read(experiment.original.checkpoint),
-            add=_add(crew.device),
-            write=_write(experiment),
+            matmul=probe_matmul(tokens, hidden, out, model.dtype, crew.device),
+            hessian=probe_hessian(tokens, hidden, model.dtype, crew.device),
+            expert_matmul=probe_matmul(few, hidden, 2 * narrow, model.dtype, crew.device),
+            expert_hessian=probe_hessian(few, hidden, model.dtype, crew.device),
+            head=probe_head(hidden, model.vocab_size, model.dtype, crew.device),
+            read=probe_read(experiment.original.checkpoint),
+            add=probe_add(crew.device),
+            write=probe_write(experiment.store.root),
             compress=_compressing(experiment, crew.device),
+            save=probe_save(experiment.store.root),
+            digest=probe_digest(experiment.store.root),
+            host_add=probe_add("cpu"),
+            copy=probe_copy(crew.device),
         )
 
 
-def _cut(rows: int, inputs: int, out: int) -> tuple[int, int, int]:
-    inputs, out = min(inputs, _PROBE_WIDTH), min(out, _PROBE_WIDTH)
-    return max(1, min(rows, int(_PROBE_OPERATIONS / (2 * inputs * out)))), inputs, out
+def _cut(rows: int, inputs: int, out: int, device: str) -> tuple[int, int, int]:
+    inputs, out = min(inputs, _PROBE_WIDTH[device]), min(out, _PROBE_WIDTH[device])
+    return max(1, min(rows, int(_PROBE_OPERATIONS[device] / (2 * inputs * out)))), inputs, out
 
 
-def _matmul(rows: int, inputs: int, out: int, dtype: torch.dtype, device: str) -> float:
-    rows, inputs, out = _cut(rows, inputs, out)
+def probe_matmul(rows: int, inputs: int, out: int, dtype: torch.dtype, device: str) -> float:
+    rows, inputs, out = _cut(rows, inputs, out, device)
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(out, inputs, device=device).to(dtype)
     seconds = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
     return 2 * rows * inputs * out / seconds
 
 
-def _hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
-    rows, inputs, _ = _cut(rows, inputs, inputs)
+def probe_hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
+    rows, inputs, _ = _cut(rows, inputs, inputs, device)
     x = torch.randn(rows, inputs, device=device).to(dtype)
     total = torch.zeros(inputs, inputs, device=device)
 
@@ -216,8 +230,9 @@ def _hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
     return 2 * rows * inputs * inputs / _seconds(add, device)
 
 
-def _head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> float:
-    rows, inputs, out = _HEAD_ROWS, min(hidden, _PROBE_WIDTH), min(vocabulary, 2 * _PROBE_WIDTH)
+def probe_head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> float:
+    width = _PROBE_WIDTH[device]
+    rows, inputs, out = _HEAD_ROWS, min(hidden, width), min(vocabulary, 2 * width)
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(out, inputs, device=device).to(dtype)
     logits = torch.nn.functional.linear(x, weight)
@@ -226,19 +241,19 @@ def _head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> floa
     return (product * hidden / inputs + softmax) * vocabulary / out / rows
 
 
-def _read(checkpoint: Checkpoint) -> float:
+def probe_read(checkpoint: Checkpoint) -> float:
     sizes = sorted((checkpoint.nbytes(name), name) for name in checkpoint.names())
     size, name = next((s for s in reversed(sizes) if s[0] <= _READ_BYTES), sizes[0])
     return size / _seconds(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "disk")
 
 
-def _add(device: str) -> float:
+def probe_add(device: str) -> float:
     other = torch.ones(_ADD_BYTES // 4, device=device)
     return _ADD_BYTES / _seconds(lambda: torch.zeros_like(other).add_(other), device)
 
 
-def _write(experiment: Experiment) -> float:
-    path = experiment.store.root / f".probe-{uuid.uuid4().hex}"
+def probe_write(folder: Path) -> float:
+    path = folder / f".probe-{uuid.uuid4().hex}"
 
     def write() -> None:
         write_atomically(path, _fill)
@@ -247,8 +262,43 @@ def _write(experiment: Experiment) -> float:
     return _seconds(write, "disk")
 
 
-def _fill(path: Path) -> None:
-    path.write_bytes(bytes(4096))
+def probe_save(folder: Path) -> float:
+    path, data = folder / f".probe-{uuid.uuid4().hex}", bytes(_SAVE_BYTES)
+
+    def write() -> None:
+        write_atomically(path, lambda temporary: _fill(temporary, data))
+        path.unlink()
+
+    return _SAVE_BYTES / _seconds(write, "disk")
+
+
+def probe_load(folder: Path) -> float:
+    path = folder / f".probe-{uuid.uuid4().hex}"
+    _fill(path, bytes(_SAVE_BYTES))
+    try:
+        return _SAVE_BYTES / _seconds(path.read_bytes, "disk")
+    finally:
+        path.unlink()
+
+
+def probe_digest(folder: Path) -> float:
+    path = folder / f".probe-{uuid.uuid4().hex}"
+    _fill(path, bytes(_SAVE_BYTES))
+    try:
+        return _SAVE_BYTES / _seconds(lambda: file_digest(path), "disk")
+    finally:
+        path.unlink()
+
+
+def probe_copy(device: str) -> float:
+    if device == "cpu":
+        return math.inf
+    there = torch.ones(_ADD_BYTES // 4, device=device)
+    return _ADD_BYTES / _seconds(there.cpu, device)
+
+
+def _fill(path: Path, data: bytes = bytes(4096)) -> None:
+    path.write_bytes(data)
 
 
 def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing]:
@@ -263,14 +313,14 @@ def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing
         rest = reducing(chain)[1]
         if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
             continue
-        switches = tuple(_switches(rest))
-        if switches not in known:
-            known[switches] = _compress(rest, experiment.dtype, device, experiment.units)
-        found[chain] = known[switches]
+        key = tuple(switches(rest))
+        if key not in known:
+            known[key] = probe_compress(rest, experiment.dtype, device, experiment.units)
+        found[chain] = known[key]
     return found
 
 
-def _switches(chain: Chain) -> Iterator[tuple[str, object]]:
+def switches(chain: Chain) -> Iterator[tuple[str, object]]:
     for spec in chain:
         yield spec.method, ""
         for name, value in spec.parsed().model_dump().items():
@@ -278,7 +328,9 @@ def _switches(chain: Chain) -> Iterator[tuple[str, object]]:
                 yield name, value
 
 
-def _compress(chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]) -> Compressing:
+def probe_compress(
+    chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]
+) -> Compressing:
     few, many = _LAYER_ROWS
     widths = [*range(_LAYER_INPUTS, 4 * _LAYER_INPUTS, 8)]
     widths += sorted({shape[-1] for unit in units for shape in unit.shapes.values()})

@@ -452,14 +452,14 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     return {
         **sliced,
         "pieces": sum(experiment.predicted_bytes(unit, chain) for unit, chain in pairs),
-        "errors": sum(_error_bytes(unit) for unit, _ in pairs),
+        "errors": sum(error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),
         "gradients": sum(gradients),
         "scratch": 2 * states + kept + max(stats) * held_adding(walk.shards, sizes.crew.workers),
     }
 
 
-def _error_bytes(unit: Unit) -> int:
+def error_bytes(unit: Unit) -> int:
     """Error and norm of every row in float32, tokens of every expert."""
     shapes = unit.shapes.values()
     return sum(8 * math.prod(shape[:-1]) + 8 * math.prod(shape[:-2]) for shape in shapes)

@@ -59,10 +59,15 @@ def open_experiment(recipe_file: Path, output: Path | None) -> Experiment:
         return _ready(Experiment(recipe, folder))
 
 
-def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
+def check_recipe(
+    recipe_file: Path, output: Path | None, bench: Path | None = None
+) -> dict[str, Any]:
     """What a run will take (see :func:`forecast`), once nothing is wrong with the recipe.
 
     What only ``moesaic tune`` refuses is no mistake, but comes first among the events.
+
+    Args:
+        bench: unit costs that were measured before; by default they are measured now.
 
     Raises:
         UserError: naming every mistake at once; the places that the recipe names are asked, too.
@@ -89,7 +94,7 @@ def check_recipe(recipe_file: Path, output: Path | None) -> dict[str, Any]:
             mistakes.attempt(lambda: check_score(scored))
         if experiment is None or mistakes.found:
             raise mistakes.error()
-        found = forecast(_ready(experiment))
+        found = forecast(_ready(experiment), bench)
     events = [Event("no_study", f"moesaic tune will refuse this: {text}") for text in warnings]
     return {**found, "events": [*map(asdict, events), *found["events"]]}
 

@@ -8,7 +8,7 @@ other users of the machine come on top.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Unit, link_module, reducing
@@ -17,17 +17,22 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
 from moesaic.orchestrator.memory import (
     Sizes,
+    error_bytes,
     experts_per_token,
     site_shape,
     sites,
     slices,
 )
 from moesaic.orchestrator.stages import EVALUATION_PARTS
+from moesaic.orchestrator.statistics import Node, covered, ranges
 
 # Ray and its workers, until torch and transformers are loaded: measured on two cores.
 START_SECONDS = 15.0
 # One call of a layer with its hooks, whatever its size: measured on one core.
 _CALL_SECONDS = 2e-4
+
+# Speeds of one worker for an experiment; of a batch's tokens, and of those that one expert sees.
+SpeedSource = Callable[[Experiment, Crew, int, int], Speeds]
 
 METHOD = (
     "operations counted from shapes, over the speeds of this machine measured just now, as if it"
@@ -50,10 +55,35 @@ class Left:
     pairs: Mapping[str, list[Chain]]
 
 
-class Clock:
-    """Seconds of one worker for the parts of a run."""
+@dataclass(frozen=True)
+class Cost:
+    """What a task takes.
 
-    def __init__(self, experiment: Experiment, crew: Crew) -> None:
+    Attributes:
+        seconds: of computing, and of what each file takes however small it is.
+        read, written: bytes, over whatever leads to the model and the store.
+    """
+
+    seconds: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.seconds + other.seconds, self.read + other.read, self.written + other.written
+        )
+
+
+class Clock:
+    """Costs of one worker for the parts of a run.
+
+    Args:
+        source: of a worker's speeds; by default they are measured, on this machine.
+    """
+
+    def __init__(
+        self, experiment: Experiment, crew: Crew, source: SpeedSource | None = None
+    ) -> None:
         self.experiment = experiment
         self.crew = crew
         self.sizes = Sizes(experiment, crew)
@@ -63,9 +93,13 @@ class Clock:
         self.per_token = (experts_per_token(self.model.config) or self.experts) if banks else 0
         tokens = self.sizes.batch_tokens()
         few = max(1, tokens * self.per_token // self.experts) if banks else 0
-        speeds: Speeds = measure_speeds(experiment, crew, tokens, few)
+        speeds = (source or measure_speeds)(experiment, crew, tokens, few)
         # Pooling takes next to nothing.
         self.speeds = replace(speeds, head=0.0) if self.model.family.is_encoder else speeds
+
+    def taken(self, cost: Cost) -> float:
+        """Seconds of a cost where nobody else reads or writes."""
+        return cost.seconds + cost.read / self.speeds.read + cost.written / self.speeds.save
 
     def linears(self, block: int, tokens: int) -> float:
         """The layers of a block for ``tokens`` tokens."""
@@ -84,8 +118,9 @@ class Clock:
         layers = sum(2 * u.shapes["gate"][0] if u.kind == "bank" else 1 for u in units)
         return _CALL_SECONDS * batches * (layers + 4)
 
-    def load(self, block: int) -> float:
-        return self.sizes.weights(block) / self.speeds.read
+    def load(self, block: int) -> Cost:
+        size = self.sizes.weights(block)
+        return Cost(size / self.speeds.copy, read=size)
 
     def statistics(self, block: int, tokens: int) -> float:
         """Hessians of the sites of a block, and for ``experts: all`` the inputs of its experts."""
@@ -111,23 +146,74 @@ class Clock:
         banks = [unit for unit in self.sizes.block_units(block) if unit.kind == "bank"]
         return sum(2 * self.sizes.sampled() * u.parameters / self.speeds.matmul for u in banks)
 
+    def forward(self, block: int, span: Node) -> Cost:
+        """Some shards through a block: statistics of theirs, and their hidden states, as files."""
+        walk, sizes = self.experiment.walk, self.sizes
+        rows = [high - low for low, high in map(walk.shard_rows, range(*span))]
+        tokens, share = sum(rows) * sizes.length, sum(rows) / walk.sequences
+        batches = sum(math.ceil(count / walk.batch) for count in rows)
+        nodes = self.nodes([span])
+        size, states = sizes.sums(block), tokens * self.token_bytes
+        kept = sum(min(walk.gradients, count) for count in rows) * sizes.length * self.token_bytes
+        seconds = self.linears(block, tokens) + self.statistics(block, tokens)
+        seconds += self.every_expert(block) * share + self.calls(block, batches)
+        # Sums of every shard begin at zero, and are added to those before them.
+        seconds += len(rows) * size / self.speeds.add
+        seconds += (2 * states + nodes * size) / self.speeds.copy
+        seconds += (len(rows) * (1 + bool(walk.gradients)) + nodes) * self.speeds.write
+        return self.load(block) + Cost(seconds, written=states + kept + nodes * size)
+
+    def reduce(self, what: str, block: int, spans: Sequence[Node]) -> Cost:
+        """The sums that all ranges of shards left, as one entry."""
+        sizes, nodes = self.sizes, self.nodes(spans)
+        size = sizes.sums(block) if what == "stats" else sizes.gradients(block)
+        seconds = nodes * size / self.speeds.host_add + size / self.speeds.digest
+        return Cost(seconds + 2 * self.speeds.write, nodes * size, size)
+
+    def reverse(self, block: int, span: Node) -> Cost:
+        """Gradients of some shards back through a block; from the losses in the last one.
+
+        With a second loss it goes back twice, and multiplies gradients and inputs; the latter also
+        for embeddings.
+        """
+        walk, sizes = self.experiment.walk, self.sizes
+        rows = [high - low for low, high in map(walk.shard_rows, range(*span))]
+        sequences = sum(min(walk.gradients, count) for count in rows)
+        tokens, again = sequences * sizes.length, int(walk.fisher)
+        nodes = self.nodes([span])
+        size, states = sizes.gradients(block), tokens * self.token_bytes
+        seconds = (2 + 2 * again + bool(walk.pooling)) * self.linears(block, tokens)
+        seconds += (3 + again) * self.calls(block, sequences)
+        if block == self.model.blocks - 1:
+            seconds += (3 + again) * tokens * self.speeds.head
+        seconds += ((3 + 2 * again) * states + nodes * size) / self.speeds.copy
+        seconds += (len(rows) + nodes) * self.speeds.write
+        written = (1 + again) * states + nodes * size
+        return self.load(block) + Cost(seconds, (2 + again) * states, written)
+
     def calibrate(self, blocks: list[int]) -> float:
         """Forward through the blocks from the first that lacks, with statistics and their sums."""
-        walk, sizes = self.experiment.walk, self.sizes
-        tokens = walk.sequences * sizes.length
-        batches = sum(
-            math.ceil((high - low) / walk.batch)
-            for low, high in map(walk.shard_rows, range(walk.shards))
+        parts = self.spans
+        return sum(
+            sum(self.taken(self.forward(block, span)) for span in parts)
+            + self.taken(self.reduce("stats", block, parts))
+            for block in (range(min(blocks), self.model.blocks) if blocks else ())
         )
-        seconds = 0.0
-        for block in range(min(blocks), self.model.blocks) if blocks else ():
-            size = sizes.sums(block)
-            seconds += self.linears(block, tokens) + self.statistics(block, tokens)
-            seconds += self.every_expert(block)
-            # Every shard's sums are zeroed and added; the last are written, read and written.
-            seconds += self.calls(block, batches) + (walk.shards + 2) * size / self.speeds.add
-            seconds += self.load(block) * self.walkers + walk.shards * 2 * self.speeds.write
-        return seconds
+
+    @property
+    def spans(self) -> list[Node]:
+        """Ranges of shards, one for each worker that walks."""
+        return ranges(self.experiment.walk.shards, self.crew.workers)
+
+    def nodes(self, spans: Sequence[Node]) -> int:
+        """Files of sums that ranges of shards leave of a block."""
+        shards = self.experiment.walk.shards
+        return sum(len(covered((0, shards), span)) for span in spans)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return int(self.model.hidden_size) * self.sizes.item
 
     @property
     def walkers(self) -> int:
@@ -135,48 +221,45 @@ class Clock:
         return min(self.crew.workers, self.experiment.walk.shards)
 
     def gradients(self, lacking: int) -> float:
-        """Forward and back through the blocks for a few sequences, and labels from the head.
-
-        With a second loss it goes back twice, and multiplies gradients and inputs; the latter also
-        for embeddings.
-        """
-        walk = self.experiment.walk
-        if not lacking or not walk.gradients:
+        """Back through the blocks for a few sequences of every shard."""
+        if not lacking or not self.experiment.walk.gradients:
             return 0.0
-        tokens = self.experiment.gradient_tokens()
-        sequences = tokens // self.sizes.length
-        again = int(walk.fisher)
-        seconds = (3 + again) * tokens * self.speeds.head
-        for block in range(self.model.blocks):
-            products = 2 + 2 * again + bool(walk.pooling)
-            seconds += products * self.linears(block, tokens)
-            seconds += (3 + again) * self.calls(block, sequences)
-            seconds += self.load(block) * self.walkers + walk.shards * self.speeds.write
-        return seconds
+        return sum(
+            sum(self.taken(self.reverse(block, span)) for span in self.spans)
+            + self.taken(self.reduce("gradients", block, self.spans))
+            for block in range(self.model.blocks)
+        )
 
     def measure(self, pairs: Mapping[str, list[Chain]]) -> float:
         """Compression of the pairs that lack, their errors, and the files."""
         units = [self.experiment.by_name[name] for name in pairs]
-        seconds = 0.0
-        for names, group in sites(units).items():
-            stats = sum(self.sizes.statistics(group).values())
-            size = sum(self.experiment.dense_bytes(unit) for unit in group)
-            seconds += (stats + size) / self.speeds.read
-            chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
-            made: set[Hashable] = set()
-            # A reduction is read and written, and run beside the layer as it is.
-            prefixes = set(filter(None, (reducing(chain)[0] for chain in chains)))
-            once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
-            seconds += len(prefixes) * (once + 2 * size / self.speeds.read)
-            for chain in chains:
-                todo = [unit for unit in group if chain in pairs[unit.name]]
-                seconds += 4 * self.speeds.write * len(todo)
-                if can_be_cut(chain):
-                    if but_for_rank(chain) in made:
-                        continue
-                    made.add(but_for_rank(chain))
-                seconds += sum(self.compress(todo, site, chain) for site in names)
-        return seconds
+        return sum(self.taken(self.job(group, pairs)) for group in sites(units).values())
+
+    def job(self, group: list[Unit], pairs: Mapping[str, Collection[Chain]]) -> Cost:
+        """Units that share their sites under the chains that each lacks."""
+        speeds, experiment = self.speeds, self.experiment
+        names = sorted({site for unit in group for site in unit.sites.values()})
+        stats = sum(self.sizes.statistics(group).values())
+        size = sum(experiment.dense_bytes(unit) for unit in group)
+        chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
+        made: set[Hashable] = set()
+        # A reduction is read and written, and run beside the layer as it is.
+        prefixes = set(filter(None, (reducing(chain)[0] for chain in chains)))
+        once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
+        seconds, written = len(prefixes) * once, 0.0
+        for chain in chains:
+            todo = [unit for unit in group if chain in pairs[unit.name]]
+            seconds += 4 * speeds.write * len(todo)
+            if can_be_cut(chain):
+                if but_for_rank(chain) in made:
+                    continue
+                made.add(but_for_rank(chain))
+            written += sum(experiment.predicted_bytes(unit, chain) for unit in todo)
+            written += sum(error_bytes(unit) for unit in todo)
+            seconds += sum(self.compress(todo, site, chain) for site in names)
+        seconds += written / speeds.digest + (stats + size + written) / speeds.copy
+        read = stats + size + len(prefixes) * size
+        return Cost(seconds, read, written + len(prefixes) * size)
 
     def compress(self, units: list[Unit], site: str, chain: Chain) -> float:
         """One chain on the members that read one site, and the errors of what it made."""
@@ -206,7 +289,7 @@ class Clock:
         batches = math.ceil(texts.sequences / texts.batch)
         blocks = range(self.model.blocks)
         walk = sum(self.linears(b, tokens) + self.calls(b, batches) for b in blocks)
-        load = sum(self.load(block) for block in blocks) * parts
+        load = sum(self.taken(self.load(block)) for block in blocks) * parts
         head = tokens * self.speeds.head
         unpack = self.experiment.size.weights * dense * parts
         return (plans + 1) * (walk + load) + (1 + 2 * plans) * head + plans * unpack
@@ -217,9 +300,15 @@ class Clock:
         return min(self.crew.workers, EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
 
 
-def predict_seconds(experiment: Experiment, crew: Crew, left: Left) -> dict[str, float]:
-    """Stage → seconds of what is left to do with the crew's workers; ``total`` is their sum."""
-    clock = Clock(experiment, crew)
+def predict_seconds(
+    experiment: Experiment, crew: Crew, left: Left, source: SpeedSource | None = None
+) -> dict[str, float]:
+    """Stage → seconds of what is left to do with the crew's workers; ``total`` is their sum.
+
+    Args:
+        source: of a worker's speeds; by default they are measured, on this machine.
+    """
+    clock = Clock(experiment, crew, source)
     jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
     found = {
         "start": START_SECONDS,

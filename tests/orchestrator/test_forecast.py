@@ -50,7 +50,7 @@ def fixed_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def speeds(experiment: Any, *_: Any) -> Speeds:
         compress = dict.fromkeys(experiment.recipe.chains(), Compressing(1e-4, 1e-7, 1e-9))
-        return Speeds(1e9, 1e9, 1e9, 1e9, 1e-4, 1e9, 1e9, 1e-3, compress)
+        return Speeds(1e9, 1e9, 1e9, 1e9, 1e-4, 1e9, 1e9, 1e-3, compress, 1e9, 1e9, 1e9, math.inf)
 
     monkeypatch.setattr(timing, "measure_speeds", speeds)
 
@@ -314,8 +314,9 @@ def test_speeds_of_this_machine_are_positive(tmp_path: Path, moe: Path) -> None:
     speeds = measure_speeds(experiment, crew(experiment.recipe.compute), 96, 24)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)
-    rates = [value for name, value in vars(speeds).items() if name != "compress"]
+    rates = [value for name, value in vars(speeds).items() if name not in ("compress", "copy")]
     assert all(0 < value < math.inf for value in rates)
+    assert speeds.copy > 0
     assert set(speeds.compress) == set(experiment.recipe.chains())
     assert all(entry.column + entry.weight > 0 for entry in speeds.compress.values())
 

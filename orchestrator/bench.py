@@ -1,0 +1,338 @@
+"""Unit costs of a machine: what ``moesaic check`` measures in passing, longer and wider, in a file.
+
+Every kind of device is measured with the same probes (:mod:`moesaic.orchestrator.machine`), at
+several sizes; what lies between two is interpolated. What a method takes depends on its switches
+(flags and names among its options), so that each of their settings is measured.
+"""
+
+import itertools
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+
+from moesaic.methods.base import Chain, Spec, Unit, link_module, methods, reducing
+from moesaic.orchestrator import machine
+from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
+from moesaic.orchestrator.console import View
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import Compressing, Crew, Speeds
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.recipe import Compute, load_recipe
+from moesaic.orchestrator.timing import SpeedSource
+from moesaic.orchestrator.worker import WorkerState
+
+SCHEMA = 1
+_DTYPES = (torch.float32, torch.bfloat16)
+_ROWS, _WIDTHS = (4, 32, 256, 2048), {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}
+# Rows and inputs of the weights that are factorised; time is taken to grow with their cube.
+_FACTORED = 768
+_HIDDEN, _VOCABULARY = 2048, 4096
+_CALLS = 300
+_FILE_VALUES = 16 << 20
+
+
+def run_bench(output: Path | None, recipe: Path | None, threads: int, view: View) -> dict[str, Any]:
+    """Measures this machine and writes what was found.
+
+    Args:
+        output: the file; None for none.
+        recipe: its chains are measured as well.
+        threads: cores of one worker.
+
+    Raises:
+        UserError: the file cannot be written, or the recipe is wrong.
+    """
+    chains = list({_key(chain): chain for chain in [*_of_recipe(recipe), *_single()]}.values())
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    sizes = {kind: _sizes(kind) for kind in kinds}
+    total = sum(2 * len(own) + len(chains) + 4 for own in sizes.values()) + 6
+    view.stage("bench", total)
+    done = lambda: view.advance("bench", 1, machine_bytes())  # noqa: E731
+    with machine.using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        devices = {_name(kind): _device(kind, threads, sizes[kind], chains, done) for kind in kinds}
+    found = {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe_machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "host": {**_disk((output or Path()).resolve().parent, done), **_ray(threads, done)},
+        "devices": devices,
+    }
+    if output is not None:
+        try:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output: {output} cannot be written: {error.strerror}") from None
+    return found
+
+
+def machine_bytes() -> int:
+    """Resident size of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _name(kind: str) -> str:
+    return "cpu" if kind == "cpu" else torch.cuda.get_device_name(0)
+
+
+def _sizes(kind: str) -> list[tuple[torch.dtype, int, int]]:
+    return [*itertools.product(_DTYPES, _ROWS, _WIDTHS[kind])]
+
+
+def _single() -> Iterator[Chain]:
+    """Every method that takes linears, alone, under every setting of its switches."""
+    for name in methods():
+        module = link_module(name)
+        if "linear" not in module.SCOPE:
+            continue
+        fields: dict[str, list[Any]] = {
+            option: cast(Any, field.json_schema_extra)["candidates"]
+            for option, field in module.Options.model_fields.items()
+            if isinstance(field.default, bool | str)
+        }
+        for values in itertools.product(*fields.values()):
+            try:
+                yield (Spec.of(name, dict(zip(fields, values, strict=True))),)
+            except ValueError:  # switches that exclude one another
+                continue
+
+
+def _of_recipe(file: Path | None) -> list[Chain]:
+    if file is None:
+        return []
+    found = [reducing(chain)[1] for chain in load_recipe(file).chains()]
+    return [c for c in found if c and all("linear" in link_module(s.method).SCOPE for s in c)]
+
+
+def _device(
+    kind: str,
+    threads: int,
+    sizes: Sequence[tuple[torch.dtype, int, int]],
+    chains: Sequence[Chain],
+    done: Callable[[], None],
+) -> dict[str, Any]:
+    def each(values: Sequence[Any], measure: Callable[..., Any]) -> list[Any]:
+        found = []
+        for value in values:
+            found.append(measure(value))
+            done()
+        return found
+
+    dtype = _DTYPES[kind == "cuda"]
+    square = {"weight": (_FACTORED, _FACTORED)}
+    units = [Unit("probe", "linear", 0, "mlp", square, {"weight": "probe"})]
+    products = each(sizes, lambda s: machine.probe_matmul(s[1], s[2], s[2], s[0], kind))
+    grams = each(sizes, lambda s: machine.probe_hessian(s[1], s[2], s[0], kind))
+    solved = each(chains, lambda chain: machine.probe_compress(chain, dtype, kind, units))
+    head = each(_DTYPES, lambda d: machine.probe_head(_HIDDEN, _VOCABULARY, d, kind))
+    add, copy = each([machine.probe_add, machine.probe_copy], lambda probe: probe(kind))
+    memory = psutil.virtual_memory().total if kind == "cpu" else torch.cuda.mem_get_info(0)[1]
+    return {
+        "kind": kind,
+        "threads": threads,
+        "memory_bytes": memory,
+        "matmul": [[*_plain(s), speed] for s, speed in zip(sizes, products, strict=True)],
+        "gram": [[*_plain(s), speed] for s, speed in zip(sizes, grams, strict=True)],
+        "head": {
+            _plain_dtype(d): seconds / (_HIDDEN * _VOCABULARY)
+            for d, seconds in zip(_DTYPES, head, strict=True)
+        },
+        "add": add,
+        "copy": None if math.isinf(copy) else copy,
+        "solve": [
+            {"chain": _key(chain), **vars(entry)}
+            for chain, entry in zip(chains, solved, strict=True)
+        ],
+    }
+
+
+def _plain_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plain(size: tuple[torch.dtype, int, int]) -> list[Any]:
+    return [_plain_dtype(size[0]), *size[1:]]
+
+
+def _key(chain: Chain) -> str:
+    """Methods and switches: chains that are alike in these are taken to be equally fast."""
+    parts = []
+    for spec in chain:
+        switches = [f"{name}={value}" for name, value in machine.switches((spec,)) if value != ""]
+        parts.append(" ".join([spec.method, *switches]))
+    return " → ".join(parts)
+
+
+def _disk(folder: Path, done: Callable[[], None]) -> dict[str, float]:
+    """Reading and writing in the folder's file system."""
+    with tempfile.TemporaryDirectory(prefix=".moesaic-", dir=folder) as name:
+        place = Path(name)
+        (place / "config.json").write_text("{}", encoding="utf-8")
+        save_file({"x": torch.ones(_FILE_VALUES)}, place / SINGLE)
+        probes: dict[str, Callable[[], float]] = {
+            "read": lambda: machine.probe_read(Checkpoint(place)),
+            "save": lambda: machine.probe_save(place),
+            "digest": lambda: machine.probe_digest(place),
+            "write": lambda: machine.probe_write(place),
+            "host_add": lambda: machine.probe_add("cpu"),
+        }
+        found = {}
+        for what, probe in probes.items():
+            found[what] = probe()
+            done()
+    return found
+
+
+def nothing(state: WorkerState) -> dict[str, int]:
+    """A task that does nothing."""
+    return {"peak_bytes": 0}
+
+
+def _ray(threads: int, done: Callable[[], None]) -> dict[str, float]:
+    """Seconds until a worker is there, and of the driver for one task."""
+    with Pool(Compute(workers=1, cpus_per_worker=threads)) as pool:
+        started = time.perf_counter()
+        pool.run([Task("bench:nothing", {}, "first")])
+        start = time.perf_counter() - started
+        started = time.perf_counter()
+        pool.run([Task("bench:nothing", {}, str(number)) for number in range(_CALLS)])
+        call = (time.perf_counter() - started) / _CALLS
+    done()
+    return {"worker_start": start, "call": call}
+
+
+# What was measured before
+
+
+def read_bench(file: Path) -> dict[str, Any]:
+    """A file that ``moesaic bench`` wrote.
+
+    Raises:
+        UserError: it cannot be read, or another version wrote it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        schema = found["schema"]
+        _ = found["host"]["call"], found["devices"]["cpu"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: no file of moesaic bench --output ({reason})") from None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{file}: schema {schema!r}, this version reads {SCHEMA}: run moesaic bench again"
+        )
+    return dict(found)
+
+
+def bench_source(file: Path, kind: str) -> SpeedSource:
+    """Speeds of this machine's workers, from a file that was made here.
+
+    Args:
+        kind: ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: the file has no such device.
+    """
+    found = read_bench(file)
+    device = next((d for d in found["devices"].values() if d["kind"] == kind), None)
+    if device is None:
+        raise UserError(f"{file}: has no {kind}, only {', '.join(found['devices'])}")
+    return bench_speeds(found, device, str(file))
+
+
+def bench_speeds(found: Mapping[str, Any], device: Mapping[str, Any], file: str) -> SpeedSource:
+    """What :func:`~moesaic.orchestrator.machine.measure_speeds` gives, from a file.
+
+    Args:
+        device: the one of its devices that workers compute on.
+        file: for messages.
+    """
+
+    def speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
+        model, host = experiment.model, found["host"]
+        dtype, few = _plain_dtype(model.dtype), expert_tokens or tokens
+        widths = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
+        narrow = max(widths, default=model.hidden_size)
+        return Speeds(
+            matmul=_between(device["matmul"], dtype, tokens, model.hidden_size),
+            hessian=_between(device["gram"], dtype, tokens, model.hidden_size),
+            expert_matmul=_between(device["matmul"], dtype, few, narrow),
+            expert_hessian=_between(device["gram"], dtype, few, model.hidden_size),
+            head=device["head"][dtype] * model.hidden_size * model.vocab_size,
+            read=host["read"],
+            add=device["add"],
+            write=host["write"],
+            compress=_solving(device["solve"], experiment.recipe.chains(), file),
+            save=host["save"],
+            digest=host["digest"],
+            host_add=host["host_add"],
+            copy=device["copy"] or math.inf,
+        )
+
+    return speeds
+
+
+def _between(table: Sequence[Sequence[Any]], dtype: str, rows: int, width: int) -> float:
+    """Speed at a size: of the nearest width, between the rows that were measured."""
+    own = [entry for entry in table if entry[0] == dtype]
+    nearest = min({entry[2] for entry in own}, key=lambda w: abs(math.log(w / width)))
+    points = sorted((entry[1], entry[3]) for entry in own if entry[2] == nearest)
+    counts, speeds = zip(*points, strict=True)
+    return float(np.exp(np.interp(math.log(max(rows, 1)), np.log(counts), np.log(speeds))))
+
+
+def _solving(
+    table: Sequence[Mapping[str, Any]], chains: Sequence[Chain], file: str
+) -> dict[Chain, Compressing]:
+    known = {
+        entry["chain"]: Compressing(entry["column"], entry["weight"], entry["dense"], entry["cube"])
+        for entry in table
+    }
+    found = {}
+    for chain in chains:
+        rest = reducing(chain)[1]
+        if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
+            continue
+        if _key(rest) not in known:
+            raise UserError(
+                f"{file}: has no times of {_key(rest)}: run moesaic bench --recipe RECIPE"
+            )
+        found[chain] = known[_key(rest)]
+    return found
+
+
+def bench_table(found: Mapping[str, Any]) -> Table:
+    """What was measured, for people."""
+    table = Table("", "size", "", title=None)
+    for name, device in found["devices"].items():
+        for what in ("matmul", "gram"):
+            for dtype, rows, width, speed in device[what]:
+                label = f"{name} {what} {dtype}"
+                table.add_row(label, f"{rows} × {width} × {width}", f"{speed / 1e9:,.1f} GFLOP/s")
+        for entry in device["solve"]:
+            text = f"{entry['column'] * 1e6:.1f} µs/column, {entry['weight'] * 1e9:.2f} ns/weight"
+            if entry["cube"]:
+                text = f"{entry['cube'] * 1e12:.2f} ps/weight and singular value"
+            table.add_row(name, entry["chain"], text)
+        for what in ("add", "copy"):
+            if device[what]:
+                table.add_row(f"{name} {what}", "", f"{device[what] / 1e9:.2f} GB/s")
+    for what in ("read", "save", "digest", "host_add"):
+        table.add_row(f"host {what}", "", f"{found['host'][what] / 1e9:.2f} GB/s")
+    for what in ("write", "call", "worker_start"):
+        table.add_row(f"host {what}", "", f"{found['host'][what] * 1e3:,.2f} ms")
+    return table

@@ -1,0 +1,123 @@
+"""Speeds of well-known GPUs that nobody measured: from their data sheets, with stated shares.
+
+Matrix products reach half of what the sheet says, memory and links 70 %. A product with few tokens
+is held up by reading weights, a Hessian of few tokens by reading and writing sums. What solving
+takes is on no data sheet: a column costs what launching some twenty kernels does, a weight some
+passes over memory, more where clipping is searched; a factorisation runs at a tenth of float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.methods.base import Chain, link_module, reducing
+from moesaic.methods.chains import can_be_cut
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.machine import Compressing, Crew, Speeds
+from moesaic.orchestrator.timing import SpeedSource
+
+_OF_PRODUCTS, _OF_BANDWIDTH, _OF_FACTORISING = 0.5, 0.7, 0.1
+_COLUMN_SECONDS = 1e-4
+# Bytes of memory traffic per weight: to quantize it, with a search for clipping, to unpack it.
+_QUANTIZE, _SEARCH, _UNPACK = 80, 1600, 8
+# Operations per weight and singular value (Golub & Van Loan, Matrix Computations, section 8.6).
+_SVD_OPERATIONS = 22
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What a GPU's maker says of it.
+
+    Attributes:
+        tensor, float32: operations per second, dense, in bfloat16 and in float32.
+        bandwidth: bytes per second of its memory.
+        memory: bytes.
+        link: bytes per second between it and the processor's memory, one way.
+    """
+
+    tensor: float
+    float32: float
+    bandwidth: float
+    memory: int
+    link: float
+
+
+# NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024).
+DATA_SHEETS = {
+    "A100": DataSheet(312e12, 19.5e12, 2.039e12, 80_000_000_000, 32e9),
+    "H100": DataSheet(989e12, 67e12, 3.35e12, 80_000_000_000, 64e9),
+    "H200": DataSheet(989e12, 67e12, 4.8e12, 141_000_000_000, 64e9),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a GPU's worker does on the processor and with files; see ``Speeds``."""
+
+    read: float
+    write: float
+    save: float
+    digest: float
+    host_add: float
+
+
+def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
+    """Speeds of a worker with one such GPU.
+
+    Args:
+        gpu: one of ``DATA_SHEETS``.
+    """
+    sheet = DATA_SHEETS[gpu]
+
+    def speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
+        model, memory = experiment.model, _OF_BANDWIDTH * sheet.bandwidth
+        dtype, few = model.dtype, expert_tokens or tokens
+        peak = sheet.float32 if dtype == torch.float32 else sheet.tensor
+        products, single = _OF_PRODUCTS * peak, _OF_PRODUCTS * sheet.float32
+
+        def product(rows: int) -> float:
+            return min(products, 2 * rows * memory / dtype.itemsize)
+
+        def gram(rows: int) -> float:
+            return min(single, 2 * rows * memory / 8)
+
+        softmax = 20 * model.vocab_size / memory  # logits in float32, five times
+        return Speeds(
+            matmul=product(tokens),
+            hessian=gram(tokens),
+            expert_matmul=product(few),
+            expert_hessian=gram(few),
+            head=2 * model.hidden_size * model.vocab_size / products + softmax,
+            read=host.read,
+            add=memory / 4,
+            write=host.write,
+            compress={
+                chain: _solving(reducing(chain)[1], sheet)
+                for chain in experiment.recipe.chains()
+                if _takes_linears(reducing(chain)[1])
+            },
+            save=host.save,
+            digest=host.digest,
+            host_add=host.host_add,
+            copy=_OF_BANDWIDTH * sheet.link,
+        )
+
+    return speeds
+
+
+def _takes_linears(chain: Chain) -> bool:
+    return bool(chain) and all("linear" in link_module(spec.method).SCOPE for spec in chain)
+
+
+def _solving(chain: Chain, sheet: DataSheet) -> Compressing:
+    memory = _OF_BANDWIDTH * sheet.bandwidth
+    if any(can_be_cut(chain[: end + 1]) for end in range(len(chain))):
+        cube = _SVD_OPERATIONS / (_OF_FACTORISING * sheet.float32)
+        return Compressing(0.0, 0.0, _UNPACK / memory, cube=cube)
+    column = weight = 0.0
+    for spec in chain:
+        searched = getattr(spec.parsed(), "clip", "none") != "none"
+        weight += (_SEARCH if searched else _QUANTIZE) / memory
+        if "hessian" in link_module(spec.method).NEEDS:
+            column += _COLUMN_SECONDS
+    return Compressing(column, weight, _UNPACK / memory)
