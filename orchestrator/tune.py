@@ -221,7 +221,7 @@ class TunedPipeline(Pipeline):
             trials.run()
             best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
-            plan = told.plan(trials.plan(best.values, best.attributes.get("start")).units)
+            plan = told.plan(trials.plan_of(best).units)
             if trials.key(plan) != best.attributes["plan"]:
                 raise RunError(
                     f"trial {best.number}: its knobs lead to another plan now than when it was"
@@ -428,6 +428,10 @@ class Trials:
         given = replace(given, budget=Budget(total, size.fixed_bytes))
         found = solve(given, search)
         return self.allocator.problem.plan(found.units)
+
+    def plan_of(self, told: Told) -> Plan:
+        """The plan of a finished trial, made again."""
+        return self.plan(told.values, told.attributes.get("start"))
 
     def key(self, plan: Plan) -> str:
         """Names what a plan consists of."""
@@ -676,7 +680,7 @@ class Trials:
 
     def _document(self, told: Told, job: _Job | None) -> dict[str, Any]:
         """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
-        plan = job.plan if job else self.plan(told.values)
+        plan = job.plan if job else self.plan_of(told)
         pieces = job.pieces if job else self._pieces(plan)
         root = self.experiment.store.root
         return {
