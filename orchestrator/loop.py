@@ -44,6 +44,8 @@ class _Work:
         attempts: workers that died of it, or while they were at it.
         troubles: passing errors that it met.
         copies: workers that are at it now.
+        begun: how often it was given to a worker.
+        backed: whether a second copy was asked for since a worker was last lost.
         queued: whether it waits for a worker (also).
         alone: whether no other worker of the node may be at work meanwhile.
         over_since: when the first result came.
@@ -54,9 +56,16 @@ class _Work:
     attempts: int = 0
     troubles: int = 0
     copies: int = 0
+    begun: int = 0
+    backed: bool = False
     queued: bool = False
     alone: bool = False
     over_since: float | None = None
+
+    @property
+    def limit(self) -> int:
+        """How many workers it may cost."""
+        return _ATTEMPTS if self.task.failed is None else _ATTEMPTS_IF_IT_MAY_FAIL
 
 
 @dataclass(eq=False)
@@ -190,6 +199,7 @@ class Loop:
 
     def _start(self, work: _Work, worker: int) -> None:
         work.copies += 1
+        work.begun += 1
         copy = _Copy(work, worker, self.pool._now())
         self.running[self.pool._submit(worker, work.task)] = self.at[worker] = copy
 
@@ -256,10 +266,10 @@ class Loop:
 
     def _try_again(self, work: _Work, what: str, error: Exception | None) -> None:
         """A worker was lost; the last attempt has a node for itself, in case memory was short."""
+        work.backed = False
         if work.copies or work.queued:
             return
-        task, attempts = work.task, work.attempts
-        limit = _ATTEMPTS if task.failed is None else _ATTEMPTS_IF_IT_MAY_FAIL
+        task, attempts, limit = work.task, work.attempts, work.limit
         if attempts < limit:
             work.alone = attempts == limit - 1
             self._queue(work)
@@ -289,13 +299,15 @@ class Loop:
                 self._give_up(handle)
                 work.attempts += 1
                 self._try_again(work, "did not answer in time", None)
-            elif work.copies > 1 or work.queued:
+            elif work.backed or work.queued or work.begun >= work.limit:
                 continue
             elif seconds > deadline:
+                work.backed = True
                 self._queue(work)
             elif self.waiting or work.alone:
                 continue
             elif idle and seconds > durations.straggles_after(function):
+                work.backed = True
                 self._start(work, idle.pop())
 
     def _give_up(self, handle: Any) -> None:
