@@ -173,6 +173,24 @@ class SimulatedPool(Pool):
     def _cancel(self, handle: Any) -> None:
         self._phase[handle] = _IDLE
 
+    # Nothing dies here: a worker whose task is given up is idle at once.
+
+    def _alive(self) -> set[int]:
+        return set(range(self.size))
+
+    def _tend(self, work_waits: bool) -> None:
+        """No worker joins."""
+
+    def _replace(self, worker: int) -> None:
+        self._cancel(worker)
+        self._finished = [handle for handle in self._finished if handle != worker]
+
+    def _node(self, worker: int) -> str:
+        return str(self._places[worker])
+
+    def _forget(self, worker: int) -> None:
+        """Nothing is held in memory."""
+
     # The clock
 
     def _count(self, task: Task, cost: Cost) -> None:
