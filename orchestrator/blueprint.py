@@ -61,7 +61,9 @@ class Blueprint(Checkpoint):
         return self.total_bytes
 
 
-def _tensors(family: Family, skeleton: Skeleton) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensors(
+    family: Family, skeleton: Skeleton, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names on disk → shape and dtype."""
     found = {}
     state = skeleton.model.state_dict()
