@@ -46,9 +46,7 @@ class Blueprint(Checkpoint):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         with config_errors(path / "config.json"):
             skeleton = Skeleton(config, load_family(kind), dtype, torch.device("cpu"), False)
-        wide = skeleton.fp32_names(dtype)
-        for name, (shape, own) in _tensors(load_family(kind), skeleton).items():
-            stored = torch.float32 if any(part in name for part in wide) else own
+        for name, (shape, stored) in _tensors(load_family(kind), skeleton, dtype).items():
             size = torch.Size(shape).numel() * stored.itemsize
             self._entries[name] = Entry(path / SINGLE, 0, size, shape, stored)
 
@@ -63,7 +61,9 @@ class Blueprint(Checkpoint):
         return self.total_bytes
 
 
-def _tensors(family: Family, skeleton: Skeleton) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensors(
+    family: Family, skeleton: Skeleton, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names on disk → shape and dtype."""
     found = {}
     state = skeleton.model.state_dict()
@@ -73,9 +73,12 @@ def _tensors(family: Family, skeleton: Skeleton) -> dict[str, tuple[tuple[int, .
             found[name] = (tuple(value.shape), value.dtype)
     for index, block in enumerate(skeleton.prototypes):
         prefix = family.block.format(block=index)
+        # Parameters are stored alike, whatever dtype transformers computes with.
+        parameters = {module for module, _ in block.named_parameters()}
         for module, value in block.state_dict().items():
+            stored = dtype if module in parameters else value.dtype
             for name, shape in _on_disk(family, module, tuple(value.shape)):
-                found[f"{prefix}.{name}"] = (shape, value.dtype)
+                found[f"{prefix}.{name}"] = (shape, stored)
     return found
 
 

@@ -109,7 +109,6 @@ class SimulatedPool(Pool):
         self._tasks: dict[int, Task] = {}
         self._paths: dict[int, float] = {}
         self._finished: list[int] = []
-        self._everybody = set(range(len(places)))
 
     @property
     def size(self) -> int:
@@ -174,14 +173,17 @@ class SimulatedPool(Pool):
     def _cancel(self, handle: Any) -> None:
         self._phase[handle] = _IDLE
 
+    # Nothing dies here: a worker whose task is given up is idle at once.
+
     def _alive(self) -> set[int]:
-        return self._everybody
+        return set(range(self.size))
 
     def _tend(self, work_waits: bool) -> None:
-        """Nobody dies, nobody joins."""
+        """No worker joins."""
 
     def _replace(self, worker: int) -> None:
-        self._cancel(worker)  # another one is there at once
+        self._cancel(worker)
+        self._finished = [handle for handle in self._finished if handle != worker]
 
     def _node(self, worker: int) -> str:
         return str(self._places[worker])
@@ -190,7 +192,7 @@ class SimulatedPool(Pool):
         return False
 
     def _forget(self, worker: int) -> None:
-        """Memory is not part of this."""
+        """Nothing is held in memory."""
 
     # The clock
 
