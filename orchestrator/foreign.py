@@ -50,9 +50,15 @@ _SHOWN_CHARACTERS = 120
 
 def shown(text: object) -> str:
     """A text of others in a message: on one line, printable, cut where it is long."""
-    plain = str(text)[: _SHOWN_CHARACTERS + 1]
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    plain = printable(str(text)[: _SHOWN_CHARACTERS + 1])
     return plain if len(plain) <= _SHOWN_CHARACTERS else f"{plain[:_SHOWN_CHARACTERS]} …"
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that would end its line or steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_bounded(file: Path, limit: int = MAX_JSON_BYTES) -> bytes:

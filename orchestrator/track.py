@@ -25,6 +25,7 @@ from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
 from moesaic.orchestrator.refinement import Refinement
@@ -418,8 +419,8 @@ class Tracker:
         if not file.is_file():
             return None
         try:
-            memory = json.loads(file.read_text(encoding="utf-8"))
-            run_id, uri = memory["run_id"], memory["uri"]
+            memory = read_json(file)
+            run_id, uri = str(memory["run_id"]), memory["uri"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: is damaged; remove it") from None
         if uri != self.uri:
