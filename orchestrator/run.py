@@ -27,6 +27,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
 from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
 from moesaic.orchestrator.refine import check_refine
+from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.score_table import (
     SCORE_FILES,
     ScoredPipeline,
@@ -139,6 +140,7 @@ def run_recipe(
     if "report" in stages:
         # Opened before the model is: whatever goes wrong from here on is on record.
         with (
+            run_log(folder, "run"),
             _naming(recipe_file),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
             _pipeline(recipe, folder) as pipeline,
@@ -150,7 +152,11 @@ def run_recipe(
             else:
                 budgets.track(tracker, result)
     else:
-        with _naming(recipe_file), _pipeline(recipe, folder) as pipeline:
+        with (
+            run_log(folder, " ".join(stages)),
+            _naming(recipe_file),
+            _pipeline(recipe, folder) as pipeline,
+        ):
             _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
@@ -185,6 +191,7 @@ def tune_recipe(
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
+        run_log(folder, "tune"),
         _naming(recipe_file),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
         _pipeline(
@@ -214,6 +221,7 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
+        run_log(folder, "scores"),
         _naming(recipe_file),
         Tracker(
             recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.foreign import read_json, shown
+from moesaic.orchestrator.redaction import redacted
 
 _CHUNK = 1 << 20
 _SEAL = ".seal.json"
@@ -171,8 +172,9 @@ def _fill(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A whole text file in UTF-8, as :func:`write_atomically` does it."""
-    write_atomically(path, lambda temporary: _fill(temporary, text))
+    """A whole text file in UTF-8, as :func:`write_atomically` does it, without secrets."""
+    clean = redacted(text)
+    write_atomically(path, lambda temporary: _fill(temporary, clean))
 
 
 def write_json(path: Path, value: Any) -> None:
