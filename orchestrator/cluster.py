@@ -14,10 +14,12 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import AuthenticationError, RayError
 
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.runlog import from_worker
 
 _CONNECT_SECONDS = 10.0
 # What Ray says where no token, or another one, was sent.
@@ -43,7 +45,8 @@ def connect(compute: Compute) -> bool:
             return True
         try_address(address)
         with _own_sigterm():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True)
+        _collect_lines()
         return False
     except (OSError, RayError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -104,9 +107,17 @@ def start_local(**options: Any) -> None:
         options: more of ``ray.init``.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": True}
     with _loopback_only(), _own_sigterm():
         ray.init(address="local", **quiet, **options)
+    _collect_lines()
+
+
+def _collect_lines() -> None:
+    """What workers print goes into the run's log; Ray would print it between our lines."""
+    for name in ("ray_print_logs", "moesaic"):
+        global_worker_stdstream_dispatcher.remove_handler(name)
+    global_worker_stdstream_dispatcher.add_handler("moesaic", from_worker)
 
 
 @contextmanager

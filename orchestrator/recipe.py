@@ -30,6 +30,8 @@ from moesaic.methods.chains import order_problem
 from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import printable, shown
+from moesaic.orchestrator.yamlfile import read_yaml
 from moesaic.search.base import search_module
 from moesaic.search.features import scores
 from moesaic.search.refining import refiners
@@ -44,6 +46,7 @@ _MOST_BYTES = 10**18
 _MOST_CHOICES = 1000
 # What a path may have on Linux, and a folder's name with room for what is put around it.
 _PATH_CHARACTERS, _NAME_CHARACTERS = 4096, 100
+_LINE_CHARACTERS = 1000
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 
@@ -600,8 +603,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
     """A line for each mistake: key, what is allowed."""
     for problem in error.errors():
         location = [str(part) for part in problem["loc"] if part not in (_ONE, _LIST)]
-        key = ".".join(location) or "the recipe"
-        shown = _shown(problem["input"])
+        key = shown(".".join(location)) or "the recipe"
+        given = _shown(problem["input"])
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(_allowed(location[:-1]))
             yield f"{key}: unknown key (allowed here: {allowed})"
@@ -609,11 +612,11 @@ def _describe(error: ValidationError) -> Iterator[str]:
             yield f"{key}: missing"
         elif problem["type"] == "model_type":
             allowed = ", ".join(_allowed(location))
-            yield f"{key}: must be a mapping (keys: {allowed}), got {shown}"
+            yield f"{key}: must be a mapping (keys: {allowed}), got {given}"
         elif problem["type"] == "value_error":
             yield f"{key}: {problem['ctx']['error']}"
         else:
-            yield f"{key}: {problem['msg']}, got {shown}"
+            yield f"{key}: {problem['msg']}, got {given}"
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -652,48 +655,17 @@ def load_recipe(file: Path) -> Recipe:
         problems += _describe(error)
     problems += _missing(raw, base)
     if problems or recipe is None:
-        raise UserError("\n".join(f"{file}: {problem}" for problem in dict.fromkeys(problems)))
+        lines = (printable(problem)[:_LINE_CHARACTERS] for problem in dict.fromkeys(problems))
+        raise UserError("\n".join(f"{file}: {line}" for line in lines))
     return _resolved(recipe, base)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     """The keys of the file, and those that are written twice, one line each."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{str(file)[:200]}: cannot be read: {reason}") from None
-    try:
-        twice = list(_twice(yaml.compose(text, yaml.SafeLoader), set()))
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, say
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: not valid YAML: {reason[:300]}") from None
+    raw, twice = read_yaml(file)
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys; see recipes/demo.yaml")
     return {str(key): value for key, value in raw.items()}, twice
-
-
-def _twice(node: Any, seen: set[int]) -> Iterator[str]:
-    """A line for each key that a mapping of the YAML tree has already."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in lines:
-                    name, first = key.value[:80], lines[key.value]
-                    yield f"{name}: written twice, in lines {first} and {line}: take one out"
-                lines[key.value] = line
-            yield from _twice(value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _twice(item, seen)
 
 
 def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:

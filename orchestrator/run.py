@@ -28,6 +28,7 @@ from moesaic.orchestrator.reach import check_cluster, check_tracking
 from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
 from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.run_folder import run_folder
+from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.score_table import (
     SCORE_FILES,
     ScoredPipeline,
@@ -146,6 +147,7 @@ def run_recipe(
         # Opened before the model is: whatever goes wrong from here on is on record.
         with (
             run_folder(folder, recipe),
+            run_log(folder, "run"),
             _naming(recipe_file),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
             _pipeline(recipe, folder) as pipeline,
@@ -159,6 +161,7 @@ def run_recipe(
     else:
         with (
             run_folder(folder, recipe),
+            run_log(folder, " ".join(stages)),
             _naming(recipe_file),
             _pipeline(recipe, folder) as pipeline,
         ):
@@ -197,6 +200,7 @@ def tune_recipe(
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
         run_folder(folder, recipe),
+        run_log(folder, "tune"),
         _naming(recipe_file),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
         _pipeline(
@@ -227,6 +231,7 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
         run_folder(folder, recipe),
+        run_log(folder, "scores"),
         _naming(recipe_file),
         Tracker(
             recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"

@@ -28,8 +28,9 @@ from torch import Tensor
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.calibrate import Walk, opened
-from moesaic.orchestrator.checkpoint import DTYPES, INDEX, Checkpoint, Entry
+from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry
 from moesaic.orchestrator.errors import RecipeError
+from moesaic.orchestrator.foreign import DTYPES
 from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
 from moesaic.orchestrator.statistics import Node

@@ -30,6 +30,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.foreign import read_json, shown
+from moesaic.orchestrator.redaction import redacted
 
 _CHUNK = 1 << 20
 _SEAL = ".seal.json"
@@ -170,8 +172,9 @@ def _fill(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A whole text file in UTF-8, as :func:`write_atomically` does it."""
-    write_atomically(path, lambda temporary: _fill(temporary, text))
+    """A whole text file in UTF-8, as :func:`write_atomically` does it, without secrets."""
+    clean = redacted(text)
+    write_atomically(path, lambda temporary: _fill(temporary, clean))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -207,13 +210,14 @@ class Store:
         path = self.path(kind, key, suffix)
         seal = _seal_path(path)
         try:
-            sealed = json.loads(seal.read_text(encoding="utf-8"))
-            size = path.stat().st_size
-            if size == sealed["size"] and file_digest(path) == sealed["digest"]:
-                return Entry(path, size, sealed["metadata"])
+            sealed = read_json(seal)
+            size, metadata = path.stat().st_size, sealed["metadata"]
+            same = size == sealed["size"] and file_digest(path) == sealed["digest"]
+            if same and isinstance(metadata, dict):
+                return Entry(path, size, metadata)
         except FileNotFoundError:  # never finished, or another process is removing it
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             pass  # the seal itself was altered
         seal.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -248,9 +252,16 @@ class Store:
         return self.put(kind, key, lambda p: _fill(p, json.dumps(value)), suffix="json")
 
     def get_json(self, kind: str, key: str) -> Any | None:
-        """The JSON of an entry made by :meth:`put_json`, or None."""
+        """The JSON of an entry made by :meth:`put_json`, or None.
+
+        Raises:
+            RunError: it is none, although its seal fits.
+        """
         entry = self.get(kind, key, suffix="json")
-        return None if entry is None else json.loads(entry.path.read_text(encoding="utf-8"))
+        try:
+            return None if entry is None else read_json(entry.path)
+        except ValueError as error:
+            raise RunError(f"{entry.path}: {shown(error)}: remove it and run again") from None
 
     def gc(self, used: Iterable[Path], minimum_age_seconds: float = 3600.0) -> tuple[int, int]:
         """Removes entries that ``used`` does not name, and temporary files of dead writers.

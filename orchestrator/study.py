@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pandas as pd
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import parse_json, read_bounded
 from moesaic.orchestrator.store import disk_errors, make_folder
 from moesaic.search.knobs import Knob, Values
 from moesaic.search.samplers import make_sampler, start_params, suggest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "journal.log"
+_JOURNAL_BYTES = 1 << 30
 # Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
 _GRACE_SECONDS = 5
 # Trials that are not stopped early, so that there is something to compare with.
@@ -415,13 +417,13 @@ def _mend(journal: Path) -> None:
     if not journal.exists():
         return
     try:
-        content = journal.read_bytes()
+        content = read_bounded(journal, _JOURNAL_BYTES)
         whole = content.rfind(b"\n") + 1
         if whole < len(content) and (whole > 0 or content.startswith(b"{")):
             os.truncate(journal, whole)
             content = content[:whole]
         for line in content.splitlines():
-            json.loads(line)
+            parse_json(line)
     except OSError as error:
         raise UserError(f"{journal}: cannot be used: {error.strerror}") from None
     except ValueError as error:
