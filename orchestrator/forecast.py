@@ -6,7 +6,6 @@ is estimated from speeds measured on this machine.
 """
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -146,10 +145,10 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "bytes": _bytes(experiment),
         "work": _work(experiment, left),
         "store": {
-            "path": str(experiment.store.root),
+            "path": experiment.store.where,
             **store,
             "total": sum(store.values()),
-            "free": shutil.disk_usage(experiment.store.root).free,
+            "free": experiment.store.free_bytes,
         },
         "memory": {
             "stages": stages,
@@ -315,11 +314,11 @@ def _machine_events(
             f" {_size(available)} that are available",
             value=peak * team.workers,
         )
-    free = shutil.disk_usage(experiment.store.root).free
-    if store_bytes > free:
+    free = experiment.store.free_bytes
+    if free is not None and store_bytes > free:
         yield Event(
             "disk_short",
-            f"{experiment.store.root} has {_size(free)} free, the store may take"
+            f"{experiment.store.where} has {_size(free)} free, the store may take"
             f" {_size(store_bytes)}",
             value=store_bytes,
         )
@@ -360,7 +359,8 @@ def show_forecast(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"store   {store['path']}: {_size(store['total'])} in the end"
         f" (pieces {_size(store['pieces'])}, statistics {_size(store['stats'])}, unfinished work"
-        f" {_size(store['scratch'])}), {_size(store['free'])} free",
+        f" {_size(store['scratch'])})"
+        + ("" if store["free"] is None else f", {_size(store['free'])} free"),
         markup=False,
     )
     console.print(

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.kernels.tensor import CompressedTensor, Param
+from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, read_file, write_file
 
 _MEMBERS = "members"
@@ -75,7 +76,7 @@ def write_cut(path: Path, of: str, ranks: Mapping[str, int], metadata: Mapping[s
 
 def is_cut(path: Path) -> bool:
     """Whether the piece is a cut of another one."""
-    return _CUT in read_file(path)[1]
+    return _CUT in read_file(fetched(path))[1]
 
 
 def _uncut(path: Path, of: str) -> Path:
@@ -89,7 +90,7 @@ def read_piece(path: Path) -> dict[str, CompressedTensor]:
     Raises:
         RunError: the file is cut off.
     """
-    text = read_file(path)[1].get(_CUT)
+    text = read_file(fetched(path))[1].get(_CUT)
     if text is not None:
         cut = json.loads(text)
         whole = read_piece(_uncut(path, cut["of"]))
@@ -114,7 +115,7 @@ def piece_header(path: Path) -> dict[str, Member]:
     Raises:
         RunError: the file is cut off.
     """
-    stored, metadata = read_file(path)
+    stored, metadata = read_file(fetched(path))
     members = {}
     for name, text in json.loads(metadata[_MEMBERS]).items():
         prefix = f"{name}."
@@ -125,7 +126,7 @@ def piece_header(path: Path) -> dict[str, Member]:
 
 def piece_metadata(path: Path) -> dict[str, str]:
     """The metadata that the piece was written with."""
-    text: dict[str, str] = json.loads(read_file(path)[1][_METADATA])
+    text: dict[str, str] = json.loads(read_file(fetched(path))[1][_METADATA])
     return text
 
 
