@@ -34,6 +34,7 @@ from moesaic.orchestrator.expert_statistics import (
 )
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
 from moesaic.orchestrator.statistics import (
     BLOCK,
     InfluenceObserver,
@@ -46,11 +47,9 @@ from moesaic.orchestrator.statistics import (
     tree_sum,
 )
 from moesaic.orchestrator.store import (
-    Store,
     code_digest,
     digest,
     scratch_folder,
-    write_atomically,
 )
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -160,7 +159,7 @@ class Walk:
 def load_tensor(path: Path) -> Tensor | None:
     """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(fetched(path), framework="pt") as file:
             value: Tensor = file.get_tensor("value").clone()
             return value
     except FileNotFoundError:
@@ -171,7 +170,7 @@ def save_tensor(path: Path, value: Tensor) -> None:
     def write(temporary: Path) -> None:
         save_file({"value": value.cpu().contiguous()}, temporary)
 
-    write_atomically(path, write)
+    write_shared(path, write)
 
 
 def token_ids(walk: Walk, shard: int) -> Tensor:
@@ -181,7 +180,7 @@ def token_ids(walk: Walk, shard: int) -> Tensor:
 
 def read_ids(file: str, low: int, high: int) -> Tensor:
     """Tokens of the sequences ``low … high - 1``, int64 ``[sequences, length]``."""
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(fetched(file), framework="pt") as opened:
         rows: Tensor = opened.get_slice("ids")[low:high].long()
         return rows
 
@@ -262,7 +261,7 @@ def _collecting(
 
 def _tokens(walk: Walk, shard: int) -> Tokens:
     low, high = walk.shard_rows(shard)
-    with safe_open(walk.ids, framework="pt") as file:
+    with safe_open(fetched(walk.ids), framework="pt") as file:
         length = file.get_slice("ids").get_shape()[1]
     tokens = walk.sequences * length
     places, rows = sampled_tokens(low * length, high * length, tokens, walk.sampled)
@@ -285,8 +284,8 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    advanced = all(hidden_path(plan, block + 1, s).exists() for s in range(*span))
-    if not (advanced and all(node_path(plan, "stats", block, n).exists() for n in nodes)):
+    advanced = all(exists(hidden_path(plan, block + 1, s)) for s in range(*span))
+    if not (advanced and all(exists(node_path(plan, "stats", block, n)) for n in nodes)):
         model = opened(state, plan)
         module = model.load_block(block)
 
@@ -305,7 +304,7 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    if not all(node_path(plan, "stats", block, node).exists() for node in nodes):
+    if not all(exists(node_path(plan, "stats", block, node)) for node in nodes):
         model = opened(state, plan)
         module = model.load_block(block)
 
@@ -329,7 +328,7 @@ def advance(
     """Takes the shards of ``span`` through a block made of ``pieces`` (unit → file)."""
     plan = Walk(**walk)
     started = time.monotonic()
-    if not all(hidden_path(plan, block + 1, s).exists() for s in range(*span)):
+    if not all(exists(hidden_path(plan, block + 1, s)) for s in range(*span)):
         model = opened(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
@@ -364,7 +363,7 @@ def sum_nodes(
     for node in nodes:
         sums = tree_sum(node, leaf)
         path = node_path(walk, what, block, node)
-        write_atomically(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
+        write_shared(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
 
 
 def _passed(
@@ -417,14 +416,14 @@ def _finished(walk: Walk, block: int, span: Node, started: float) -> dict[str, A
     """Drops hidden states that no resume needs: the block before the one just passed."""
     if block > 0:
         for shard in range(*span):
-            hidden_path(walk, block - 1, shard).unlink(missing_ok=True)
+            remove(hidden_path(walk, block - 1, shard))
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
 
 
 def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
     if walk.gradients:
         path = boundary_path(walk, block, shard)
-        if not path.exists():
+        if not exists(path):
             save_tensor(path, hidden[: walk.gradients])
 
 
@@ -435,7 +434,7 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
         what: ``stats`` or ``gradients``.
     """
     plan = Walk(**walk)
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
     root: Node = (0, plan.shards)
     used: list[Path] = []
@@ -446,7 +445,7 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
 
     def leaf(node: Node) -> SiteStats | None:
         path = node_path(plan, what, block, node)
-        if not path.exists():
+        if not exists(path):
             if node[1] - node[0] == 1:
                 raise RunError(f"block {block}: the {what} of shard {node[0]} are missing")
             return None
@@ -474,5 +473,5 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     }
     store.put(what, key, lambda p: save_stats(p, total), {"block": block, **counts})
     for path in used:
-        path.unlink(missing_ok=True)
+        remove(path)
     return {"peak_bytes": peak_memory_bytes()}

@@ -397,7 +397,7 @@ def show(
 
 @store_app.command("gc")
 def store_gc(
-    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    store: Annotated[str, typer.Argument(help="Folder or URL of the store.")],
     keep: Annotated[
         list[Path] | None, typer.Option(help="Run folders whose pieces stay (repeatable).")
     ] = None,

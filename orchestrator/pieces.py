@@ -27,6 +27,7 @@ from torch import Tensor
 from moesaic.kernels.tensor import CompressedTensor, Param, format_module
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.foreign import DTYPES, parse_json, shown
+from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, read_file, write_file
 
 _MEMBERS = "members"
@@ -85,7 +86,7 @@ def write_cut(path: Path, of: str, ranks: Mapping[str, int], metadata: Mapping[s
 
 def is_cut(path: Path) -> bool:
     """Whether the piece is a cut of another one."""
-    return _CUT in read_file(path)[1]
+    return _CUT in read_file(fetched(path))[1]
 
 
 def _uncut(path: Path, of: Any) -> Path:
@@ -114,7 +115,7 @@ def read_piece(path: Path) -> dict[str, CompressedTensor]:
     Raises:
         RunError: the file is cut off, or no piece.
     """
-    text = read_file(path)[1].get(_CUT)
+    text = read_file(fetched(path))[1].get(_CUT)
     if text is not None:
         with _trusting_nothing(path):
             cut = parse_json(text.encode())
@@ -146,7 +147,7 @@ def piece_header(path: Path) -> dict[str, Member]:
     Raises:
         RunError: the file is cut off, or no piece.
     """
-    stored, metadata = read_file(path)
+    stored, metadata = read_file(fetched(path))
     members = {}
     with _trusting_nothing(path):
         for name, text in parse_json(metadata[_MEMBERS].encode()).items():
@@ -176,7 +177,7 @@ def piece_metadata(path: Path) -> dict[str, str]:
         RunError: the file is cut off, or no piece.
     """
     with _trusting_nothing(path):
-        text: dict[str, str] = parse_json(read_file(path)[1][_METADATA].encode())
+        text: dict[str, str] = parse_json(read_file(fetched(path))[1][_METADATA].encode())
         if not isinstance(text, dict):
             raise ValueError("its metadata is no mapping")
     return text

@@ -12,13 +12,14 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import exists, remove_unfinished
 from moesaic.orchestrator.stages import (
     measure_task,
     measuring_jobs,
     missing_pairs,
 )
 from moesaic.orchestrator.statistics import ranges
-from moesaic.orchestrator.store import digest, remove_scratch
+from moesaic.orchestrator.store import digest
 
 
 def _names(experiment: Experiment, block: int, chosen: Chosen) -> list[str]:
@@ -111,7 +112,7 @@ class Propagation:
             if block + 1 < len(blocks):
                 self._advance(block)
             self.view.advance(self.stage)
-        remove_scratch(self.walk.scratch)
+        remove_unfinished(self.walk.scratch)
         return self.walk
 
     def _has_stats(self, block: int) -> bool:
@@ -136,7 +137,7 @@ class Propagation:
         known = (
             block
             for block in range(first, 0, -1)
-            if all(hidden_path(self.walk, block, shard).exists() for shard in shards)
+            if all(exists(hidden_path(self.walk, block, shard)) for shard in shards)
         )
         return next(known, 0)
 

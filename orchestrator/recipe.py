@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import yaml
 from pydantic import (
@@ -31,6 +33,8 @@ from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.foreign import printable, shown
+from moesaic.orchestrator.objects import check_url, is_url
+from moesaic.orchestrator.shared import CachePlace
 from moesaic.orchestrator.yamlfile import read_yaml
 from moesaic.search.base import search_module
 from moesaic.search.features import scores
@@ -82,11 +86,24 @@ def resolve(name: str, relative_to: Path) -> str:
             known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*.txt"))]
             raise ValueError(f"no {name!r}: there are {', '.join(BUILTIN + k for k in known)}")
         return str(path)
+    if is_url(name):
+        return local_or_url(name)
     absolute = absolute_path(name, relative_to)
     try:
         return str(absolute.resolve()) if absolute.exists() else name
     except OSError as error:
         raise ValueError(f"{name[:80]!r} cannot be looked up: {error.strerror}") from None
+
+
+def local_or_url(name: str) -> str:
+    """A URL, checked; the path of one that begins with ``file://``."""
+    check_url(name)
+    if not name.startswith("file://"):
+        return name.rstrip("/")
+    path = unquote(name.removeprefix("file://"))
+    if not path.startswith("/"):
+        raise ValueError(f"{name[:80]!r}: file:// is followed by an absolute path")
+    return str(Path(path).resolve())
 
 
 def absolute_path(name: str, relative_to: Path) -> Path:
@@ -283,6 +300,26 @@ class Compute(Section):
         default=None, ge=0, le=1000
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class CacheSection(Section):
+    """Where every node keeps copies of what lies at URLs, and how many bytes of them.
+
+    Attributes:
+        folder: the same path on every node; each has its own files there. By default
+            ``$XDG_CACHE_HOME/moesaic/copies``, or below ``~/.cache``.
+        size: bytes; what was used longest ago leaves.
+    """
+
+    folder: Text | None = None
+    size: Annotated[int, BeforeValidator(parse_bytes)] = 50 * 10**9
+
+    @property
+    def place(self) -> CachePlace:
+        if self.folder is not None:
+            return CachePlace(Path(self.folder), self.size)
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return CachePlace(Path(root).resolve() / "moesaic" / "copies", self.size)
 
 
 class Tracking(Section):
@@ -538,6 +575,7 @@ class Recipe(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
     store: Text | None = None
+    cache: CacheSection = CacheSection()
 
     @field_validator("candidates")
     @classmethod
@@ -557,15 +595,15 @@ class Recipe(Section):
             raise ValueError(f"{min(taken)!r} is no name for a baseline: a budget is called so")
         return baselines
 
-    def of_budgets(self, store: Path) -> dict[str, "Recipe"]:
+    def of_budgets(self, store: str) -> dict[str, "Recipe"]:
         """One recipe for each budget of the list, by the budget's name.
 
         Args:
-            store: of all of them, whatever folders they are run into.
+            store: folder or URL of that of all of them, whatever folders they are run into.
         """
         return {
             label: self.model_copy(
-                update={"name": f"{self.name}-{label}", "budget": budget, "store": str(store)}
+                update={"name": f"{self.name}-{label}", "budget": budget, "store": store}
             )
             for label, budget in self.budget.each.items()
         }
@@ -625,6 +663,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": Texts,
     "compute": Compute,
     "tracking": Tracking,
+    "cache": CacheSection,
     "router_calibration": RouterOptions,
     "slice": SliceOptions,
     "tune": Tune,
@@ -674,6 +713,8 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
     The recipe may be wrong in any other way.
     """
     named: dict[str, Any] = {key: raw.get(key) for key in ("model", "store")}
+    cache = raw.get("cache")
+    named["cache.folder"] = cache.get("folder") if isinstance(cache, dict) else None
     for name in ("calibration", "evaluation"):
         section = raw.get(name)
         texts = section.get("texts") if isinstance(section, dict) else None
@@ -686,8 +727,8 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
         if not isinstance(value, str) or len(value) > _PATH_CHARACTERS or "\0" in value:
             continue  # told by the schema
         try:
-            own = key in ("store", "score")
-            path = _store_path(value, base) if own else resolve(value, base)
+            own = {"store": _store_path, "score": _store_path, "cache.folder": _folder_path}
+            path = own.get(key, resolve)(value, base)
             if key.endswith(("file", "score")) and not Path(path).is_file():
                 yield f"{key}: no file {path}"
         except ValueError as error:
@@ -695,6 +736,10 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
 
 
 def _store_path(name: str, base: Path) -> str:
+    return local_or_url(name) if is_url(name) else _folder_path(name, base)
+
+
+def _folder_path(name: str, base: Path) -> str:
     try:
         return str(absolute_path(name, base).resolve())
     except (OSError, RuntimeError) as error:  # too long, or links in a circle
@@ -711,8 +756,11 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         ]
         sections[name] = section.model_copy(update={"texts": texts})
     store = _store_path(recipe.store, base) if recipe.store else None
+    cache = recipe.cache
+    if cache.folder is not None:
+        cache = cache.model_copy(update={"folder": _folder_path(cache.folder, base)})
     model = resolve(recipe.model, base)
-    found = {"model": model, "store": store, **sections}
+    found = {"model": model, "store": store, "cache": cache, **sections}
     if recipe.score is not None and recipe.score.endswith(".json"):
         found["score"] = _store_path(recipe.score, base)
     return recipe.model_copy(update=found)

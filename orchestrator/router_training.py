@@ -30,13 +30,18 @@ from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import (
+    exists,
+    fetched,
+    remove,
+    remove_unfinished,
+    write_shared,
+)
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import (
     code_digest,
     digest,
-    remove_scratch,
     scratch_folder,
-    write_atomically,
 )
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -87,7 +92,7 @@ def chunk(
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     ids = read_ids(plan.ids, *rows)
-    blocks = _Blocks(state, model, pieces, load_file(routers))
+    blocks = _Blocks(state, model, pieces, load_file(fetched(routers)))
     with torch.no_grad():
         hidden = [model.embed(ids.to(model.device))]
         for index in range(model.blocks):
@@ -107,7 +112,7 @@ def chunk(
     )
     if output is not None:
         found = _backwards(model, blocks, hidden, gradient.view_as(final))
-        write_atomically(Path(output), lambda p: save_file(found, p))
+        write_shared(Path(output), lambda p: save_file(found, p))
     blocks.keep()
     return {"kl": total, "peak_bytes": peak_memory_bytes()}
 
@@ -231,9 +236,9 @@ class RouterTraining:
             before, after = self._judged(first), self._judged(last)
             figures = {"before": before, "after": after}
             source = last if after < before else first
-            tensors = load_file(source)
+            tensors = load_file(fetched(source))
             entry = store.put("routers", self.key, lambda p: save_file(tensors, p), figures)
-            remove_scratch(self.scratch)
+            remove_unfinished(self.scratch)
         else:
             steps = len(self._steps())
             self.view.stage(self.stage, steps, steps)
@@ -243,7 +248,7 @@ class RouterTraining:
             text = f"{self.stage}: KL on held-back text {before:.4g}, after training {after:.4g}"
             events.append(Event("routers_not_better", f"{text}: they stay as they were"))
             return Trained(self.pieces, events)
-        return Trained(self._written(load_file(entry.path)), events)
+        return Trained(self._written(load_file(fetched(entry.path))), events)
 
     def _steps(self) -> list[list[int]]:
         """The chunks of every step."""
@@ -261,16 +266,16 @@ class RouterTraining:
         """Files of the routers before the first step and after the last one."""
         steps = self._steps()
         first = self._state(0)
-        if not any(self._state(number).exists() for number in range(len(steps) + 1)):
+        if not any(exists(self._state(number)) for number in range(len(steps) + 1)):
             tensors = self._routers()
             moments = {
                 f"{m}|{k}": torch.zeros_like(v)
                 for k, v in tensors.items()
                 for m in (_FIRST, _SECOND)
             }
-            write_atomically(first, lambda p: save_file({**_named(tensors), **moments}, p))
+            write_shared(first, lambda p: save_file({**_named(tensors), **moments}, p))
         self._plain(0)
-        done = max(n for n in range(len(steps) + 1) if self._state(n).exists())
+        done = max(n for n in range(len(steps) + 1) if exists(self._state(n)))
         self.view.stage(self.stage, len(steps), done)
         remember_dense(self.pool, self.view, self.judge, self.chunks)
         for number in range(done, len(steps)):
@@ -284,12 +289,12 @@ class RouterTraining:
     def _plain(self, step: int) -> Path:
         """The routers of a step without the optimizer's state, as workers read them."""
         path = self.scratch / f"plain-{step:04d}.safetensors"
-        if not path.exists():
-            state = load_file(self._state(step))
+        if not exists(path):
+            state = load_file(fetched(self._state(step)))
             own = {
                 k.removeprefix(f"{_MODEL}|"): v for k, v in state.items() if k.startswith(_MODEL)
             }
-            write_atomically(path, lambda p: save_file(own, p))
+            write_shared(path, lambda p: save_file(own, p))
         return path
 
     def _routers(self) -> Tensors:
@@ -335,10 +340,10 @@ class RouterTraining:
     def _step(self, number: int, chunks: Sequence[int]) -> None:
         """One step of Adam (Kingma & Ba, 1412.6980, algorithm 1) on the sum over ``chunks``."""
         self._run(chunks, self._plain(number), number)
-        state = load_file(self._state(number))
+        state = load_file(fetched(self._state(number)))
         total: Tensors = {}
         for part in chunks:  # in this order, whoever was first
-            for key, value in load_file(self._gradients(number, part)).items():
+            for key, value in load_file(fetched(self._gradients(number, part))).items():
                 total[key] = total[key] + value if key in total else value
         tokens = self._tokens(chunks)
         new: Tensors = {}
@@ -356,11 +361,11 @@ class RouterTraining:
                 f"{_FIRST}|{key}": first,
                 f"{_SECOND}|{key}": second,
             }
-        write_atomically(self._state(number + 1), lambda p: save_file(new, p))
+        write_shared(self._state(number + 1), lambda p: save_file(new, p))
         for part in chunks:
-            self._gradients(number, part).unlink(missing_ok=True)
+            remove(self._gradients(number, part))
         if number > 0:
-            self._state(number - 1).unlink(missing_ok=True)
+            remove(self._state(number - 1))
 
     def _judged(self, routers: Path) -> float:
         """Divergence per token on the held-back sequences."""

@@ -22,10 +22,18 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
+from moesaic.orchestrator.recipe import (
+    CacheSection,
+    Recipe,
+    Tune,
+    load_recipe,
+    local_or_url,
+    model_name,
+)
 from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.run_folder import run_folder
 from moesaic.orchestrator.runlog import run_log
@@ -37,7 +45,8 @@ from moesaic.orchestrator.score_table import (
 )
 from moesaic.orchestrator.score_table import metrics as score_metrics
 from moesaic.orchestrator.scoring import check_score
-from moesaic.orchestrator.store import Store, make_folder
+from moesaic.orchestrator.shared import found_store
+from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
@@ -356,16 +365,20 @@ def run_params(recipe: Recipe) -> dict[str, Any]:
 
 
 def collect_garbage(
-    root: Path, runs: Sequence[Path], minimum_age_seconds: float
+    where: Path | str, runs: Sequence[Path], minimum_age_seconds: float
 ) -> tuple[int, int]:
     """Removes what no named run uses; see :meth:`Store.gc`.
 
     Raises:
-        UserError: the folder is no store, or a run cannot be read.
+        UserError: there is no store, or a run cannot be read.
     """
-    # Those of os.path say False of a path that is too long, too.
-    if not any(os.path.isdir(root / kind) for kind in ("pieces", "stats", "ids")):
-        raise UserError(f"{str(root)[:300]}: is no store of moesaic")
+    try:
+        named = local_or_url(str(where)) if is_url(str(where)) else str(where)
+        store = found_store(named, CacheSection().place)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if store is None:
+        raise UserError(f"{str(where)[:300]}: is no store of moesaic")
     used: list[Path] = []
     for folder in runs:
         recipe_file = folder / "recipe.yaml"
@@ -374,9 +387,10 @@ def collect_garbage(
         recipe = load_recipe(recipe_file)
         with _naming(recipe_file):
             experiment = Experiment(recipe, folder.resolve())
-        if experiment.store.root.resolve() != root.resolve():
-            raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
+        if not experiment.store.same_place(store):
+            raise UserError(f"{folder}: its store is {experiment.store.where}, not {store.where}")
+        store = experiment.store  # the paths are those of its own mirror, where it has one
         used += experiment.entries()
         for place in folders(recipe, folder):
             used += propagate.entries(experiment, place / "plan.json")
-    return Store(root).gc(used, minimum_age_seconds)
+    return store.gc(used, minimum_age_seconds)

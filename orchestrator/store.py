@@ -19,9 +19,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,11 +36,16 @@ from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.redaction import redacted
 
 _CHUNK = 1 << 20
-_SEAL = ".seal.json"
+SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
-_SCRATCH = "scratch"
+SCRATCH = "scratch"
 # Folders of links to entries, which make model folders of them.
 MODELS = "models"
+# Beginning of the name of a folder that mirrors stores at URLs; see shared.py.
+MIRRORS = "moesaic-store@"
+# A file that was written so long ago at least shows a change by its time of modification.
+_TICK_NS = 2 * 10**9
+_THREADS = 4
 KINDS = (
     "ids",
     "stats",
@@ -70,6 +77,27 @@ def file_digest(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+# Path → (version of the file, digest of its bytes), as far as this process has looked.
+_digests: dict[str, tuple[tuple[int, int, int], str]] = {}
+
+
+def checked_digest(path: Path) -> str:
+    """:func:`file_digest`, computed once by a process while size and times of the file stay.
+
+    The time of modification of a file that was just written may not change when it is altered:
+    such a file is looked at again.
+    """
+    state = path.stat()
+    version = (state.st_size, state.st_mtime_ns, state.st_ino)
+    known = _digests.get(str(path))
+    if known is not None and known[0] == version:
+        return known[1]
+    found = file_digest(path)
+    if time.time_ns() - state.st_mtime_ns > _TICK_NS:
+        _digests[str(path)] = version, found
+    return found
 
 
 @cache
@@ -192,11 +220,32 @@ class Entry:
 
 
 class Store:
-    """Entries of several kinds under one folder; see the module's docstring."""
+    """Entries of several kinds under one folder; see the module's docstring.
+
+    Attributes:
+        root: the folder.
+        where: the same, as people name it.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        if MIRRORS in str(root):
+            raise ValueError(f"{root} stands for a URL: shared.open_store opens it")
+        self.root, self.where = root, str(root)
         make_folder(root, "store")
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the disk has left."""
+        return shutil.disk_usage(self.root).free
+
+    def same_place(self, other: "Store") -> bool:
+        """Whether another one has the same entries."""
+        return self.root.resolve() == other.root.resolve()
+
+    def holds_anything(self) -> bool:
+        """Whether something was put into it, ever."""
+        # Those of os.path say False of a path that is too long, too.
+        return any(os.path.isdir(self.root / kind) for kind in ("pieces", "stats", "ids"))
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""
@@ -208,11 +257,11 @@ class Store:
         A truncated or altered entry is removed.
         """
         path = self.path(kind, key, suffix)
-        seal = _seal_path(path)
+        seal = seal_path(path)
         try:
             sealed = read_json(seal)
             size, metadata = path.stat().st_size, sealed["metadata"]
-            same = size == sealed["size"] and file_digest(path) == sealed["digest"]
+            same = size == sealed["size"] and checked_digest(path) == sealed["digest"]
             if same and isinstance(metadata, dict):
                 return Entry(path, size, metadata)
         except FileNotFoundError:  # never finished, or another process is removing it
@@ -223,6 +272,20 @@ class Store:
         path.unlink(missing_ok=True)
         return None
 
+    def get_many(
+        self, kind: str, keys: Iterable[str], suffix: str = "safetensors"
+    ) -> dict[str, Entry]:
+        """Finished entries by key, as :meth:`get` has them; several are checked at a time."""
+        wanted = list(keys)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(lambda key: self.get(kind, key, suffix), wanted)
+        return {key: entry for key, entry in zip(wanted, found, strict=True) if entry is not None}
+
+    def check_kind(self, kind: str) -> None:
+        """Raises ValueError for a kind that :meth:`gc` would not know."""
+        if kind not in KINDS:
+            raise ValueError(f"no kind of entry {kind!r}: there are {', '.join(KINDS)}")
+
     def put(
         self,
         kind: str,
@@ -232,8 +295,7 @@ class Store:
         suffix: str = "safetensors",
     ) -> Entry:
         """Makes the entry: ``write`` is given the path to fill."""
-        if kind not in KINDS:
-            raise ValueError(f"no kind of entry {kind!r}: there are {', '.join(KINDS)}")
+        self.check_kind(kind)
         path = self.path(kind, key, suffix)
         sealed: dict[str, Any] = {}
 
@@ -244,7 +306,7 @@ class Store:
         write_atomically(path, write_and_measure, flush=False)
         sealed["metadata"] = dict(metadata or {})
         text = json.dumps(sealed, sort_keys=True)
-        write_atomically(_seal_path(path), lambda p: _fill(p, text), flush=False)
+        write_atomically(seal_path(path), lambda p: _fill(p, text), flush=False)
         return Entry(path, sealed["size"], sealed["metadata"])
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
@@ -279,7 +341,7 @@ class Store:
         newest = time.time() - minimum_age_seconds
         removed = freed = 0
         for path in self._files():
-            owner = path.with_name(path.name.removesuffix(_SEAL))
+            owner = path.with_name(path.name.removesuffix(SEAL))
             sealed = [owner.with_name(f"{owner.name}.{s}") for s in ("safetensors", "json")]
             if any(p.resolve() in keep for p in (path, path.parent, *sealed)):
                 continue
@@ -299,7 +361,7 @@ class Store:
         """Folders that hold files of the store."""
         for kind in KINDS:
             yield from (self.root / kind).glob("[0-9a-f][0-9a-f]/")
-        for kind in (_SCRATCH, MODELS):
+        for kind in (SCRATCH, MODELS):
             yield from (self.root / kind).glob("[0-9a-f]*/")
 
     def _files(self) -> list[Path]:
@@ -312,7 +374,7 @@ class Store:
 
 def scratch_folder(root: Path, key: str) -> Path:
     """Where unfinished work of one key lies; it is there once something was written into it."""
-    return root / _SCRATCH / key
+    return root / SCRATCH / key
 
 
 def remove_scratch(folder: Path) -> None:
@@ -324,5 +386,5 @@ def remove_scratch(folder: Path) -> None:
             folder.rmdir()
 
 
-def _seal_path(path: Path) -> Path:
-    return path.with_name(path.stem + _SEAL)
+def seal_path(path: Path) -> Path:
+    return path.with_name(path.stem + SEAL)

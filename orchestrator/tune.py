@@ -686,6 +686,6 @@ class Trials:
         return {
             **plan.to_json(),
             "file_bytes": told.attributes["bytes"],
-            "store": str(root),
+            "store": self.experiment.store.where,
             "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
         }

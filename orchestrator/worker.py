@@ -81,7 +81,12 @@ class Worker:
 
         A module without a dot is one of ``moesaic.orchestrator``.
         """
-        return resolve(function)(self.state, **arguments)
+        from moesaic.orchestrator.cache import release_pins
+
+        try:
+            return resolve(function)(self.state, **arguments)
+        finally:
+            release_pins()
 
 
 def installed() -> dict[str, str]:
