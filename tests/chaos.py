@@ -26,8 +26,8 @@ FAULTY = Path(__file__).parent / "faulty"
 NODES = 3
 # Kind of fault → its share.
 SHARES = {
-    "worker killed": 6,
-    "worker suspended": 4,
+    "worker killed": 5,
+    "worker suspended": 5,
     "node killed": 2,
     "file truncated": 2,
     "file removed": 2,
@@ -160,6 +160,7 @@ class Chaos:
             "FAULTY_SECONDS": str(self.pace.slow),
         }
         self._stack.enter_context(environment(self.variables))
+        self._stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         self._stack.callback(self._end)
         self.cluster: Any = None
         try:
@@ -246,6 +247,7 @@ class Chaos:
         """Whether the driver has done its work; else it was killed, or said why not in one line."""
         assert self.driver is not None
         code, said = self.driver.exitcode, self._said()
+        print(f"          driver ended: {code} {said.splitlines()[-1:]}", flush=True)
         assert "Traceback" not in said, said
         if code == 0:
             return True
@@ -271,7 +273,9 @@ class Chaos:
             "driver killed": self._kill_driver,
         }[kind]()
         if happened:
-            self.outcome.faults.append((time.monotonic() - started, kind, happened))
+            seconds = time.monotonic() - started
+            self.outcome.faults.append((seconds, kind, happened))
+            print(f"{seconds:6.1f} s  {kind}: {happened}", flush=True)
         return bool(happened)
 
     def _workers(self) -> list[psutil.Process]:

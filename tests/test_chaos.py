@@ -33,7 +33,6 @@ def test_twenty_faults_change_no_byte(tmp_path: Path, monkeypatch: pytest.Monkey
         recipe = other.write(**changes, compute={"workers": None, "address": chaos.address})
         command = ["assemble", str(recipe), "--output", str(other.output)]
         outcome = chaos.run([command], faults_of(SEED, FAULTS), limit=120)
-        print(outcome)
     counts = outcome.counts()
     assert counts.total() == FAULTS and counts.keys() == SHARES.keys()
     one, two = whole.left(), other.left()
