@@ -367,7 +367,7 @@ class Chaos:
         return str(path.relative_to(self.store))
 
     def _fail_writes(self) -> str:
-        if self.writable_at:
+        if self.writable_at or not self._workers():
             return ""
         (self.folder / "no-writes").touch()
         self.writable_at = time.monotonic() + self.pace.unwritable
