@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.damage import DamagedFile, damage_removed
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.expert_statistics import (
     ExpertStatistics,
@@ -157,12 +158,15 @@ class Walk:
 
 
 def load_tensor(path: Path) -> Tensor | None:
-    """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
+    """A tensor saved alone, copied so that the file is not kept mapped; None if not there.
+
+    One that was damaged is removed, and not there either.
+    """
     try:
-        with safe_open(fetched(path), framework="pt") as file:
+        with damage_removed(path), safe_open(fetched(path), framework="pt") as file:
             value: Tensor = file.get_tensor("value").clone()
             return value
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedFile):
         return None
 
 

@@ -26,6 +26,7 @@ from moesaic.methods.router_calibration import TRAINED, Options, divergence_grad
 from moesaic.orchestrator.bank import ROUTER, is_reduced
 from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.damage import damage_removed
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
@@ -92,7 +93,7 @@ def chunk(
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     ids = read_ids(plan.ids, *rows)
-    blocks = _Blocks(state, model, pieces, load_file(fetched(routers)))
+    blocks = _Blocks(state, model, pieces, _loaded(Path(routers)))
     with torch.no_grad():
         hidden = [model.embed(ids.to(model.device))]
         for index in range(model.blocks):
@@ -236,7 +237,7 @@ class RouterTraining:
             before, after = self._judged(first), self._judged(last)
             figures = {"before": before, "after": after}
             source = last if after < before else first
-            tensors = load_file(fetched(source))
+            tensors = _loaded(source)
             entry = store.put("routers", self.key, lambda p: save_file(tensors, p), figures)
             remove_unfinished(self.scratch)
         else:
@@ -290,7 +291,7 @@ class RouterTraining:
         """The routers of a step without the optimizer's state, as workers read them."""
         path = self.scratch / f"plain-{step:04d}.safetensors"
         if not exists(path):
-            state = load_file(fetched(self._state(step)))
+            state = _loaded(self._state(step))
             own = {
                 k.removeprefix(f"{_MODEL}|"): v for k, v in state.items() if k.startswith(_MODEL)
             }
@@ -340,10 +341,10 @@ class RouterTraining:
     def _step(self, number: int, chunks: Sequence[int]) -> None:
         """One step of Adam (Kingma & Ba, 1412.6980, algorithm 1) on the sum over ``chunks``."""
         self._run(chunks, self._plain(number), number)
-        state = load_file(fetched(self._state(number)))
+        state = _loaded(self._state(number))
         total: Tensors = {}
         for part in chunks:  # in this order, whoever was first
-            for key, value in load_file(fetched(self._gradients(number, part))).items():
+            for key, value in _loaded(self._gradients(number, part)).items():
                 total[key] = total[key] + value if key in total else value
         tokens = self._tokens(chunks)
         new: Tensors = {}
@@ -393,6 +394,12 @@ class RouterTraining:
                 value = routers[f"{unit}|{role}"].to(members[name].dtype)
                 members[name] = dense.pack(value)
         return lambda path: write_piece(path, members, piece_metadata(old))
+
+
+def _loaded(path: Path) -> Tensors:
+    with damage_removed(path):
+        found: Tensors = load_file(fetched(path))
+    return found
 
 
 def _named(tensors: Tensors) -> Tensors:

@@ -10,6 +10,7 @@ from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.damage import damage_removed
 from moesaic.orchestrator.shared import fetched
 
 # A range of shards, or a node of the summation tree: first and one past the last.
@@ -63,7 +64,7 @@ def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
 def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:
     """Reads what :func:`save_stats` wrote, for the names that ``only`` accepts."""
     sums: dict[str, dict[str, Tensor]] = {}
-    with safe_open(fetched(path), framework="pt") as file:
+    with damage_removed(path), safe_open(fetched(path), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, statistic = key.rpartition(SEPARATOR)
             if only(name):
