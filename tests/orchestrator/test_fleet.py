@@ -23,6 +23,9 @@ from moesaic.orchestrator.fleet import (
 )
 from moesaic.orchestrator.outlook import predict_on, show_outlook
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.stages import Calibration
+from tests.orchestrator.inline import InlinePool
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 
@@ -172,6 +175,36 @@ def test_a_gpu_that_nobody_measured_is_marked(tmp_path: Path) -> None:
     measured = predict_on(recipe, tmp_path / "out", "2xH100", written(tmp_path, there))
     assert measured["speeds"].startswith("measured on NVIDIA H100")
     assert measured["time"]["total"] != found["time"]["total"]
+
+
+def test_fewer_walkers_leave_the_same_statistics(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    left = []
+    for walkers in (1, 2):
+        place = tmp_path / str(walkers)
+        recipe = make_recipe(place, folder, compute={"workers": 2, "walkers": walkers})
+        experiment, pool = open_experiment(recipe, place / "out"), InlinePool(2)
+        Calibration(experiment, pool, View(), {}).run()  # type: ignore[arg-type]
+        assert pool.calls["calibrate:forward"] == walkers * experiment.model.blocks
+        stats = sorted((experiment.store.root / "stats").rglob("*.safetensors"))
+        left.append([(path.name, path.read_bytes()) for path in stats])
+    assert left[0] == left[1] and left[0]
+
+
+def test_fewer_walkers_are_tried(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, make_model_folder(tmp_path / "model"), compute={"workers": None})
+    file = written(tmp_path, unit_costs())
+    found = predict_on(recipe, tmp_path / "out", "4cpu", file)
+    assert list(found["walkers"]) == ["4", "1", "2"]
+    recipe = make_recipe(
+        tmp_path,
+        tmp_path / "model",
+        compute={"workers": None, "walkers": 2},
+    )
+    again = predict_on(recipe, tmp_path / "out", "4cpu", file)
+    assert list(again["walkers"]) == ["2", "1"]
+    for count in ("1", "2"):
+        assert again["walkers"][count] == pytest.approx(found["walkers"][count])
 
 
 def test_memory_that_is_not_there_is_told(tmp_path: Path) -> None:
