@@ -102,6 +102,7 @@ class Sizes:
         self.walk = experiment.walk
         self.length: int = experiment.recipe.calibration.length
         self.item: int = self.model.dtype.itemsize
+        self.walkers = experiment.recipe.compute.walking(crew.workers)
 
     def block_units(self, block: int) -> list[Unit]:
         """All units of a block, those that the recipe keeps included: calibration sees them all."""
@@ -178,7 +179,7 @@ class Sizes:
 
     def hidden(self) -> int:
         """Hidden states of the shards that one worker keeps, and two copies of one shard."""
-        spans = ranges(self.walk.shards, self.crew.workers)
+        spans = ranges(self.walk.shards, self.walkers)
         rows = [self.walk.shard_rows(shard) for shard in range(self.walk.shards)]
         largest = max(high - low for low, high in rows)
         kept = max(sum(rows[s][1] - rows[s][0] for s in range(*span)) for span in spans)
@@ -272,10 +273,10 @@ def _compiled(sizes: Sizes, stage: str) -> int:
         return min(int(_SPREAD * tokens * share), tokens, calls)
 
     walk = sizes.walk
-    batches = math.ceil(walk.sequences / walk.batch / sizes.crew.workers)
+    batches = math.ceil(walk.sequences / walk.batch / sizes.walkers)
     count = 2 * shapes(sizes.batch_tokens(), batches)  # gate and up in one, down
     if stage != "calibrate" and walk.gradients:
-        count += 4 * shapes(sizes.length, walk.gradients * walk.shards // sizes.crew.workers)
+        count += 4 * shapes(sizes.length, walk.gradients * walk.shards // sizes.walkers)
     if stage == "evaluate":
         recipe = sizes.experiment.recipe
         texts, plans = recipe.evaluation, len(recipe.baselines) + len(recipe.budget.each)
@@ -291,7 +292,7 @@ def _largest(candidates: Iterable[Parts]) -> Parts:
 
 def _calibrate(sizes: Sizes, block: int) -> Parts:
     one = sizes.sums(block)
-    shards, workers = sizes.walk.shards, sizes.crew.workers
+    shards, workers = sizes.walk.shards, sizes.walkers
     outer = sizes.outer() if block == 0 else 0  # the embedding goes when block 1 is loaded
     walking = {
         "weights": sizes.weights(block) + outer,
@@ -313,7 +314,7 @@ def _reverse(sizes: Sizes, block: int) -> Parts:
     rows = (1 + 2 * (1 + sizes.walk.fisher)) * sizes.walk.gradients * sizes.length
     return {
         "weights": sizes.weights(block) + (sizes.outer() if last else 0),
-        "statistics": sizes.gradients(block) * held_walking(sizes.walk.shards, sizes.crew.workers),
+        "statistics": sizes.gradients(block) * held_walking(sizes.walk.shards, sizes.walkers),
         "hidden states": sizes.hidden() + rows * sizes.model.hidden_size * sizes.item,
         "activations": sizes.activations(block, sizes.length, keep_all=True)
         + sizes.squares(block)
@@ -455,7 +456,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
         "errors": sum(error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),
         "gradients": sum(gradients),
-        "scratch": 2 * states + kept + max(stats) * held_adding(walk.shards, sizes.crew.workers),
+        "scratch": 2 * states + kept + max(stats) * held_adding(walk.shards, sizes.walkers),
     }
 
 

@@ -35,6 +35,8 @@ from moesaic.orchestrator.timing import START_SECONDS, Clock, Cost, SpeedSource
 
 # Of the driver for one task, where nobody measured it: two cores, Ray 2.60.
 CALL_SECONDS = 2e-3
+# Numbers of walkers that are tried besides what the recipe says.
+_WALKERS = (1, 2, 4, 8)
 _OF_HOST = ("read", "write", "save", "digest", "host_add")
 # Parts of a worker's memory that are not on its device.
 _HOST_PARTS = ("hidden states", "process", "allocator", "compiled products")
@@ -120,8 +122,31 @@ def predict_on(
         raise UserError("\n".join(f"{recipe_file}: {text}" for text in error.args)) from None
     source, call, told = cluster_speeds(experiment, nodes, bench)
     found = outlook(experiment, nodes, source, call, told)
+    found["walkers"] = _walkers(experiment, nodes, source, call, found)
     model = {"recipe": recipe.name, "model": str(experiment.folder)}
     return {**model, "weights_are_here": experiment.weights_are_here, **found}
+
+
+def _walkers(
+    experiment: Experiment,
+    cluster: Cluster,
+    source: SpeedSource,
+    call: float,
+    found: Mapping[str, Any],
+) -> dict[str, float]:
+    """Number of workers that walk → seconds of calibrating and measuring, as it is and with fewer.
+
+    What walkers leave must be written, read and added: more of them are not always faster.
+    """
+    recipe = experiment.recipe
+    now = min(experiment.walk.shards, recipe.compute.walking(found["workers"]))
+    times = {str(now): float(found["simulation"]["makespan"])}
+    for count in (count for count in _WALKERS if count < now):
+        compute = recipe.compute.model_copy(update={"walkers": count})
+        other = experiment.under(recipe.model_copy(update={"compute": compute}), experiment.output)
+        clock = Clock(other, cluster.crew(compute), source)
+        times[str(count)] = simulated(other, cluster, clock, call).makespan
+    return times
 
 
 def cluster_speeds(
@@ -213,7 +238,7 @@ def outlook(
     places = {name: _placed(parts, team) for name, parts in stages.items()}
     if team.device == "cuda":  # the sums of all are added in the processor's memory
         largest = max(map(sizes.sums, range(sizes.model.blocks)))
-        adding = largest * memory.held_adding(sizes.walk.shards, team.workers)
+        adding = largest * memory.held_adding(sizes.walk.shards, sizes.walkers)
         places["calibrate"]["host"] += adding
     beside = max(1, cluster.places(experiment.recipe.compute).count(0))
     node = min(group.node_memory for group in cluster.nodes)
@@ -317,5 +342,13 @@ def show_outlook(found: Mapping[str, Any], console: Console) -> None:
         f" {duration(run['network_full'])}, driver busy {duration(run['driver'])}",
         markup=False,
     )
+    times = found["walkers"]
+    best = min(times, key=lambda count: times[count])
+    if best != next(iter(times)):
+        console.print(
+            f"compute.walkers: {best} would take {duration(times[best])} instead of"
+            f" {duration(next(iter(times.values())))}",
+            markup=False,
+        )
     for name, text in found["short"].items():
         console.print(f"event {name}: {text}", markup=False)

@@ -291,15 +291,20 @@ class Calibration(Texts):
 
 
 class Compute(Section):
-    """How many workers, and what each one takes."""
+    """How many workers, what each one takes, and how many share the walk over the blocks."""
 
     address: Text | None = None
     workers: int | None = Field(default=None, ge=1, le=10**5)
+    walkers: int | None = Field(default=None, ge=1, le=10**5)
     cpus_per_worker: int = Field(default=1, ge=1, le=10**4)
     gpus_per_worker: Annotated[float, AfterValidator(_share_of_a_gpu)] | None = Field(
         default=None, ge=0, le=1000
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def walking(self, workers: int) -> int:
+        """How many of so many workers share the walk, where there are shards enough."""
+        return min(workers, self.walkers or workers)
 
 
 class CacheSection(Section):

@@ -76,7 +76,8 @@ class Calibration:
             self.pool.run(tasks, self.view.tick)
             remove_unfinished(walk.scratch)
             return
-        self.ranges = ranges(self.walk.shards, self.pool.size)
+        walkers = self.experiment.recipe.compute.walking(self.pool.size)
+        self.ranges = ranges(self.walk.shards, walkers)
         if start < self.blocks:
             tasks += [self._forward(start, w, span) for w, span in enumerate(self.ranges)]
         else:

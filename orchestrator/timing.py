@@ -203,7 +203,7 @@ class Clock:
     @property
     def spans(self) -> list[Node]:
         """Ranges of shards, one for each worker that walks."""
-        return ranges(self.experiment.walk.shards, self.crew.workers)
+        return ranges(self.experiment.walk.shards, self.sizes.walkers)
 
     def nodes(self, spans: Sequence[Node]) -> int:
         """Files of sums that ranges of shards leave of a block."""
@@ -218,7 +218,7 @@ class Clock:
     @property
     def walkers(self) -> int:
         """Workers that can share the walk."""
-        return min(self.crew.workers, self.experiment.walk.shards)
+        return min(self.sizes.walkers, self.experiment.walk.shards)
 
     def gradients(self, lacking: int) -> float:
         """Back through the blocks for a few sequences of every shard."""
