@@ -8,7 +8,9 @@ import pytest
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.run import run_recipe
 from moesaic.orchestrator.runlog import RunLog, run_log
+from tests.orchestrator.projects import make_recipe
 
 
 def said(folder: Path) -> list[str]:
@@ -101,3 +103,13 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "log.txt").mkdir()
     with pytest.raises(UserError, match=r"log\.txt: cannot be written"), run_log(tmp_path, "run"):
         pass
+
+
+@pytest.mark.parametrize("key", ["--output", "store"])
+def test_a_run_into_rays_copy_of_the_working_directory_is_refused(tmp_path: Path, key: str) -> None:
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_12"
+    recipe = make_recipe(copy if key == "store" else tmp_path, "builtin:demo")
+    output = copy / "run" if key == "--output" else tmp_path / "run"
+    with pytest.raises(UserError, match=f"^{key}: .* lies in Ray's copy of the working directory"):
+        run_recipe(recipe, output, ("search",))
+    assert not output.exists()
