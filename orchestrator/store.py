@@ -258,8 +258,10 @@ class Store:
             RunError: it is none, although its seal fits.
         """
         entry = self.get(kind, key, suffix="json")
+        if entry is None:
+            return None
         try:
-            return None if entry is None else read_json(entry.path)
+            return read_json(entry.path)
         except ValueError as error:
             raise RunError(f"{entry.path}: {shown(error)}: remove it and run again") from None
 
