@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -64,7 +65,9 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """40 hex digits of a file's bytes."""
+    """40 hex digits of a file's bytes; ValueError for what is no file, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: is no regular file")
     state = hashlib.blake2b(digest_size=20)
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
