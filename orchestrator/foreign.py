@@ -14,6 +14,7 @@ file, where that is more than 16 MiB: a small file cannot ask for much memory.
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,7 @@ def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {shown(twice)} is there twice")
     return found
 

@@ -79,7 +79,11 @@ def _is_folder(uri: str) -> bool:
 
 
 def legal_name(name: str) -> str:
-    """``name`` where it is allowed; else what is allowed of it, with a digest to keep it apart."""
+    """``name`` where it is allowed; else what is allowed of it, with a digest to keep it apart.
+
+    Secrets in it are taken out first.
+    """
+    name = redacted(name)
     clean = "/".join(_legal_part(part, r"[^A-Za-z0-9_\-. :]") for part in name.split("/"))
     if len(clean) <= _NAME_CHARACTERS:
         return clean

@@ -119,7 +119,10 @@ def read_piece(path: Path) -> dict[str, CompressedTensor]:
     if text is not None:
         with _trusting_nothing(path):
             cut = parse_json(text.encode())
-            whole = _read_whole(_uncut(path, cut["of"]))
+            uncut = _uncut(path, cut["of"])
+            if not uncut.is_file():
+                raise ValueError(f"it is a cut of {uncut.name}, which is gone")
+            whole = _read_whole(uncut)
             if not cut["ranks"].keys() <= whole.keys():
                 raise ValueError("it cuts members that are not there")
             return {

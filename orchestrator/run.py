@@ -122,8 +122,20 @@ def _naming(recipe_file: Path) -> Iterator[None]:
 
 def _output(recipe: Recipe, output: Path | None) -> Path:
     folder = (output or Path("runs") / recipe.name).resolve()
+    _check_stays("--output", folder)
+    if recipe.store is not None:
+        _check_stays("store", Path(recipe.store))
     make_folder(folder, "--output")
     return folder
+
+
+def _check_stays(key: str, folder: Path) -> None:
+    """Raises a UserError for a folder in the copy that Ray makes of a job's working directory."""
+    if {"runtime_resources", "working_dir_files"} <= set(folder.parts):
+        raise UserError(
+            f"{key}: {folder} lies in Ray's copy of the working directory, which each node has for"
+            " itself and Ray removes: give an absolute path on storage that all nodes see"
+        )
 
 
 def _ready(experiment: Experiment) -> Experiment:

@@ -27,6 +27,8 @@ NAME = "log.txt"
 STOPPED = "stopped; run the same command to go on from here"
 _WORKER_BYTES = 4 << 20
 _LINE_CHARACTERS = 1000
+# What Ray puts before the lines of its autoscaler that are meant for people.
+_NEWS = ":event_summary:"
 
 
 class RunLog:
@@ -55,10 +57,12 @@ class RunLog:
         self._write(text)
 
     def from_worker(self, data: Mapping[str, Any]) -> None:
-        """A batch of lines as Ray gives it: ``lines``, ``ip``, ``pid``."""
-        source = f"[{data.get('ip', '?')} {data.get('pid', '?')}]"
+        """A batch of lines as Ray gives it: ``lines``, ``ip``, ``pid`` (or who else of Ray)."""
+        source, lines = f"[{data.get('ip', '?')} {data.get('pid', '?')}]", data.get("lines", ())
+        if data.get("pid") == "autoscaler":  # its report of every five seconds is no news
+            lines = [x.removeprefix(_NEWS) for x in lines if x.startswith(_NEWS)]
         with self._lock:
-            for line in data.get("lines", ()):
+            for line in lines:
                 self._from_worker(source, str(line).rstrip())
 
     def _from_worker(self, source: str, line: str) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,7 +72,9 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """40 hex digits of a file's bytes."""
+    """40 hex digits of a file's bytes; ValueError for what is no file, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: is no regular file")
     state = hashlib.blake2b(digest_size=20)
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -320,8 +323,10 @@ class Store:
             RunError: it is none, although its seal fits.
         """
         entry = self.get(kind, key, suffix="json")
+        if entry is None:
+            return None
         try:
-            return None if entry is None else read_json(entry.path)
+            return read_json(entry.path)
         except ValueError as error:
             raise RunError(f"{entry.path}: {shown(error)}: remove it and run again") from None
 

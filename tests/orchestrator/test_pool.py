@@ -1,6 +1,7 @@
 """The pool on a real Ray: order, memory, death, blame. One Ray for all of them."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.placing import Roster
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.worker import resolve
 
 TASKS = "tests.orchestrator.pool_tasks"
@@ -64,6 +66,26 @@ def test_finished_tasks_bring_new_ones(pool: Pool, tmp_path: Path) -> None:
     pool.run(following(0), labels.extend)
     assert (tmp_path / "notes").read_text().splitlines() == ["step 0", "step 1", "step 2"]
     assert set(labels) <= {"note"}
+
+
+def test_what_workers_print_and_log_is_in_the_log_of_the_run_and_nowhere_else(
+    pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["printed", "warned", "logged"]
+    with run_log(tmp_path, "run"):
+        workers = pool.size
+        pool.run(task("speak", affinity=worker) for worker in range(workers))
+        deadline = time.monotonic() + 60
+        while (tmp_path / "log.txt").read_text().count("logged") < workers:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    for text in texts:
+        found = [line for line in lines if f"{text} by a worker" in line]
+        sources = {re.search(r" \[(\S+) (\d+)\] ", line)[0] for line in found}  # type: ignore[index]
+        assert len(sources) == workers, lines
+    assert lines[-1].endswith(" done")
+    assert "by a worker" not in "".join(capfd.readouterr())
 
 
 def test_urgent_tasks_run_first_when_workers_are_short(pool: Pool, tmp_path: Path) -> None:
