@@ -239,16 +239,16 @@ def _mirror(folder: str) -> Mirror:
 def _inside(path: Path) -> tuple[Mirror, str] | None:
     """The mirror that a path is in, and the name there."""
     text = os.fspath(path)
-    match = _PATTERN.fullmatch(text) if MIRRORS in text else None
-    if match is None:
+    if MIRRORS not in text or (match := _PATTERN.fullmatch(text)) is None:
         return None
     return _mirror(f"{match[1]}/{match[2]}/{match[3]}"), match[4] or ""
 
 
 def fetched(path: Path | str) -> Path:
     """The path, the file being there; raises FileNotFoundError where there is none at the URL."""
-    found = _inside(Path(path))
-    return Path(path) if found is None else found[0].fetched(found[1])
+    path = Path(path)
+    found = _inside(path)
+    return path if found is None else found[0].fetched(found[1])
 
 
 def exists(path: Path) -> bool:
@@ -350,8 +350,8 @@ class RemoteStore(Store):
         read = self.mirror.objects.read_many(map(_seal_name, new))
         for name in new:
             with contextlib.suppress(KeyError, ValueError):
-                sealed = self.mirror.know(name, read[_seal_name(name)])
-                self._seals[name] = versions[name], sealed
+                known = self.mirror.know(name, read[_seal_name(name)])
+                self._seals[name] = versions[name], known
         entries = {}
         for key, name in there.items():
             sealed = self._seals[name][1] if name in self._seals else None

@@ -16,6 +16,7 @@ flushed to disk one by one: what a power failure leaves of them does not match i
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ MODELS = "models"
 MIRRORS = "moesaic-store@"
 # A file that was written so long ago at least shows a change by its time of modification.
 _TICK_NS = 2 * 10**9
-_THREADS = 4
+_THREADS, _TOGETHER = 4, 64
 KINDS = (
     "ids",
     "stats",
@@ -82,25 +83,43 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-# Path → (version of the file, digest of its bytes), as far as this process has looked.
-_digests: dict[str, tuple[tuple[int, int, int], str]] = {}
+# Size, time of modification in ns, and number of a file: another triple where it was altered.
+Version = tuple[int, int, int]
+
+
+def version(path: Path) -> Version:
+    """What tells a file from an altered one, without reading it; see :func:`_are_settled`."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _versions(*paths: Path) -> tuple[Version, ...] | None:
+    """Those of all; None where one is not there."""
+    try:
+        return tuple(map(version, paths))
+    except FileNotFoundError:
+        return None
+
+
+def _are_settled(*versions: Version) -> bool:
+    """Whether the files were written so long ago that their times change when they are altered."""
+    return time.time_ns() - max(modified for _, modified, _ in versions) > _TICK_NS
+
+
+# Path → its version and digest, as far as this process has looked.
+_digests: dict[str, tuple[Version, str]] = {}
 
 
 def checked_digest(path: Path) -> str:
-    """:func:`file_digest`, computed once by a process while size and times of the file stay.
-
-    The time of modification of a file that was just written may not change when it is altered:
-    such a file is looked at again.
-    """
-    state = path.stat()
-    version = (state.st_size, state.st_mtime_ns, state.st_ino)
+    """:func:`file_digest`, computed once by a process while the file's version stays."""
+    found = version(path)
     known = _digests.get(str(path))
-    if known is not None and known[0] == version:
+    if known is not None and known[0] == found:
         return known[1]
-    found = file_digest(path)
-    if time.time_ns() - state.st_mtime_ns > _TICK_NS:
-        _digests[str(path)] = version, found
-    return found
+    value = file_digest(path)
+    if _are_settled(found):
+        _digests[str(path)] = found, value
+    return value
 
 
 @cache
@@ -234,6 +253,8 @@ class Store:
         if MIRRORS in str(root):
             raise ValueError(f"{root} stands for a URL: shared.open_store opens it")
         self.root, self.where = root, str(root)
+        # Entries that were read once, with the versions of file and seal that they were read from.
+        self._checked: dict[Path, tuple[tuple[Version, ...], Entry]] = {}
         make_folder(root, "store")
 
     @property
@@ -257,16 +278,24 @@ class Store:
     def get(self, kind: str, key: str, suffix: str = "safetensors") -> Entry | None:
         """The entry, its bytes checked against the seal; None where it must be (re)made.
 
-        A truncated or altered entry is removed.
+        A truncated or altered entry is removed. Bytes are read once by a store that is kept, as
+        long as size and time of modification of file and seal stay what they were.
         """
         path = self.path(kind, key, suffix)
         seal = seal_path(path)
+        known = self._checked.get(path)
+        if known is not None and known[0] == _versions(path, seal):
+            return known[1]
         try:
+            versions = _versions(path, seal)
             sealed = read_json(seal)
             size, metadata = path.stat().st_size, sealed["metadata"]
-            same = size == sealed["size"] and checked_digest(path) == sealed["digest"]
+            same = size == sealed["size"] and file_digest(path) == sealed["digest"]
             if same and isinstance(metadata, dict):
-                return Entry(path, size, metadata)
+                entry = Entry(path, size, metadata)
+                if versions is not None and _are_settled(*versions):
+                    self._checked[path] = versions, entry
+                return entry
         except FileNotFoundError:  # never finished, or another process is removing it
             return None
         except (ValueError, KeyError, TypeError):
@@ -280,9 +309,15 @@ class Store:
     ) -> dict[str, Entry]:
         """Finished entries by key, as :meth:`get` has them; several are checked at a time."""
         wanted = list(keys)
+        # Many at a time: handing over a single one costs more than reading a small file.
+        parts = [wanted[low : low + _TOGETHER] for low in range(0, len(wanted), _TOGETHER)]
+
+        def get(part: list[str]) -> list[Entry | None]:
+            return [self.get(kind, key, suffix) for key in part]
+
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(lambda key: self.get(kind, key, suffix), wanted)
-        return {key: entry for key, entry in zip(wanted, found, strict=True) if entry is not None}
+            found = itertools.chain.from_iterable(threads.map(get, parts))
+            return {k: entry for k, entry in zip(wanted, found, strict=True) if entry is not None}
 
     def check_kind(self, kind: str) -> None:
         """Raises ValueError for a kind that :meth:`gc` would not know."""
