@@ -288,9 +288,13 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    advanced = all(exists(hidden_path(plan, block + 1, s)) for s in range(*span))
-    if not (advanced and all(exists(node_path(plan, "stats", block, n)) for n in nodes)):
-        model = opened(state, plan)
+    model = opened(state, plan)
+    left = [hidden_path(plan, block + 1, shard) for shard in range(*span)]
+    if plan.gradients:
+        ends = [block, *([block + 1] if block + 1 == model.blocks else [])]
+        left += [boundary_path(plan, end, shard) for end in ends for shard in range(*span)]
+    left += [node_path(plan, "stats", block, node) for node in nodes]
+    if not all(exists(path) for path in left):
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:

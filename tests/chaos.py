@@ -220,10 +220,15 @@ class Chaos:
                 f"not done after {limit} s: {self.outcome}: {self._said()}"
             )
             self._wake(now)
-            if left and now >= due and self._happens(left[0], started):
-                left.pop(0)
+            if left and now >= due:
+                # Some need something that is not there at the moment.
+                kind = next((kind for kind in left if self._happens(kind, started)), None)
+                if kind is None:
+                    due = now + 0.1
+                    continue
+                left.remove(kind)
                 due = now + self.random.uniform(0.2, self.pace.between)
-            elif self.driver is not None and not self.driver.is_alive():
+            if self.driver is not None and not self.driver.is_alive():
                 done = self._ended()
                 if done and not (left and number + 1 == len(commands)):
                     number += 1
@@ -344,7 +349,7 @@ class Chaos:
                 "scratch",
             )
             for path in self.store.glob(f"{kind}/*/*")
-            if ".tmp-" not in path.name
+            if ".tmp" not in path.name
         ]
         return self.random.choice(sorted(found)) if found else None
 

@@ -175,6 +175,35 @@ def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
     assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
 
 
+@pytest.mark.parametrize("calls", [4, 9])
+def test_damaged_unfinished_work_is_made_anew(
+    project: Project,
+    tmp_path: Path,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    calls: int,
+) -> None:
+    """Every file of it is cut off; a run may stop once for each, but must not stop for ever."""
+    project.run(size=2)
+    other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
+    other.write()
+    with pytest.raises(Killed):
+        other.run(size=2, kill_at=calls)
+    files = [path for path in (other.folder / "store" / "scratch").glob("*/*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for _ in range(1 + len(files)):
+        try:
+            other.run(size=2)
+        except RunError as error:
+            assert "run the same command again" in str(error) or "missing" in str(error)
+        else:
+            break
+    one, two = project.left(), other.left()
+    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+
+
 def test_a_run_killed_between_two_stages_ends_with_the_same_bytes(
     project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
