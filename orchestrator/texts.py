@@ -154,7 +154,7 @@ def _jsonl_text(line: str, field: str, where: str) -> str:
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     """The text of a row; raises UserError where there is none."""
     if field not in row:
-        raise UserError(f"{where}: no field {field!r} (there are: {', '.join(map(str, row))})")
+        raise UserError(f"{where}: no field {field!r} (there are: {shown(', '.join(row))})")
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is not text but {text!r:.60}")
