@@ -23,6 +23,7 @@ from moesaic.orchestrator.recipe import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
 _FILE_CHARACTERS = 64_000_000
+_LINE_CHARACTERS = 64_000_000
 # A dataset is streamed: this many times the tokens that are needed, so that there is a choice.
 _DATASET_OVERSAMPLING = 4
 _PIECE_CHARACTERS = 100_000
@@ -124,11 +125,11 @@ def _jsonl_rows(source: Source) -> Iterator[str]:
     try:
         with opener(source.file, "rt", encoding="utf-8") as stream:
             # A line without an end, or a small archive of a huge one, must not fill the memory.
-            lines = iter(lambda: stream.readline(_FILE_CHARACTERS + 1), "")
+            lines = iter(lambda: stream.readline(_LINE_CHARACTERS + 1), "")
             for number, line in enumerate(lines, start=1):
-                if len(line) > _FILE_CHARACTERS:
+                if len(line) > _LINE_CHARACTERS:
                     raise UserError(
-                        f"{source.file}, line {number}: has more than {_FILE_CHARACTERS:,}"
+                        f"{source.file}, line {number}: has more than {_LINE_CHARACTERS:,}"
                         " characters: split the document"
                     )
                 if characters >= _FILE_CHARACTERS:
@@ -154,7 +155,7 @@ def _jsonl_text(line: str, field: str, where: str) -> str:
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     """The text of a row; raises UserError where there is none."""
     if field not in row:
-        raise UserError(f"{where}: no field {field!r} (there are: {', '.join(map(str, row))})")
+        raise UserError(f"{where}: no field {field!r} (there are: {shown(', '.join(row))})")
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is not text but {text!r:.60}")

@@ -33,7 +33,9 @@ from moesaic.orchestrator.listing import read_run
 from moesaic.orchestrator.pieces import piece_metadata, read_piece, write_cut, write_piece
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.study import Study, Told
 from moesaic.orchestrator.texts import Source, documents
+from moesaic.search.knobs import Knob
 from tests.orchestrator.projects import make_recipe
 
 _MANY = int(os.environ.get("MOESAIC_FUZZ", "0"))
@@ -253,8 +255,9 @@ tags = st.sampled_from(
 )
 
 
+# A recipe takes a hundredth of a second, twice where it is right.
 @given(data=st.data())
-@FUZZ
+@settings(FUZZ, max_examples=_MANY or 120)
 def test_a_recipe_is_read_or_refused(recipe_file: Path, data: st.DataObject) -> None:
     plain = recipe_file.read_text()
     odd = recipe_file.with_name("odd.yaml")
@@ -392,6 +395,43 @@ def test_rows_of_text_are_read_or_refused(
     file.write_bytes(b"\n".join(data.draw(st.lists(texts(row), min_size=1, max_size=3))))
     found = tells(lambda: list(documents(Source(file=str(file)))))
     assert found is None or all(isinstance(text, str) for text in found)
+
+
+def opened_study(journal: Path) -> Study:
+    knobs = [Knob("slope", "", 0.0, -1.0, 1.0)]
+    made_of, starts = {"model": "a"}, {"as predicted": {}}
+    return Study(journal, "small", knobs, ["kl"], "random", 3, made_of, starts)
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Lines of the journal of a study with a trial that is told and one that is not."""
+    file = tmp_path_factory.mktemp("study") / "journal.log"
+    with opened_study(file) as study:
+        study.tell(study.ask(), {"kl": 0.5})
+        study.ask()
+    return file.read_bytes().splitlines()
+
+
+@given(data=st.data())
+@FUZZ
+def test_a_journal_is_gone_on_with_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, journal: list[bytes], data: st.DataObject
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "journal" / "journal.log"
+    shutil.rmtree(file.parent, ignore_errors=True)
+    file.parent.mkdir()
+    lines = list(journal)
+    at = data.draw(st.integers(0, len(lines) - 1))
+    lines[at] = data.draw(texts(json.loads(lines[at])))
+    file.write_bytes(b"\n".join(lines) + b"\n")
+
+    def read() -> list[Told]:
+        with opened_study(file) as study:
+            return study.told()
+
+    found = tells(read)
+    assert found is None or all(isinstance(told, Told) for told in found)
 
 
 # Memory. A child process may take so much more than it has after its imports.
