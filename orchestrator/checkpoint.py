@@ -15,6 +15,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -74,15 +75,28 @@ class Checkpoint:
             raise UserError(f"{self.path}: no such model folder")
         self.config: dict[str, Any] = _read_json(self.path / "config.json")
         _refuse_quantized(self.path, self.config)
-        self.files = _weight_files(self.path)
+        self.files = _weight_files(self.path, self._is_there)
         self._entries: dict[str, Entry] = {}
         for file in self.files:
-            for name, entry in _read_header(file).items():
+            for name, entry in self._header(file).items():
                 if name in self._entries:
                     first = self._entries[name].file.name
                     raise UserError(f"{file}: tensor {name} is in {first} as well")
                 self._entries[name] = entry
         self._check_index()
+
+    def _is_there(self, file: Path) -> bool:
+        # Unlike Path.is_file it says False of a name that is too long.
+        return os.path.isfile(file)
+
+    def _header(self, file: Path) -> dict[str, Entry]:
+        """Where the tensors of a file lie."""
+        with open(file, "rb") as stream:
+            return read_header(file, file.stat().st_size, stream.read)
+
+    def _readable(self, file: Path) -> Path:
+        """A file of weights, ready to be opened."""
+        return file
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -133,7 +147,7 @@ class Checkpoint:
             target = out
         if entry.nbytes:
             raw = target.view(-1).view(torch.uint8).numpy().data
-            with open(entry.file, "rb", buffering=0) as stream:
+            with open(self._readable(entry.file), "rb", buffering=0) as stream:
                 stream.seek(entry.begin)
                 _fill(stream, raw, entry, name)
         return target if out is None or target is out else out.copy_(target)
@@ -208,9 +222,9 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
     """The safetensors files of the model: the single file, else the shards of the index."""
-    if (folder / SINGLE).exists():
+    if is_there(folder / SINGLE):
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
@@ -238,28 +252,29 @@ def _weight_files(folder: Path) -> list[Path]:
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Unlike Path.is_file it says False of a name that is too long.
-        if not os.path.isfile(folder / shard):
+        if not is_there(folder / shard):
             raise UserError(f"{index}: names {shard[:80]}, which is not in the folder")
     return [folder / shard for shard in shards]
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file; its tensors must tile the rest of the file exactly."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise UserError(f"{file}: truncated: {size} bytes are no safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES:
-            raise UserError(
-                f"{file}: header of {length} bytes, limit {MAX_HEADER_BYTES} bytes: "
-                "no safetensors file"
-            )
-        if 8 + length > size:
-            raise UserError(f"{file}: truncated: header of {length} bytes, file of {size} bytes")
-        raw = stream.read(length)
+def read_header(file: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Entry]:
+    """Entries of one safetensors file; its tensors must tile the rest of the file exactly.
+
+    Args:
+        size: of the file, in bytes.
+        read: gives the next bytes of it, as many as it is told.
+    """
+    prefix = read(8)
+    if len(prefix) < 8:
+        raise UserError(f"{file}: truncated: {size} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise UserError(
+            f"{file}: header of {length} bytes, limit {MAX_HEADER_BYTES} bytes: no safetensors file"
+        )
+    if 8 + length > size:
+        raise UserError(f"{file}: truncated: header of {length} bytes, file of {size} bytes")
+    raw = read(length)
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:

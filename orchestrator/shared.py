@@ -53,9 +53,9 @@ _PATTERN = re.compile(rf"(/.*?)/({MIRRORS}\d+)/([^/]+)(?:/(.*))?")
 _MARK = "moesaic-store.json"
 # Downloads of a file that does not match its seal before it counts as missing; what is being
 # written at this moment may be read half.
-_READS = 3
+READS = 3
 _THREADS = 8
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def mirror_folder(url: str, place: CachePlace, key: str = "store") -> Path:
         RecipeError: it would have too long a name.
     """
     name = quote(url.rstrip("/"), safe="")
-    if len(name) > _LONGEST_NAME:
-        raise RecipeError(f"{key}: {url[:80]} … is too long: at most {_LONGEST_NAME} characters")
+    if len(name) > LONGEST_NAME:
+        raise RecipeError(f"{key}: {url[:80]} … is too long: at most {LONGEST_NAME} characters")
     return place.folder / f"{MIRRORS}{place.limit_bytes}" / name
 
 
@@ -92,7 +92,7 @@ class Mirror:
 
     def seal(self, name: str) -> dict[str, Any] | None:
         """The seal of a file; None where there is none, or it stays unreadable."""
-        for attempt in range(_READS):
+        for attempt in range(READS):
             if attempt:
                 time.sleep(objects.PAUSE_SECONDS)
             try:
@@ -122,7 +122,7 @@ class Mirror:
             self.cache.used(seal_path(path))
             return path
         sealed = self._known.get(name)
-        for _ in range(_READS):
+        for _ in range(READS):
             sealed = sealed or self.seal(name)
             if sealed is None:
                 raise FileNotFoundError(2, "no such file", f"{self.url}/{name}")
@@ -132,7 +132,7 @@ class Mirror:
             time.sleep(objects.PAUSE_SECONDS)
         self.remove(name)
         raise RunError(
-            f"{self.url}/{name}: does not match its seal, read {_READS} times: it is removed; run"
+            f"{self.url}/{name}: does not match its seal, read {READS} times: it is removed; run"
             " the same command again, it is made anew"
         )
 
