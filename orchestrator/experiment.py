@@ -41,6 +41,7 @@ from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.offers import Offering
 from moesaic.orchestrator.pool import has_16_bit_products, processor_only
+from moesaic.orchestrator.publish import check_publish
 from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.remote_model import copies_folder, open_checkpoint
@@ -127,6 +128,8 @@ class Experiment:
         self.output = output
         self._allotted: Allotted = {}
         mistakes = Mistakes()
+        if (url := recipe.publish) is not None:
+            mistakes.attempt(lambda: check_publish(url))
         where = recipe.store or str(output.parent / "store")
         store = mistakes.attempt(lambda: make_store(where, recipe.cache.place))
         self.folder = (

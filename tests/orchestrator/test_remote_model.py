@@ -15,6 +15,7 @@ from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.forecast import inspect_model
+from moesaic.orchestrator.publish import MARK, publish
 from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder, open_checkpoint
 from moesaic.orchestrator.shared import CachePlace
 from tests.orchestrator.inline import Project
@@ -183,3 +184,42 @@ def test_a_run_from_and_to_s3_leaves_the_bytes_of_a_local_one(
     assert {name for name in one if one[name] != two[name]} <= {"README.md"}
     shutil.rmtree(tmp_path / "cache")  # nobody is hurt
     assert inspect_model(f"{bucket}/llama")["files"] > 3
+
+
+def test_a_published_folder_is_complete_only_with_its_mark(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, system = "faulty://out/model", fsspec.filesystem("faulty")
+
+    def fail(operation: str, path: str) -> int:
+        if path.endswith("tokenizer.json"):
+            raise PermissionError(13, "Forbidden")
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Faulty, "faults", staticmethod(fail))
+        with pytest.raises(RunError, match=r"^publish: faulty://out/model/.*the checkpoint itself"):
+            publish(model, url)
+    assert not system.exists(f"/out/model/{MARK}") and system.exists("/out/model/config.json")
+    assert publish(model, url)
+    there = {Path(path).name: system.cat_file(path) for path in system.find("/out/model")}
+    assert set(json.loads(there.pop(MARK))) == set(there)
+    assert there == {file.name: file.read_bytes() for file in model.iterdir()}
+    assert not publish(model, url)
+    place = CachePlace(tmp_path / "cache", MANY)
+    assert open_checkpoint(copies_folder(url, place)).fingerprint == Checkpoint(model).fingerprint
+
+
+def test_a_run_publishes_what_it_verified(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Project(tmp_path / "one", model, monkeypatch)
+    candidates = [{"method": "rtn", "bits": [3, 8], "group_size": 16}]
+    settings = {"calibration": {"gradient_sequences": 0}, "baselines": None}
+    made.write(publish="faulty://out/run", candidates=candidates, **settings)
+    made.run(stages=("assemble",))
+    there = fsspec.filesystem("faulty").cat_file("/out/run/model.safetensors")
+    assert there == made.left()["model.safetensors"]
+    made.write(publish="/some/folder", candidates=candidates, **settings)
+    with pytest.raises(UserError, match=r"publish: '/some/folder' is no URL of a server"):
+        made.run()
