@@ -49,8 +49,10 @@ from moesaic.orchestrator.store import (
 
 _PATTERN = re.compile(rf"(/.*?)/({MIRRORS}\d+)/([^/]+)(?:/(.*))?")
 # Written whenever a store is opened by who may make one: says that it is one, and that it can be
-# written. A store in the memory of another process does not have it.
+# written.
 _MARK = "moesaic-store.json"
+# URLs of stores that this process made, or may have made.
+_made: set[str] = set()
 # Downloads of a file that does not match its seal before it counts as missing; what is being
 # written at this moment may be read half.
 READS = 3
@@ -88,6 +90,11 @@ class Mirror:
     @cached_property
     def objects(self) -> Objects:
         """What is there; opened when it is first needed."""
+        if self.url.startswith("memory:") and self.url not in _made:
+            raise RecipeError(
+                f"store: {self.url}: lives in the memory of one process, and workers are others:"
+                " give a folder, or the URL of a server"
+            )
         return Objects(self.url)
 
     def seal(self, name: str) -> dict[str, Any] | None:
@@ -306,12 +313,8 @@ class RemoteStore(Store):
         self._seals: dict[str, tuple[str, dict[str, Any]]] = {}
         try:
             if make:
+                _made.add(self.where)
                 self.mirror.objects.write(_MARK, b'{"moesaic": "store"}\n')
-            elif self.where.startswith("memory:") and self.mirror.objects.info(_MARK) is None:
-                raise RecipeError(
-                    f"store: {self.where}: lives in the memory of one process, and workers are"
-                    " others: give a folder, or the URL of a server"
-                )
         except Refusal as error:
             raise RecipeError(f"store: {error}") from None
 

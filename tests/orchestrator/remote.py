@@ -8,6 +8,7 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moesaic.orchestrator import shared
+from moesaic.orchestrator.worker import WorkerState
 
 MANY = 10**9
 
@@ -61,3 +62,11 @@ def forget() -> None:
     """As a process that begins."""
     shared._opened.cache_clear()
     shared._mirror.cache_clear()
+
+
+def pinning(state: WorkerState, path: str) -> list[str]:
+    """A task that reads a file: names in use while it runs."""
+    shared.fetched(path)
+    found = shared._inside(Path(path))
+    assert found is not None
+    return sorted(name for name in found[0].cache._in_use() if name)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from moesaic.orchestrator import objects, run, shared
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, open_store
 from moesaic.orchestrator.store import Store, digest
+from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
-from tests.orchestrator.projects import make_model_folder
+from tests.orchestrator.projects import make_model_folder, make_recipe
 from tests.orchestrator.remote import MANY, Faulty, forget
 
 KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
@@ -245,10 +248,56 @@ def test_a_place_that_refuses_is_the_users_to_mend(
     assert len(Faulty.calls) == 1
 
 
-def test_a_store_in_memory_is_refused_in_another_process(store: Store, tmp_path: Path) -> None:
-    root = shared.mirror_folder("memory://never/made", CachePlace(tmp_path / "cache", MANY))
-    with pytest.raises(RecipeError, match="lives in the memory of one process"):
-        open_store(root)
+def test_a_package_that_is_missing_is_named(
+    place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(url: str, **options: Any) -> Any:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    for protocol, extra in (("gs", "gcs"), ("s3", "s3")):
+        with pytest.raises(RecipeError) as error:
+            make_store(f"{protocol}://bucket/x", place)
+        assert f"pip install 'moesaic[{extra}]'" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"store": "s3://key:secret@bucket/x"}, "store: a URL must not hold a password"),
+        ({"store": "s3://"}, "store: 's3://' names no folder"),
+        ({"store": "simplecache::s3://b/x"}, "store: .* is no URL of a folder"),
+        ({"model": "s3://b/x#y"}, "model: 's3://b/x#y' is no URL of a folder"),
+        ({"store": "file://relative"}, "file:// is followed by an absolute path"),
+        ({"cache": {"size": 0}}, "cache.size: 0 is not a size"),
+        ({"cache": {"where": "x"}}, "cache.where: unknown key .allowed here: folder, size"),
+        ({"publish": "folder"}, "publish: 'folder' is no URL of a server"),
+    ],
+)
+def test_a_recipe_with_a_wrong_place_is_refused(
+    tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        load_recipe(make_recipe(tmp_path, tmp_path, **keys))
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_url_is_its_folder(tmp_path: Path) -> None:
+    where = tmp_path / "with space"
+    recipe = load_recipe(make_recipe(tmp_path, tmp_path, store=where.as_uri()))
+    assert recipe.store == str(where)
+    assert load_recipe(make_recipe(tmp_path, tmp_path, store="s3://b/x/")).store == "s3://b/x"
+
+
+def test_a_store_in_memory_is_refused_in_another_process(place: CachePlace) -> None:
+    root = shared.mirror_folder("memory://never/made", place)
+    for use in (lambda: open_store(root).get("pieces", KEY), lambda: shared.fetched(root / "x")):
+        with pytest.raises(RecipeError, match="lives in the memory of one process"):
+            use()
+    made = make_store("memory://made/here", place)
+    made.put("pieces", KEY, writing(b"x"))
+    assert open_store(made.root).get("pieces", KEY) is not None
 
 
 def test_unfinished_work_goes_from_node_to_node(store: Store, tmp_path: Path) -> None:
@@ -338,6 +387,14 @@ def test_pins_of_the_dead_are_forgotten(tmp_path: Path) -> None:
     assert len(list((tmp_path / ".pins").iterdir())) == 1
     cache.make_room(500)
     assert not path.exists() and not list((tmp_path / ".pins").iterdir())
+
+
+def test_a_worker_uses_nothing_after_its_task(store: Store) -> None:
+    path = store.put("pieces", KEY, writing(b"x")).path
+    release_pins()
+    used = Worker(1).call("tests.orchestrator.remote:pinning", {"path": str(path)})
+    assert isinstance(store, RemoteStore) and used == [str(path.relative_to(path.parents[4]))]
+    assert not any(store.mirror.cache._in_use())
 
 
 def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
