@@ -52,7 +52,6 @@ class Cache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         make_folder(folder, "cache.folder")
-        (folder / _PINS).mkdir(exist_ok=True)
         self._guard = threading.Lock()
         self._pinned: set[str] = set()
         self._pins: IO[str] | None = None
@@ -62,6 +61,7 @@ class Cache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all threads and processes."""
+        (self.folder / _PINS).mkdir(parents=True, exist_ok=True)  # somebody may have cleared it
         with self._guard, (self.folder / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import DTYPES, read_header, read_json, shown
+from moesaic.orchestrator.foreign import DTYPES, parse_header, read_json, shown
 from moesaic.orchestrator.store import MODELS
 
 INDEX = "model.safetensors.index.json"
@@ -61,15 +62,28 @@ class Checkpoint:
         _check_links(self.path)
         self.config: dict[str, Any] = _read_json(self.path / "config.json")
         _refuse_quantized(self.path, self.config)
-        self.files = _weight_files(self.path)
+        self.files = _weight_files(self.path, self._is_there)
         self._entries: dict[str, Entry] = {}
         for file in self.files:
-            for name, entry in _read_header(file).items():
+            for name, entry in self._header(file).items():
                 if name in self._entries:
                     first = self._entries[name].file.name
                     raise UserError(f"{file}: tensor {shown(name)} is in {first} as well")
                 self._entries[name] = entry
         self._check_index()
+
+    def _is_there(self, file: Path) -> bool:
+        # Unlike Path.is_file it says False of a name that is too long.
+        return os.path.isfile(file)
+
+    def _header(self, file: Path) -> dict[str, Entry]:
+        """Where the tensors of a file lie."""
+        with open(file, "rb") as stream:
+            return entries_of(file, file.stat().st_size, stream.read)
+
+    def _readable(self, file: Path) -> Path:
+        """A file of weights, ready to be opened."""
+        return file
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -120,7 +134,7 @@ class Checkpoint:
             target = out
         if entry.nbytes:
             raw = target.view(-1).view(torch.uint8).numpy().data
-            with open(entry.file, "rb", buffering=0) as stream:
+            with open(self._readable(entry.file), "rb", buffering=0) as stream:
                 stream.seek(entry.begin)
                 _fill(stream, raw, entry, name)
         return target if out is None or target is out else out.copy_(target)
@@ -219,9 +233,9 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
     """The safetensors files of the model: the single file, else the shards of the index."""
-    if (folder / SINGLE).exists():
+    if is_there(folder / SINGLE):
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
@@ -249,16 +263,20 @@ def _weight_files(folder: Path) -> list[Path]:
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Unlike Path.is_file it says False of a name that is too long.
-        if not os.path.isfile(folder / shard):
+        if not is_there(folder / shard):
             raise UserError(f"{index}: names {shown(shard[:80])}, which is not in the folder")
     return [folder / shard for shard in shards]
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file; its tensors must tile the rest of the file exactly."""
+def entries_of(file: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Entry]:
+    """Entries of one safetensors file; its tensors must tile the rest of the file exactly.
+
+    Args:
+        size: of the file, in bytes.
+        read: gives the next bytes of it, as many as it is told.
+    """
     try:
-        placed, _ = read_header(file)
+        placed, _ = parse_header(size, read)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -41,11 +41,13 @@ from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.offers import Offering
+from moesaic.orchestrator.publish import check_publish
 from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
+from moesaic.orchestrator.remote_model import copies_folder, open_checkpoint
 from moesaic.orchestrator.score_features import features_key
 from moesaic.orchestrator.shaping import Shaping
-from moesaic.orchestrator.shared import exists, make_store
+from moesaic.orchestrator.shared import CachePlace, exists, make_store
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel, dtype_named
@@ -63,12 +65,15 @@ from moesaic.orchestrator.texts import (
 from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
 
 
-def find_model(name: str) -> Path:
-    """A local folder as it is; any other name is downloaded from the hub, or found in its cache.
+def find_model(name: str, place: CachePlace) -> Path:
+    """A local folder as it is; for a URL the folder that takes copies of what is read; any other
+    name is downloaded from the hub, or found in its cache.
 
     Raises:
         UserError: neither a folder nor a model that can be had.
     """
+    if is_url(name):
+        return copies_folder(name, place)
     path = Path(name)
     if path.is_dir():
         return path
@@ -123,9 +128,14 @@ class Experiment:
         self.output = output
         self._allotted: Allotted = {}
         mistakes = Mistakes()
+        if (url := recipe.publish) is not None:
+            mistakes.attempt(lambda: check_publish(url))
         where = recipe.store or str(output.parent / "store")
         store = mistakes.attempt(lambda: make_store(where, recipe.cache.place))
-        self.folder = mistakes.attempt(lambda: find_model(recipe.model), "model") or Path()
+        self.folder = (
+            mistakes.attempt(lambda: find_model(recipe.model, recipe.cache.place), "model")
+            or Path()
+        )
         model = mistakes.attempt(self._open, "model") if self.folder != Path() else None
         if model is None:
             raise mistakes.error()
@@ -173,7 +183,7 @@ class Experiment:
         return budget
 
     def _open(self) -> StreamedModel:
-        return self._streamed(Checkpoint(self.folder))
+        return self._streamed(open_checkpoint(self.folder))
 
     def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
         return StreamedModel(

@@ -23,7 +23,8 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment, find_model
 from moesaic.orchestrator.machine import Crew, crew
 from moesaic.orchestrator.memory import Sizes, experts_per_token
-from moesaic.orchestrator.recipe import resolve
+from moesaic.orchestrator.recipe import CacheSection, resolve
+from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.results import expert_load
 from moesaic.orchestrator.stages import missing_pairs
 from moesaic.orchestrator.streaming import StreamedModel
@@ -46,10 +47,10 @@ def inspect_model(model: str) -> dict[str, Any]:
         UserError: there is no such model, or it cannot be read.
     """
     try:
-        folder = find_model(resolve(model, Path.cwd()))
+        folder = find_model(resolve(model, Path.cwd()), CacheSection().place)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    streamed = StreamedModel(Checkpoint(folder))
+    streamed = StreamedModel(open_checkpoint(folder))
     checkpoint, units = streamed.checkpoint, streamed.units()
     fixed = streamed.fixed_names()
     parts: dict[str, dict[str, int]] = {}

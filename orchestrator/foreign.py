@@ -15,7 +15,7 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,19 +135,33 @@ def read_header(file: Path) -> tuple[dict[str, Placed], dict[str, str]]:
     state = file.stat()
     if not stat.S_ISREG(state.st_mode):
         raise ValueError("is no regular file")
-    size = state.st_size
     with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"truncated: {size} bytes are no safetensors file")
-        length = int.from_bytes(prefix, "little")
-        limit = min(MAX_HEADER_BYTES, max(_ANY_HEADER_BYTES, size // _HEADER_SHARE))
-        if length > MAX_HEADER_BYTES or limit < length <= size - 8:
-            bound = MAX_HEADER_BYTES if length > MAX_HEADER_BYTES else limit
-            raise ValueError(f"header of {length} bytes, limit {bound} bytes: no safetensors file")
-        if 8 + length > size:
-            raise ValueError(f"truncated: header of {length} bytes, file of {size} bytes")
-        raw = stream.read(length)
+        return parse_header(state.st_size, stream.read)
+
+
+def parse_header(
+    size: int, read: Callable[[int], bytes]
+) -> tuple[dict[str, Placed], dict[str, str]]:
+    """As :func:`read_header`, of a file that lies anywhere.
+
+    Args:
+        size: of the file, in bytes.
+        read: gives the next bytes of it, as many as it is told.
+
+    Raises:
+        ValueError: as there.
+    """
+    prefix = read(8)
+    if len(prefix) < 8:
+        raise ValueError(f"truncated: {size} bytes are no safetensors file")
+    length = int.from_bytes(prefix, "little")
+    limit = min(MAX_HEADER_BYTES, max(_ANY_HEADER_BYTES, size // _HEADER_SHARE))
+    if length > MAX_HEADER_BYTES or limit < length <= size - 8:
+        bound = MAX_HEADER_BYTES if length > MAX_HEADER_BYTES else limit
+        raise ValueError(f"header of {length} bytes, limit {bound} bytes: no safetensors file")
+    if 8 + length > size:
+        raise ValueError(f"truncated: header of {length} bytes, file of {size} bytes")
+    raw = read(length)
     try:
         header = parse_json(raw)
     except ValueError as error:

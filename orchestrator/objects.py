@@ -34,6 +34,8 @@ _EXTRAS = {
 _OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
     ("s3", "s3a"), {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 10}}
 )
+# What drivers call the time of the last change.
+_TIMES = ("LastModified", "mtime", "updated", "last_modified", "created")
 # Names of errors that the drivers do not translate, and of codes in the text of those they do.
 _REFUSALS = (
     "NoCredentials",
@@ -254,8 +256,8 @@ class Objects:
 
     def modified(self, name: str, info: Mapping[str, Any]) -> float:
         """When a file of :meth:`listing` was written, in seconds since 1970."""
-        for key in ("LastModified", "mtime", "updated", "last_modified", "created"):
-            if key in info:
+        for key in _TIMES:
+            if info.get(key) is not None:
                 return _seconds(info[key])
         return _seconds(self._tried(lambda: self.fs.modified(self._at(name)), name, "looked up"))
 
@@ -273,8 +275,12 @@ def _seconds(value: Any) -> float:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """Another text when a file has other content, as far as the place tells."""
-    keys = ("size", "ETag", "etag", "md5Hash", "crc32c", "LastModified", "mtime", "created")
-    return repr([(key, info[key]) for key in keys if key in info])
+    for key in ("ETag", "etag", "md5Hash", "crc32c"):
+        if key in info:
+            return f"{info['size']} {info[key]}"
+    # Times of a listing may be finer than those of a single file.
+    times = [int(_seconds(info[key])) for key in _TIMES if info.get(key) is not None]
+    return f"{info['size']} {times[:1]}"
 
 
 def _reason(error: BaseException) -> str:

@@ -39,6 +39,7 @@ from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
+from moesaic.orchestrator.publish import publish
 from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.orchestrator.refine import Refining
 from moesaic.orchestrator.refinement import Refinement
@@ -451,6 +452,9 @@ class Pipeline:
                 check=lambda written: self._verify(verifier, written, folder, pieces),
             )
         self.view.advance("assemble")
+        if recipe.publish is not None:
+            done = "copied" if publish(folder, recipe.publish) else "is there already"
+            self.view.line(f"{recipe.publish}: {done}")
         return folder
 
     def _verify(

@@ -307,6 +307,12 @@ class Compute(Section):
         return min(workers, self.walkers or workers)
 
 
+def _publish(url: str) -> str:
+    if not is_url(url) or url.startswith("file://"):
+        raise ValueError(f"{url[:80]!r} is no URL of a server: --output names a folder")
+    return local_or_url(url)
+
+
 class CacheSection(Section):
     """Where every node keeps copies of what lies at URLs, and how many bytes of them.
 
@@ -581,6 +587,7 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     store: Text | None = None
     cache: CacheSection = CacheSection()
+    publish: Annotated[Text, AfterValidator(_publish)] | None = None
 
     @field_validator("candidates")
     @classmethod
@@ -608,7 +615,12 @@ class Recipe(Section):
         """
         return {
             label: self.model_copy(
-                update={"name": f"{self.name}-{label}", "budget": budget, "store": store}
+                update={
+                    "name": f"{self.name}-{label}",
+                    "budget": budget,
+                    "store": store,
+                    "publish": f"{self.publish}/{label}" if self.publish else None,
+                }
             )
             for label, budget in self.budget.each.items()
         }

@@ -49,13 +49,15 @@ from moesaic.orchestrator.store import (
 
 _PATTERN = re.compile(rf"(/.*?)/({MIRRORS}\d+)/([^/]+)(?:/(.*))?")
 # Written whenever a store is opened by who may make one: says that it is one, and that it can be
-# written. A store in the memory of another process does not have it.
+# written.
 _MARK = "moesaic-store.json"
+# URLs of stores that this process made, or may have made.
+_made: set[str] = set()
 # Downloads of a file that does not match its seal before it counts as missing; what is being
 # written at this moment may be read half.
-_READS = 3
+READS = 3
 _THREADS = 8
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def mirror_folder(url: str, place: CachePlace, key: str = "store") -> Path:
         RecipeError: it would have too long a name.
     """
     name = quote(url.rstrip("/"), safe="")
-    if len(name) > _LONGEST_NAME:
-        raise RecipeError(f"{key}: {url[:80]} … is too long: at most {_LONGEST_NAME} characters")
+    if len(name) > LONGEST_NAME:
+        raise RecipeError(f"{key}: {url[:80]} … is too long: at most {LONGEST_NAME} characters")
     return place.folder / f"{MIRRORS}{place.limit_bytes}" / name
 
 
@@ -88,11 +90,16 @@ class Mirror:
     @cached_property
     def objects(self) -> Objects:
         """What is there; opened when it is first needed."""
+        if self.url.startswith("memory:") and self.url not in _made:
+            raise RecipeError(
+                f"store: {self.url}: lives in the memory of one process, and workers are others:"
+                " give a folder, or the URL of a server"
+            )
         return Objects(self.url)
 
     def seal(self, name: str) -> dict[str, Any] | None:
         """The seal of a file; None where there is none, or it stays unreadable."""
-        for attempt in range(_READS):
+        for attempt in range(READS):
             if attempt:
                 time.sleep(objects.PAUSE_SECONDS)
             try:
@@ -122,7 +129,7 @@ class Mirror:
             self.cache.used(seal_path(path))
             return path
         sealed = self._known.get(name)
-        for _ in range(_READS):
+        for _ in range(READS):
             sealed = sealed or self.seal(name)
             if sealed is None:
                 raise FileNotFoundError(2, "no such file", f"{self.url}/{name}")
@@ -132,7 +139,7 @@ class Mirror:
             time.sleep(objects.PAUSE_SECONDS)
         self.remove(name)
         raise RunError(
-            f"{self.url}/{name}: does not match its seal, read {_READS} times: it is removed; run"
+            f"{self.url}/{name}: does not match its seal, read {READS} times: it is removed; run"
             " the same command again, it is made anew"
         )
 
@@ -306,12 +313,8 @@ class RemoteStore(Store):
         self._seals: dict[str, tuple[str, dict[str, Any]]] = {}
         try:
             if make:
+                _made.add(self.where)
                 self.mirror.objects.write(_MARK, b'{"moesaic": "store"}\n')
-            elif self.where.startswith("memory:") and self.mirror.objects.info(_MARK) is None:
-                raise RecipeError(
-                    f"store: {self.where}: lives in the memory of one process, and workers are"
-                    " others: give a folder, or the URL of a server"
-                )
         except Refusal as error:
             raise RecipeError(f"store: {error}") from None
 

@@ -36,6 +36,7 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes, unplaced
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
+from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.skeleton import model_class
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
@@ -157,7 +158,7 @@ def _answer() -> None:
     answer: dict[str, Any]
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            original, ids = Checkpoint(Path(request["model"])), torch.tensor(request["ids"])
+            original, ids = open_checkpoint(Path(request["model"])), torch.tensor(request["ids"])
             found = verify(Path(request["folder"]), original, chosen, request["serve"], ids)
         answer = {"difference": found}
     except (RunError, UserError) as error:

@@ -34,10 +34,10 @@ class WorkerState:
 
     def open(self, path: str, dtype: str, trust_remote_code: bool) -> Any:
         """The :class:`StreamedModel` at ``path``, opened anew for who keeps it."""
-        from moesaic.orchestrator.checkpoint import Checkpoint
+        from moesaic.orchestrator.remote_model import open_checkpoint
         from moesaic.orchestrator.streaming import StreamedModel, dtype_named
 
-        checkpoint = Checkpoint(Path(path))
+        checkpoint = open_checkpoint(Path(path))
         return StreamedModel(checkpoint, dtype_named(dtype), self.device, trust_remote_code)
 
     def take(self, key: Any) -> Any | None:

@@ -7,63 +7,19 @@ from typing import Any
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from moesaic.orchestrator import objects, run, shared
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, open_store
 from moesaic.orchestrator.store import Store, digest
+from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
-from tests.orchestrator.projects import make_model_folder
+from tests.orchestrator.projects import make_model_folder, make_recipe
+from tests.orchestrator.remote import MANY, Faulty, forget
 
 KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
-MANY = 10**9
-
-
-class Faulty(MemoryFileSystem):
-    """A file system in memory that fails as it is told to.
-
-    Attributes:
-        faults: called with an operation and a path before it is done; raises, or gives bytes that
-            are to be cut off what is read.
-        calls: operations that were asked for.
-    """
-
-    protocol = "faulty"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
-    faults: Callable[[str, str], int] = staticmethod(lambda operation, path: 0)
-    calls: list[tuple[str, str]] = []
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://"))
-
-    def _asked(self, operation: str, path: str) -> int:
-        Faulty.calls.append((operation, path))
-        return Faulty.faults(operation, path)
-
-    def cat_file(self, path: str, start: Any = None, end: Any = None, **more: Any) -> bytes:
-        cut = self._asked("read", path)
-        found: bytes = super().cat_file(path, start, end, **more)
-        return found[: len(found) - cut]
-
-    def get_file(self, path: str, local: str, *rest: Any, **more: Any) -> None:
-        cut = self._asked("read", path)
-        found = super().cat_file(path)
-        Path(local).write_bytes(found[: len(found) - cut])
-
-    def put_file(self, local: str, path: str, *rest: Any, **more: Any) -> None:
-        self._asked("write", path)
-        super().pipe_file(path, Path(local).read_bytes())
-
-    def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
-        self._asked("write", path)
-        super().pipe_file(path, value)
-
-
-fsspec.register_implementation("faulty", Faulty, clobber=True)
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +28,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
     Faulty.store.clear()
     Faulty.calls.clear()
-    _forget()
+    forget()
     yield
     release_pins()
-
-
-def _forget() -> None:
-    """As a process that begins."""
-    shared._opened.cache_clear()
-    shared._mirror.cache_clear()
 
 
 @pytest.fixture
@@ -122,7 +72,7 @@ def test_an_entry_written_on_one_node_is_read_on_another(store: Store, tmp_path:
 
 def test_a_root_is_all_that_another_process_is_told(store: Store) -> None:
     store.put("pieces", KEY, writing(b"x"))
-    _forget()
+    forget()
     again = open_store(str(store.root))
     assert isinstance(again, RemoteStore) and again.where == "faulty://bucket/folder"
     assert again.get("pieces", KEY) is not None
@@ -298,10 +248,56 @@ def test_a_place_that_refuses_is_the_users_to_mend(
     assert len(Faulty.calls) == 1
 
 
-def test_a_store_in_memory_is_refused_in_another_process(store: Store, tmp_path: Path) -> None:
-    root = shared.mirror_folder("memory://never/made", CachePlace(tmp_path / "cache", MANY))
-    with pytest.raises(RecipeError, match="lives in the memory of one process"):
-        open_store(root)
+def test_a_package_that_is_missing_is_named(
+    place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(url: str, **options: Any) -> Any:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    for protocol, extra in (("gs", "gcs"), ("s3", "s3")):
+        with pytest.raises(RecipeError) as error:
+            make_store(f"{protocol}://bucket/x", place)
+        assert f"pip install 'moesaic[{extra}]'" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"store": "s3://key:secret@bucket/x"}, "store: a URL must not hold a password"),
+        ({"store": "s3://"}, "store: 's3://' names no folder"),
+        ({"store": "simplecache::s3://b/x"}, "store: .* is no URL of a folder"),
+        ({"model": "s3://b/x#y"}, "model: 's3://b/x#y' is no URL of a folder"),
+        ({"store": "file://relative"}, "file:// is followed by an absolute path"),
+        ({"cache": {"size": 0}}, "cache.size: 0 is not a size"),
+        ({"cache": {"where": "x"}}, "cache.where: unknown key .allowed here: folder, size"),
+        ({"publish": "folder"}, "publish: 'folder' is no URL of a server"),
+    ],
+)
+def test_a_recipe_with_a_wrong_place_is_refused(
+    tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        load_recipe(make_recipe(tmp_path, tmp_path, **keys))
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_url_is_its_folder(tmp_path: Path) -> None:
+    where = tmp_path / "with space"
+    recipe = load_recipe(make_recipe(tmp_path, tmp_path, store=where.as_uri()))
+    assert recipe.store == str(where)
+    assert load_recipe(make_recipe(tmp_path, tmp_path, store="s3://b/x/")).store == "s3://b/x"
+
+
+def test_a_store_in_memory_is_refused_in_another_process(place: CachePlace) -> None:
+    root = shared.mirror_folder("memory://never/made", place)
+    for use in (lambda: open_store(root).get("pieces", KEY), lambda: shared.fetched(root / "x")):
+        with pytest.raises(RecipeError, match="lives in the memory of one process"):
+            use()
+    made = make_store("memory://made/here", place)
+    made.put("pieces", KEY, writing(b"x"))
+    assert open_store(made.root).get("pieces", KEY) is not None
 
 
 def test_unfinished_work_goes_from_node_to_node(store: Store, tmp_path: Path) -> None:
@@ -393,6 +389,14 @@ def test_pins_of_the_dead_are_forgotten(tmp_path: Path) -> None:
     assert not path.exists() and not list((tmp_path / ".pins").iterdir())
 
 
+def test_a_worker_uses_nothing_after_its_task(store: Store) -> None:
+    path = store.put("pieces", KEY, writing(b"x")).path
+    release_pins()
+    used = Worker(1).call("tests.orchestrator.remote:pinning", {"path": str(path)})
+    assert isinstance(store, RemoteStore) and used == [str(path.relative_to(path.parents[4]))]
+    assert not any(store.mirror.cache._in_use())
+
+
 def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
     store.put("pieces", KEY, writing(bytes(5000)))
     root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
@@ -401,33 +405,6 @@ def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -
 
 
 # A server of S3's kind
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    made = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    made.start()
-    host, port = made.get_host_and_port()
-    yield f"http://{host}:{port}"
-    made.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The URL of an empty bucket."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    name = f"b{digest(str(tmp_path))[:20]}"
-    fsspec.filesystem("s3").mkdir(name)
-    return f"s3://{name}"
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +425,7 @@ def test_a_run_on_s3_killed_and_resumed_with_an_empty_cache_leaves_the_bytes_of_
         made.run(size=2, kill_at=whole.total() // 2)
     done = made.calls.copy()
     release_pins()
-    _forget()
+    forget()
     made.write(store=url, cache={"folder": "second", "size": "2 MB"})
     made.run(size=2)
     assert done.total() > 3 and made.calls.total() > 3
@@ -482,7 +459,7 @@ def test_what_s3_refuses_is_one_line(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    _forget()
+    forget()
     with pytest.raises(RecipeError, match=r"^store: s3://.*redentials") as error:
         make_store(f"{bucket}/x", place)
     assert "\n" not in str(error.value)

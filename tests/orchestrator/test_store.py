@@ -245,6 +245,27 @@ def _age(path: Path, seconds: float = 7200) -> None:
     os.utime(path, (then, then))
 
 
+@pytest.mark.parametrize("altered", ["safetensors", "seal.json"])
+def test_an_entry_is_read_once_and_again_when_file_or_seal_changed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, altered: str
+) -> None:
+    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    files = [path, path.with_name(f"{KEY}.seal.json")]
+    digest_of, read = module.file_digest, []
+    monkeypatch.setattr(module, "file_digest", lambda p: read.append(p) or digest_of(p))
+    for _ in range(2):  # just written: its time might not show a change
+        assert store.get("pieces", KEY) is not None
+    assert len(read) == 2
+    for file in files:
+        _age(file)
+    assert all(store.get_many("pieces", [KEY, OTHER]).keys() == {KEY} for _ in range(3))
+    assert len(read) == 3
+    file = path.with_name(f"{KEY}.{altered}")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"bytes", b"bytez").replace(b"digest", b"digezt"))
+    assert store.get("pieces", KEY) is None and not path.exists()
+
+
 def test_gc_keeps_what_is_used_or_young_and_removes_the_rest(store: Store) -> None:
     used = store.put("pieces", KEY, writing(b"used")).path
     unused = store.put("pieces", OTHER, writing(b"unused")).path

@@ -1,0 +1,203 @@
+"""A model folder at a URL, copied to the nodes that read it, file by file.
+
+Every node has a folder of copies; its name, as that of a store's mirror (see
+:mod:`moesaic.orchestrator.shared`), says where they come from:
+
+    CACHE/moesaic-model@BYTES/QUOTED-URL/...
+
+Configuration and tokenizer are there from the start. Of a file of weights only the header is read,
+until a tensor in it is wanted; so a node that works on a few blocks has the shards of these. A copy
+counts as long as its size, its digest, and the version that the place told (ETag or time) stay.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote
+
+from moesaic.orchestrator.cache import TEMPORARY, cache_at
+from moesaic.orchestrator.checkpoint import Checkpoint, Entry, entries_of
+from moesaic.orchestrator.digests import file_digest
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.foreign import MAX_HEADER_BYTES
+from moesaic.orchestrator.objects import Objects, Refusal, version_of
+from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
+from moesaic.orchestrator.store import disk_errors
+
+_COPIES = "moesaic-model@"
+_PATTERN = re.compile(rf"(/.*?)/{_COPIES}(\d+)/([^/]+)")
+# What a model consists of besides weights; as for models of the hub, no code.
+_SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
+_SMALL_BYTES = 200_000_000
+# Beside a copy: what is known of it.
+_NOTE = ".copy"
+# A header is mostly shorter: one request instead of two.
+_FIRST_BYTES = 1 << 20
+
+
+def copies_folder(url: str, place: CachePlace) -> Path:
+    """The folder on every node that takes copies of the files at a URL.
+
+    Raises:
+        RecipeError: it would have too long a name.
+    """
+    name = quote(url.rstrip("/"), safe="")
+    if len(name) > LONGEST_NAME:
+        raise RecipeError(f"model: {url[:80]} … is too long: at most {LONGEST_NAME} characters")
+    return place.folder / f"{_COPIES}{place.limit_bytes}" / name
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The model in a folder, or at the URL that the folder takes copies of."""
+    found = _PATTERN.fullmatch(str(folder))
+    if found is None:
+        return Checkpoint(folder)
+    return RemoteCheckpoint(folder, unquote(found[3]), CachePlace(Path(found[1]), int(found[2])))
+
+
+class RemoteCheckpoint(Checkpoint):
+    """A model at a URL.
+
+    Args:
+        path: folder of the copies.
+        url: where the model is.
+        place: the cache that the folder is in.
+
+    Raises:
+        UserError: as :class:`Checkpoint`; or there is no model.
+        RunError: nobody answers there.
+    """
+
+    def __init__(self, path: Path, url: str, place: CachePlace) -> None:
+        self.url, self.folder = url, path
+        self.cache = cache_at(place.folder, place.limit_bytes)
+        self.objects = Objects(url, "model")
+        try:
+            found = self.objects.listing()
+        except Refusal as error:
+            raise RecipeError(f"model: {error}") from None
+        # A name that leads out of the folder is nobody's file.
+        self.remote = {name: info for name, info in found.items() if _is_inside(name)}
+        if "config.json" not in self.remote:
+            raise UserError(f"{url}: no model folder: there is no config.json")
+        for name, info in self.remote.items():
+            if PurePosixPath(name).suffix in _SMALL and info["size"] <= _SMALL_BYTES:
+                self._copied(name)
+        super().__init__(path)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+    def _is_there(self, file: Path) -> bool:
+        return self._name(file) in self.remote
+
+    def _header(self, file: Path) -> dict[str, Entry]:
+        name, size = self._name(file), int(self.remote[self._name(file)]["size"])
+        raw = self.objects.read_range(name, 0, min(size, _FIRST_BYTES))
+        length = int.from_bytes(raw[:8], "little")
+        if len(raw) < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
+            raw = self.objects.read_range(name, 0, 8 + length)
+        if len(raw) < min(8 + length, size) and length <= MAX_HEADER_BYTES:
+            raise RunError(f"{self.url}/{name}: was read only in part; run the same command again")
+        return entries_of(file, size, io.BytesIO(raw).read)
+
+    def _readable(self, file: Path) -> Path:
+        return self._copied(self._name(file))
+
+    def entries(self) -> dict[str, Entry]:
+        """Where every tensor lies, by name; all files are there until pins are released."""
+        for file in self.files:
+            self._copied(self._name(file))
+        return super().entries()
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(int(self.remote[self._name(file)]["size"]) for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As that of the same files in a local folder."""
+        digest = hashlib.blake2b(digest_size=16)
+        for file in [self.folder / "config.json", *self.files]:
+            name = self._name(file)
+            known = self._note(name) or {}
+            if known.get("version") != version_of(self.remote[name]):
+                self._copied(name)
+                known = self._note(name) or {}
+            digest.update(json.dumps([file.name, known["digest"]]).encode())
+        return digest.hexdigest()
+
+    def _note(self, name: str) -> dict[str, Any] | None:
+        """What was written down of a copy; None where there is nothing, or it was altered."""
+        try:
+            found = json.loads((self.folder / f"{name}{_NOTE}").read_bytes())
+            return found if {"version", "size", "digest"} <= found.keys() else None
+        except (FileNotFoundError, ValueError, AttributeError):
+            return None
+
+    def _copied(self, name: str) -> Path:
+        """The copy of a file, made if it is not there; in use until pins are released."""
+        path, info = self.folder / name, self.remote[name]
+        self.cache.pin(path)
+        if self._is_whole(path, self._note(name), info):
+            self.cache.used(path)
+            self.cache.used(path.with_name(f"{path.name}{_NOTE}"))
+            return path
+        self.cache.make_room(int(info["size"]))
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(READS):
+            if self._downloaded(name, path, info):
+                return path
+        raise RunError(
+            f"{self.url}/{name}: has {info['size']:,} bytes, of which {READS} times not all came;"
+            " run the same command again"
+        )
+
+    def _is_whole(
+        self, path: Path, note: Mapping[str, Any] | None, info: Mapping[str, Any]
+    ) -> bool:
+        if note is None or note["version"] != version_of(info):
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            whole = path.stat().st_size == note["size"] and file_digest(path) == note["digest"]
+            return bool(whole)
+        return False
+
+    def _downloaded(self, name: str, path: Path, info: Mapping[str, Any]) -> bool:
+        """Whether all of a file came; only then is it kept."""
+        temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            self.objects.download(name, temporary)
+            after = self.objects.info(name)
+            if after is None or version_of(after) != version_of(info):
+                raise RunError(f"{self.url}/{name}: changed while the model was read")
+            if temporary.stat().st_size != info["size"]:
+                return False
+            with disk_errors(path):
+                temporary.replace(path)
+                note = {
+                    "version": version_of(info),
+                    "size": info["size"],
+                    "digest": file_digest(path),
+                }
+                temporary.write_text(json.dumps(note), encoding="utf-8")
+                temporary.replace(path.with_name(f"{path.name}{_NOTE}"))
+            return True
+        except FileNotFoundError:
+            raise RunError(f"{self.url}/{name}: was removed while the model was read") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in the folder that it is put into."""
+    parts = name.split("/")
+    return "\0" not in name and all(part not in ("", ".", "..") for part in parts)

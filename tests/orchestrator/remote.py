@@ -1,0 +1,72 @@
+"""A place at a URL for tests, in memory, that fails as it is told to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+from moesaic.orchestrator import shared
+from moesaic.orchestrator.worker import WorkerState
+
+MANY = 10**9
+
+
+class Faulty(MemoryFileSystem):
+    """A file system in memory that fails as it is told to.
+
+    Attributes:
+        faults: called with an operation and a path before it is done; raises, or gives bytes that
+            are to be cut off what is read.
+        calls: operations that were asked for.
+    """
+
+    protocol = "faulty"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    faults: Callable[[str, str], int] = staticmethod(lambda operation, path: 0)
+    calls: list[tuple[str, str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://"))
+
+    def _asked(self, operation: str, path: str) -> int:
+        Faulty.calls.append((operation, path))
+        return Faulty.faults(operation, path)
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **more: Any) -> bytes:
+        cut = self._asked("read", path)
+        found: bytes = super().cat_file(path, start, end, **more)
+        return found[: len(found) - cut]
+
+    def get_file(self, path: str, local: str, *rest: Any, **more: Any) -> None:
+        cut = self._asked("read", path)
+        found = super().cat_file(path)
+        Path(local).write_bytes(found[: len(found) - cut])
+
+    def put_file(self, local: str, path: str, *rest: Any, **more: Any) -> None:
+        self._asked("write", path)
+        super().pipe_file(path, Path(local).read_bytes())
+
+    def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
+        self._asked("write", path)
+        super().pipe_file(path, value)
+
+
+fsspec.register_implementation("faulty", Faulty, clobber=True)
+
+
+def forget() -> None:
+    """As a process that begins."""
+    shared._opened.cache_clear()
+    shared._mirror.cache_clear()
+
+
+def pinning(state: WorkerState, path: str) -> list[str]:
+    """A task that reads a file: names in use while it runs."""
+    shared.fetched(path)
+    found = shared._inside(Path(path))
+    assert found is not None
+    return sorted(name for name in found[0].cache._in_use() if name)

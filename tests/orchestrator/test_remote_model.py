@@ -1,0 +1,225 @@
+"""A model at a URL: the bytes of the folder, copied as far as they are needed."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from moesaic.orchestrator import objects
+from moesaic.orchestrator.cache import release_pins
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.forecast import inspect_model
+from moesaic.orchestrator.publish import MARK, publish
+from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder, open_checkpoint
+from moesaic.orchestrator.shared import CachePlace
+from tests.orchestrator.inline import Project
+from tests.orchestrator.projects import make_model_folder
+from tests.orchestrator.remote import MANY, Faulty, forget
+
+URL = "faulty://models/llama"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model_folder(tmp_path_factory.mktemp("llama"), "llama", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    Faulty.store.clear()
+    upload(model, "faulty", "/models/llama")
+    Faulty.calls.clear()
+    forget()
+    yield
+    release_pins()
+
+
+def upload(folder: Path, protocol: str, to: str) -> None:
+    system = fsspec.filesystem(protocol)
+    for file in folder.iterdir():
+        system.pipe_file(f"{to}/{file.name}", file.read_bytes())
+
+
+def opened(tmp_path: Path, size: int = MANY) -> RemoteCheckpoint:
+    found = open_checkpoint(copies_folder(URL, CachePlace(tmp_path / "cache", size)))
+    assert isinstance(found, RemoteCheckpoint)
+    return found
+
+
+def weights(found: RemoteCheckpoint) -> set[str]:
+    return {file.name for file in found.folder.glob("*.safetensors")}
+
+
+def test_it_is_the_checkpoint_of_the_folder(model: Path, tmp_path: Path) -> None:
+    one, two = Checkpoint(model), opened(tmp_path)
+    assert two.names() == one.names() and two.config == one.config
+    assert (two.total_bytes, two.file_bytes) == (one.total_bytes, one.file_bytes)
+    for name in one.names():
+        assert torch.equal(one.read(name), two.read(name))
+    assert two.fingerprint == one.fingerprint
+
+
+def test_only_the_shards_that_are_wanted_come_and_they_come_once(
+    model: Path, tmp_path: Path
+) -> None:
+    found = opened(tmp_path)
+    assert weights(found) == set()
+    name = found.names()[0]
+    found.read(name)
+    assert weights(found) == {Checkpoint(model).entries()[name].file.name}
+    Faulty.calls.clear()
+    found.read(name)
+    assert opened(tmp_path).read(name) is not None
+    assert not [path for kind, path in Faulty.calls if not _is_header(kind, path)]
+
+
+def _is_header(kind: str, path: str) -> bool:
+    """Headers are read by every process that opens the model."""
+    return kind == "read" and path.endswith(".safetensors")
+
+
+def test_a_copy_that_was_altered_or_is_out_of_date_is_made_again(
+    model: Path, tmp_path: Path
+) -> None:
+    found = opened(tmp_path)
+    name = found.names()[0]
+    good = found.read(name)
+    file = found.entries()[name].file
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert torch.equal(found.read(name), good)
+    config = json.loads((model / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    fsspec.filesystem("faulty").pipe_file("/models/llama/config.json", json.dumps(config).encode())
+    assert opened(tmp_path).config["rms_norm_eps"] == 0.5
+
+
+def test_shards_leave_a_small_cache_and_come_back(model: Path, tmp_path: Path) -> None:
+    whole = Checkpoint(model)
+    limit = whole.file_bytes // 2
+    found = opened(tmp_path, limit)
+    release_pins()
+    for _ in range(2):
+        for name in whole.names():
+            assert torch.equal(found.read(name), whole.read(name))
+            release_pins()
+            kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+            assert sum(path.stat().st_size for path in kept) <= limit
+    assert found.fingerprint == whole.fingerprint
+
+
+def test_a_truncated_download_is_repeated_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, left = opened(tmp_path), [3, 1]
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda *call: left.pop() if left else 0))
+    found.read(found.names()[0])
+    assert not left
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda *call: 1))
+    with pytest.raises(RunError, match=r"faulty://models/llama/.* of which 3 times not all came"):
+        for name in found.names():
+            found.read(name)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "a.bin"])
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, shard: str) -> None:
+    system = fsspec.filesystem("faulty")
+    name = "/models/llama/model.safetensors.index.json"
+    index = json.loads(system.cat_file(name))
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    system.pipe_file(name, json.dumps(index).encode())
+    with pytest.raises(UserError, match="is not a name of a .safetensors file inside the folder"):
+        opened(tmp_path)
+    assert not list(tmp_path.rglob("secret*"))
+
+
+def test_a_listing_that_leads_elsewhere_writes_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = objects.Objects.listing
+
+    def hostile(self: objects.Objects, folder: str = "") -> dict[str, Any]:
+        found = dict(listing(self, folder))
+        return {**found, "../../evil.json": found["config.json"], "/evil.json": {"size": 3}}
+
+    monkeypatch.setattr(objects.Objects, "listing", hostile)
+    assert opened(tmp_path).names()
+    assert not list(tmp_path.rglob("evil*")) and not Path("/evil.json").exists()
+
+
+def test_no_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^faulty://models/none: no model folder: there is no con"):
+        open_checkpoint(copies_folder("faulty://models/none", CachePlace(tmp_path, MANY)))
+    with pytest.raises(RecipeError, match=r"^model: nosuch://x/y: "):
+        open_checkpoint(copies_folder("nosuch://x/y", CachePlace(tmp_path, MANY)))
+
+
+def test_a_run_from_and_to_s3_leaves_the_bytes_of_a_local_one(
+    bucket: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sections = {"calibration": {"gradient_sequences": 0}, "baselines": None}
+    candidates = [{"method": "rtn", "bits": [3, 8], "group_size": 16}]
+    local = Project(tmp_path / "local", model, monkeypatch)
+    local.write(candidates=candidates, **sections)
+    local.run()
+    upload(model, "s3", f"{bucket}/llama")
+    cache = {"folder": str(tmp_path / "cache"), "size": "1 GB"}
+    made = Project(tmp_path / "remote", f"{bucket}/llama", monkeypatch)  # type: ignore[arg-type]
+    made.write(candidates=candidates, cache=cache, **sections)
+    made.run(size=2)
+    one, two = local.left(), made.left()
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= {"README.md"}
+    shutil.rmtree(tmp_path / "cache")  # nobody is hurt
+    assert inspect_model(f"{bucket}/llama")["files"] > 3
+
+
+def test_a_published_folder_is_complete_only_with_its_mark(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, system = "faulty://out/model", fsspec.filesystem("faulty")
+
+    def fail(operation: str, path: str) -> int:
+        if path.endswith("tokenizer.json"):
+            raise PermissionError(13, "Forbidden")
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Faulty, "faults", staticmethod(fail))
+        with pytest.raises(RunError, match=r"^publish: faulty://out/model/.*the checkpoint itself"):
+            publish(model, url)
+    assert not system.exists(f"/out/model/{MARK}") and system.exists("/out/model/config.json")
+    assert publish(model, url)
+    there = {Path(path).name: system.cat_file(path) for path in system.find("/out/model")}
+    assert set(json.loads(there.pop(MARK))) == set(there)
+    assert there == {file.name: file.read_bytes() for file in model.iterdir()}
+    assert not publish(model, url)
+    place = CachePlace(tmp_path / "cache", MANY)
+    assert open_checkpoint(copies_folder(url, place)).fingerprint == Checkpoint(model).fingerprint
+
+
+def test_a_run_publishes_what_it_verified(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Project(tmp_path / "one", model, monkeypatch)
+    candidates = [{"method": "rtn", "bits": [3, 8], "group_size": 16}]
+    settings = {"calibration": {"gradient_sequences": 0}, "baselines": None}
+    made.write(publish="faulty://out/run", candidates=candidates, **settings)
+    made.run(stages=("assemble",))
+    there = fsspec.filesystem("faulty").cat_file("/out/run/model.safetensors")
+    assert there == made.left()["model.safetensors"]
+    made.write(publish="/some/folder", candidates=candidates, **settings)
+    with pytest.raises(UserError, match=r"publish: '/some/folder' is no URL of a server"):
+        made.run()
