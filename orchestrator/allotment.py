@@ -1,7 +1,6 @@
 """Layers that share out their experts: how many each keeps is decided once all are calibrated."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 from moesaic.methods.base import Spec, Stats, Unit
@@ -10,6 +9,7 @@ from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.reductions import layer_shape
+from moesaic.orchestrator.shared import open_store
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
@@ -29,7 +29,7 @@ def allotted(
     Raises:
         RecipeError: the share asked for is less than the layers need.
     """
-    store, found = Store(Path(walk.store)), {}
+    store, found = open_store(walk.store), {}
     for spec in specs:
         options = spec.parsed()
         reducer = cast(Allotting, reducer_module(spec.method))

@@ -68,7 +68,7 @@ class Budgets:
     def __init__(self, whole: Pipeline) -> None:
         self.whole = whole
         experiment = whole.experiment
-        recipes = experiment.recipe.of_budgets(experiment.store.root)
+        recipes = experiment.recipe.of_budgets(experiment.store.where)
         self.each = {
             label: whole.under(recipe, whole.output / label) for label, recipe in recipes.items()
         }

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.damage import DamagedFile, damage_removed
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.expert_statistics import (
     ExpertStatistics,
@@ -34,6 +35,7 @@ from moesaic.orchestrator.expert_statistics import (
 )
 from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
 from moesaic.orchestrator.statistics import (
     BLOCK,
     InfluenceObserver,
@@ -46,14 +48,16 @@ from moesaic.orchestrator.statistics import (
     tree_sum,
 )
 from moesaic.orchestrator.store import (
-    Store,
     code_digest,
     digest,
     scratch_folder,
-    write_atomically,
 )
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+
+# A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk,
+# and hidden states in memory.
+LEAD = 2
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,15 @@ class Walk:
 
 
 def load_tensor(path: Path) -> Tensor | None:
-    """A tensor saved alone, copied so that the file is not kept mapped; None if not there."""
+    """A tensor saved alone, copied so that the file is not kept mapped; None if not there.
+
+    One that was damaged is removed, and not there either.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
+        with damage_removed(path), safe_open(fetched(path), framework="pt") as file:
             value: Tensor = file.get_tensor("value").clone()
             return value
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedFile):
         return None
 
 
@@ -167,7 +174,7 @@ def save_tensor(path: Path, value: Tensor) -> None:
     def write(temporary: Path) -> None:
         save_file({"value": value.cpu().contiguous()}, temporary)
 
-    write_atomically(path, write)
+    write_shared(path, write)
 
 
 def token_ids(walk: Walk, shard: int) -> Tensor:
@@ -177,7 +184,7 @@ def token_ids(walk: Walk, shard: int) -> Tensor:
 
 def read_ids(file: str, low: int, high: int) -> Tensor:
     """Tokens of the sequences ``low … high - 1``, int64 ``[sequences, length]``."""
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(fetched(file), framework="pt") as opened:
         rows: Tensor = opened.get_slice("ids")[low:high].long()
         return rows
 
@@ -258,7 +265,7 @@ def _collecting(
 
 def _tokens(walk: Walk, shard: int) -> Tokens:
     low, high = walk.shard_rows(shard)
-    with safe_open(walk.ids, framework="pt") as file:
+    with safe_open(fetched(walk.ids), framework="pt") as file:
         length = file.get_slice("ids").get_shape()[1]
     tokens = walk.sequences * length
     places, rows = sampled_tokens(low * length, high * length, tokens, walk.sampled)
@@ -281,8 +288,8 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    advanced = all(hidden_path(plan, block + 1, s).exists() for s in range(*span))
-    if not (advanced and all(node_path(plan, "stats", block, n).exists() for n in nodes)):
+    advanced = all(exists(hidden_path(plan, block + 1, s)) for s in range(*span))
+    if not (advanced and all(exists(node_path(plan, "stats", block, n)) for n in nodes)):
         model = opened(state, plan)
         module = model.load_block(block)
 
@@ -301,7 +308,7 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    if not all(node_path(plan, "stats", block, node).exists() for node in nodes):
+    if not all(exists(node_path(plan, "stats", block, node)) for node in nodes):
         model = opened(state, plan)
         module = model.load_block(block)
 
@@ -325,7 +332,7 @@ def advance(
     """Takes the shards of ``span`` through a block made of ``pieces`` (unit → file)."""
     plan = Walk(**walk)
     started = time.monotonic()
-    if not all(hidden_path(plan, block + 1, s).exists() for s in range(*span)):
+    if not all(exists(hidden_path(plan, block + 1, s)) for s in range(*span)):
         model = opened(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
@@ -360,7 +367,7 @@ def sum_nodes(
     for node in nodes:
         sums = tree_sum(node, leaf)
         path = node_path(walk, what, block, node)
-        write_atomically(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
+        write_shared(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
 
 
 def _passed(
@@ -391,7 +398,7 @@ def _advance(
     influence: InfluenceObserver | None = None,
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
-    model = opened(state, walk)
+    model, own = opened(state, walk), ("hidden", walk.key, walk.prefixes)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
     after = _passed(walk, model, block, module, hidden, influence)
@@ -402,7 +409,9 @@ def _advance(
         )
     save_tensor(hidden_path(walk, block + 1, shard), after)
     if block + 1 < model.blocks:
-        state.put(("hidden", walk.key, walk.prefixes, block + 1, shard), after)
+        # What a worker got of other ranges, while theirs was away, may have gone on elsewhere.
+        state.discard(lambda key: key[:3] == own and key[3] < block - LEAD)
+        state.put((*own, block + 1, shard), after)
     else:
         _keep_boundary(walk, block + 1, shard, after)
 
@@ -411,14 +420,14 @@ def _finished(walk: Walk, block: int, span: Node, started: float) -> dict[str, A
     """Drops hidden states that no resume needs: the block before the one just passed."""
     if block > 0:
         for shard in range(*span):
-            hidden_path(walk, block - 1, shard).unlink(missing_ok=True)
+            remove(hidden_path(walk, block - 1, shard))
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
 
 
 def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
     if walk.gradients:
         path = boundary_path(walk, block, shard)
-        if not path.exists():
+        if not exists(path):
             save_tensor(path, hidden[: walk.gradients])
 
 
@@ -429,16 +438,18 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
         what: ``stats`` or ``gradients``.
     """
     plan = Walk(**walk)
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
-    if store.get(what, key) is not None:  # by a worker that died while it removed the nodes
-        return {"peak_bytes": peak_memory_bytes()}
     root: Node = (0, plan.shards)
     used: list[Path] = []
 
+    def known() -> bool:
+        """Whether another worker was here, and has removed some nodes or all."""
+        return store.get(what, key) is not None
+
     def leaf(node: Node) -> SiteStats | None:
         path = node_path(plan, what, block, node)
-        if not path.exists():
+        if not exists(path):
             if node[1] - node[0] == 1:
                 raise RunError(f"block {block}: the {what} of shard {node[0]} are missing")
             return None
@@ -448,7 +459,14 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
             stats.sums = {name: value.clone() for name, value in stats.sums.items()}
         return loaded
 
-    total = tree_sum(root, leaf)
+    if known():
+        return {"peak_bytes": peak_memory_bytes()}
+    try:
+        total = tree_sum(root, leaf)
+    except (RunError, FileNotFoundError):
+        if known():
+            return {"peak_bytes": peak_memory_bytes()}
+        raise
     for site, stats in total.items():
         for name, value in stats.sums.items():
             if not torch.isfinite(value).all():
@@ -459,5 +477,5 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     }
     store.put(what, key, lambda p: save_stats(p, total), {"block": block, **counts})
     for path in used:
-        path.unlink(missing_ok=True)
+        remove(path)
     return {"peak_bytes": peak_memory_bytes()}

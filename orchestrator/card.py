@@ -7,6 +7,7 @@ from typing import Any
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.recipe import Recipe, portable
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.yardsticks import yardstick_of
 from moesaic.search.base import Plan
 
@@ -39,7 +40,8 @@ def model_card(
     ]
     if scores is not None:
         lines += [*score_lines(scores), ""]
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""])
+    lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    return redacted("\n".join(lines))
 
 
 def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -5,16 +5,17 @@ its file by plain positioned reads: a memory map would keep touched pages reside
 any tensor that views it lives, and the bound on memory (one block) would be lost.
 
 Everything that can be wrong with a folder is found before the first weight is read and answered
-with a :class:`UserError`. Shard names from the index must stay inside the folder as written;
-symbolic links are followed, because the folders of the Hugging Face cache consist of them and an
-index cannot create one.
+with a :class:`UserError`. Shard names from the index must stay inside the folder as written.
+Symbolic links must, too, wherever they stand in the folder: a checkpoint from elsewhere could lead
+to private files, and what belongs to a model is copied into the folder that is published. The
+folders of the Hugging Face cache consist of links to ``blobs`` beside them, and those of our store
+to its entries: these are followed.
 """
 
 import hashlib
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -25,26 +26,11 @@ from torch import Tensor
 
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import DTYPES, read_header, read_json, shown
+from moesaic.orchestrator.store import MODELS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# The safetensors library refuses longer headers, too.
-MAX_HEADER_BYTES = 100_000_000
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder")
+        _check_links(self.path)
         self.config: dict[str, Any] = _read_json(self.path / "config.json")
         _refuse_quantized(self.path, self.config)
         self.files = _weight_files(self.path)
@@ -80,7 +67,7 @@ class Checkpoint:
             for name, entry in _read_header(file).items():
                 if name in self._entries:
                     first = self._entries[name].file.name
-                    raise UserError(f"{file}: tensor {name} is in {first} as well")
+                    raise UserError(f"{file}: tensor {shown(name)} is in {first} as well")
                 self._entries[name] = entry
         self._check_index()
 
@@ -173,7 +160,7 @@ class Checkpoint:
         promised = _read_json(index)["weight_map"]
         for name, shard in promised.items():
             if name not in self._entries or self._entries[name].file != self.path / shard:
-                raise UserError(f"{index}: tensor {name} is not in {shard}")
+                raise UserError(f"{index}: tensor {shown(name)} is not in {shard}")
 
 
 def _fill(stream: Any, raw: memoryview, entry: Entry, name: str) -> None:
@@ -189,12 +176,36 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder needs it")
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from error
+        content = read_json(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON: {shown(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def _check_links(folder: Path) -> None:
+    """Raises a :class:`UserError` for a symbolic link that leads out of the folder."""
+    inside = folder.resolve()
+    allowed = [inside]
+    if inside.parent.name == "snapshots":  # of the Hugging Face cache: REPO/snapshots/COMMIT
+        allowed.append((inside.parents[1] / "blobs").resolve())
+    if inside.parent.name == MODELS:  # of a store
+        allowed.append((inside.parents[1] / "sliced").resolve())
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
+        if not path.is_symlink():
+            continue
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):
+            raise UserError(f"{path}: is a symbolic link that leads nowhere") from None
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise UserError(
+                f"{path}: is a symbolic link to {shown(target)}, outside the model folder: put the"
+                " file itself there"
+            )
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
@@ -204,7 +215,7 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     raise UserError(
         f"{folder / 'config.json'}: quantization_config says that the model is already quantized "
-        f"({kind}); give the original checkpoint in 16 or 32 bits"
+        f"({shown(kind)}); give the original checkpoint in 16 or 32 bits"
     )
 
 
@@ -233,76 +244,26 @@ def _weight_files(folder: Path) -> list[Path]:
             or pure.suffix != ".safetensors"
         ):
             raise UserError(
-                f"{index}: tensor {name}: {str(shard)[:80]!r} is not a name of a .safetensors file"
-                " inside the folder"
+                f"{index}: tensor {shown(name)}: {str(shard)[:80]!r} is not a name of a"
+                " .safetensors file inside the folder"
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         # Unlike Path.is_file it says False of a name that is too long.
         if not os.path.isfile(folder / shard):
-            raise UserError(f"{index}: names {shard[:80]}, which is not in the folder")
+            raise UserError(f"{index}: names {shown(shard[:80])}, which is not in the folder")
     return [folder / shard for shard in shards]
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
     """Entries of one safetensors file; its tensors must tile the rest of the file exactly."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise UserError(f"{file}: truncated: {size} bytes are no safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES:
-            raise UserError(
-                f"{file}: header of {length} bytes, limit {MAX_HEADER_BYTES} bytes: "
-                "no safetensors file"
-            )
-        if 8 + length > size:
-            raise UserError(f"{file}: truncated: header of {length} bytes, file of {size} bytes")
-        raw = stream.read(length)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: header is not readable as JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{file}: header must be a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
-    _check_extent(file, size, 8 + length, entries)
-    return entries
-
-
-def _entry(file: Path, name: str, info: Any, data_begin: int) -> Entry:
-    try:
-        dtype, shape = info["dtype"], tuple(info["shape"])
-        begin, end = info["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: header entry of tensor {name} is incomplete") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(
-            f"{file}: tensor {name} has dtype {str(dtype)[:80]}; known: {', '.join(DTYPES)}"
-        )
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise UserError(f"{file}: tensor {name} has an illegal shape or offset")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if end - begin != nbytes:
-        raise UserError(
-            f"{file}: tensor {name} of shape {list(shape)} needs {nbytes} bytes, "
-            f"its offsets give {end - begin}"
-        )
-    return Entry(file, data_begin + begin, nbytes, shape, DTYPES[dtype])
-
-
-def _check_extent(file: Path, size: int, data_begin: int, entries: dict[str, Entry]) -> None:
-    position = data_begin
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
-        if entry.begin != position:
-            raise UserError(f"{file}: tensor {name} overlaps another one or leaves a gap")
-        position += entry.nbytes
-    if position > size:
-        raise UserError(
-            f"{file}: truncated: the header says {position} bytes, the file has {size}; "
-            "copy or download it again"
-        )
-    if position < size:
-        raise UserError(f"{file}: {size - position} bytes behind the last tensor")
+        placed, _ = read_header(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return {
+        name: Entry(file, own.begin, own.nbytes, own.shape, DTYPES[own.dtype])
+        for name, own in placed.items()
+    }

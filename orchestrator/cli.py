@@ -16,8 +16,11 @@ import typer
 from rich.table import Table
 
 from moesaic.kernels.discovery import UnknownName
+from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import score_table, stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.redaction import redacted
+from moesaic.orchestrator.runlog import STOPPED
 
 app = typer.Typer(
     name="moesaic",
@@ -82,7 +85,7 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
     except RunError as error:
         _fail("failed", str(error), 1, as_json, debug)
     except KeyboardInterrupt:
-        _fail("failed", "stopped; run the same command to go on from here", 1, as_json, debug)
+        _fail("failed", STOPPED, 1, as_json, debug)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         hint = "" if debug else " (--debug shows the traceback)"
@@ -94,7 +97,7 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
 
 def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> NoReturn:
     if debug:
-        traceback.print_exc()
+        stderr.print(traceback.format_exc(), markup=False)
     stderr.print(f"{word}: {reason}", markup=False)
     if as_json:
         _print_json({"error": reason, "exit": status})
@@ -103,7 +106,7 @@ def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> No
 
 def _print_json(value: Mapping[str, Any]) -> None:
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(redacted(text) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -394,7 +397,7 @@ def show(
 
 @store_app.command("gc")
 def store_gc(
-    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    store: Annotated[str, typer.Argument(help="Folder or URL of the store.")],
     keep: Annotated[
         list[Path] | None, typer.Option(help="Run folders whose pieces stay (repeatable).")
     ] = None,
@@ -431,6 +434,8 @@ def main() -> None:
 def _stop(number: int, frame: object) -> None:
     # A second one must not disturb what the first one made us put in order.
     signal.signal(number, signal.SIG_IGN)
+    # At once: who sent it (Ray after 3 s) may not wait until everything is in order.
+    runlog.urgent(f"stopping, {signal.Signals(number).name}; finished work is kept")
     raise KeyboardInterrupt
 
 

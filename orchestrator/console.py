@@ -18,9 +18,23 @@ from rich.progress import (
 from rich.table import Table
 
 from moesaic.methods.base import Event
+from moesaic.orchestrator import runlog
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.yardsticks import LANGUAGE, yardstick_of
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Lines(Console):
+    """A console whose texts hold no secrets and stand in the log of the run, too."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        clean = [redacted(o) if isinstance(o, str) else o for o in objects]
+        super().print(*clean, **options)
+        for text in clean:
+            if isinstance(text, str):
+                runlog.note(text)
+
+
+stderr = Lines(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
 # Rates and times left are those of the last minutes: a stage may have waited for another one.
 _RATE_SECONDS = 120.0

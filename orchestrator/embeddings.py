@@ -22,7 +22,6 @@ of predicted over measured), ranks correlated with what was measured by 0.55; ta
 1.8 and 0.86.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import read_json, shown
 
 MEAN, FIRST = "mean", "first"
 # Key of sentence-transformers → how we pool. The last only scales, and lengths are made 1.
@@ -55,25 +55,27 @@ def read_pooling(folder: Path) -> str:
     if not listed.is_file():
         return MEAN
     try:
-        modules = json.loads(listed.read_text(encoding="utf-8"))
+        modules = read_json(listed)
         kinds = {str(m["type"]).rpartition(".")[2]: folder / str(m["path"]) for m in modules}
         odd = next((kind for kind in kinds if kind not in _UNDERSTOOD), None)
         if odd is not None:
             raise UserError(
-                f"{listed}: {odd}: embeddings are pooled and made unit vectors here, nothing more"
-                f" (understood: {', '.join(_UNDERSTOOD)})"
+                f"{listed}: {shown(odd)}: embeddings are pooled and made unit vectors here, nothing"
+                f" more (understood: {', '.join(_UNDERSTOOD)})"
             )
         if "Pooling" not in kinds:
             return MEAN
         file = kinds["Pooling"] / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{listed}: names {shown(file)}, outside the model folder")
+        config = read_json(file)
         wanted = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = shown(f"{type(error).__name__}: {error}")
         raise UserError(f"{listed}: the pooling cannot be read from it: {reason}") from None
     if len(wanted) != 1 or wanted[0] not in _POOLING:
         raise UserError(
-            f"{file}: {', '.join(wanted) or 'no pooling_mode is on'}: exactly one of"
+            f"{file}: {shown(', '.join(wanted)) or 'no pooling_mode is on'}: exactly one of"
             f" {', '.join(_POOLING)} is understood"
         )
     return _POOLING[wanted[0]]

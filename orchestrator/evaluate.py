@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.embeddings import Sentences, sentence_score
-from moesaic.orchestrator.store import Store, code_digest, digest
+from moesaic.orchestrator.shared import fetched, open_store
+from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, yardstick_of
@@ -180,7 +180,7 @@ def evaluate_rows(
         hidden = [model.run_block(index, module, x) for x in hidden]
         seconds += time.monotonic() - started
     result = judging.result(ids, plan.batch, hidden)
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     same = not pieces and not plan.original
     if same:
         dense = result
@@ -198,8 +198,9 @@ def evaluate_rows(
 def dense_hidden(judge: Judge, rows: Sequence[int]) -> Tensor:
     """What came out of the dense model, as it was evaluated before: of a language model its last
     hidden states ``[rows, length, H]``."""
-    store = Store(Path(judge.store))
-    with safe_open(store.path("hidden", judge.hidden_key(rows)), framework="pt") as file:
+    store = open_store(judge.store)
+    path = fetched(store.path("hidden", judge.hidden_key(rows)))
+    with safe_open(path, framework="pt") as file:
         value: Tensor = file.get_tensor("value")
         return value
 

@@ -33,17 +33,19 @@ from moesaic.orchestrator.assemble import header_bytes_bound
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.choices import Chosen, choices, member_choices, tied_choices
+from moesaic.orchestrator.cluster import has_16_bit_products, processor_only
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.measure import Job, needs, piece_key
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.offers import Offering
-from moesaic.orchestrator.pool import has_16_bit_products, processor_only
 from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.score_features import features_key
 from moesaic.orchestrator.shaping import Shaping
+from moesaic.orchestrator.shared import exists, make_store
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel, dtype_named
@@ -121,8 +123,8 @@ class Experiment:
         self.output = output
         self._allotted: Allotted = {}
         mistakes = Mistakes()
-        root = Path(recipe.store) if recipe.store else output.parent / "store"
-        store = mistakes.attempt(lambda: Store(root))
+        where = recipe.store or str(output.parent / "store")
+        store = mistakes.attempt(lambda: make_store(where, recipe.cache.place))
         self.folder = mistakes.attempt(lambda: find_model(recipe.model), "model") or Path()
         model = mistakes.attempt(self._open, "model") if self.folder != Path() else None
         if model is None:
@@ -191,6 +193,11 @@ class Experiment:
         width = sliced_width(self.original, options)
         if store is None:
             raise RecipeError("store: nowhere to put the sliced model")
+        if is_url(store.where):
+            raise RecipeError(
+                f"slice: the sliced model is a folder of links to entries, which {store.where}"
+                " cannot hold: name a folder that all nodes see as store"
+            )
         self.store = store
         walk = Walk(
             model=str(self.folder),
@@ -618,7 +625,7 @@ class Experiment:
         walk, store = self.walk, self.store
         blocks = range(self.model.blocks)
         stats = [store.path("stats", walk.stats_key(block)) for block in blocks]
-        if self.open_specs() and all(path.exists() for path in stats):
+        if self.open_specs() and all(map(exists, stats)):
             self.close()
         pairs = [(unit, chain) for unit, offered in self.offers.items() for chain in offered]
         keys = {self.key(unit, chain, walk) for unit, chain in pairs}

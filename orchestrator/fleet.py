@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moesaic.orchestrator.datasheet import DATA_SHEETS
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.pool import shares
+from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe import Compute, parse_bytes
 
 # What is taken where nothing is said: cores per GPU of a node that names none, memory per core,

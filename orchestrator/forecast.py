@@ -6,7 +6,6 @@ is estimated from speeds measured on this machine.
 """
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -152,10 +151,10 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
         "bytes": _bytes(experiment),
         "work": _work(experiment, left),
         "store": {
-            "path": str(experiment.store.root),
+            "path": experiment.store.where,
             **store,
             "total": sum(store.values()),
-            "free": shutil.disk_usage(experiment.store.root).free,
+            "free": experiment.store.free_bytes,
         },
         "memory": {
             "stages": stages,
@@ -321,11 +320,11 @@ def _machine_events(
             f" {size_text(available)} that are available",
             value=peak * team.workers,
         )
-    free = shutil.disk_usage(experiment.store.root).free
-    if store_bytes > free:
+    free = experiment.store.free_bytes
+    if free is not None and store_bytes > free:
         yield Event(
             "disk_short",
-            f"{experiment.store.root} has {size_text(free)} free, the store may take"
+            f"{experiment.store.where} has {size_text(free)} free, the store may take"
             f" {size_text(store_bytes)}",
             value=store_bytes,
         )
@@ -366,7 +365,8 @@ def show_forecast(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"store   {store['path']}: {size_text(store['total'])} in the end"
         f" (pieces {size_text(store['pieces'])}, statistics {size_text(store['stats'])},"
-        f" unfinished work {size_text(store['scratch'])}), {size_text(store['free'])} free",
+        f" unfinished work {size_text(store['scratch'])})"
+        + ("" if store["free"] is None else f", {size_text(store['free'])} free"),
         markup=False,
     )
     console.print(

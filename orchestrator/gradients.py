@@ -34,6 +34,7 @@ from moesaic.orchestrator.calibrate import (
 from moesaic.orchestrator.embeddings import noise_gradients
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
+from moesaic.orchestrator.shared import exists, remove
 from moesaic.orchestrator.statistics import GradientObserver, Node, SiteStats, covered
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -121,8 +122,8 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
-    returned = all(gradient_path(plan, block, s).exists() for s in range(*span))
-    if not (returned and all(node_path(plan, "gradients", block, n).exists() for n in nodes)):
+    returned = all(exists(gradient_path(plan, block, s)) for s in range(*span))
+    if not (returned and all(exists(node_path(plan, "gradients", block, n)) for n in nodes)):
         model = opened(state, plan)
         module = model.load_block(block).requires_grad_(False)
 
@@ -148,6 +149,6 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
         sum_nodes(plan, "gradients", block, nodes, shard_stats)
     for shard in range(*span):
-        gradient_path(plan, block + 2, shard).unlink(missing_ok=True)
-        boundary_path(plan, block + 2, shard).unlink(missing_ok=True)
+        remove(gradient_path(plan, block + 2, shard))
+        remove(boundary_path(plan, block + 2, shard))
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}

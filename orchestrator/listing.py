@@ -1,6 +1,5 @@
 """What there is: plug-ins by kind, and the results of a finished run."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from moesaic.kernels.discovery import UnknownName, plugins
 from moesaic.methods.base import Spec, chain_text
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.yardsticks import yardstick_of
 
 # What every score of a finished run has, whatever it was judged by.
@@ -133,15 +133,15 @@ def _check_scores(scores: Any, file: Path) -> None:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file.parent}: no finished run: {file.name} is missing") from None
     except OSError as error:
         raise UserError(f"{str(file)[:300]}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(file, error) from None
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    reason = shown(" ".join(f"{type(error).__name__}: {error}".split()))
     return UserError(f"{file}: is damaged ({reason}): run the recipe again to have it written anew")

@@ -27,9 +27,10 @@ from moesaic.methods.base import (
     reducing,
 )
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pool import cluster_address, shares
+from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe import Compute
 from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
 from moesaic.orchestrator.store import file_digest, write_atomically

@@ -25,8 +25,9 @@ from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.narrowing import block_parts, narrowed_part
 from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
+from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, load_stats
-from moesaic.orchestrator.store import Entry, Store, code_digest, digest
+from moesaic.orchestrator.store import Entry, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.search.base import Measurement
@@ -131,7 +132,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     if plan.reduction is None:
         weights = {unit.name: model.read_unit(unit) for unit in units}
     elif part is not None:
-        store, prefix = Store(Path(plan.store)), _prefix(plan)
+        store, prefix = open_store(plan.store), _prefix(plan)
         narrowed = narrowed_part(store, plan.reduction, model, part, prefix, stats)
         units = [narrowed.shaped(unit.name) for unit in units]
         weights = {unit.name: {"weight": narrowed.linears[unit.name].weight} for unit in units}
@@ -160,7 +161,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     _move(stats, state.device)
     _move(slopes, state.device)
     bench = Bench(
-        store=Store(Path(plan.store)),
+        store=open_store(plan.store),
         units=units,
         weights=weights,
         side=side,
@@ -215,7 +216,7 @@ def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
     assert plan.reduction is not None, "the job is about a reduction"
     site = expert_site(unit.name)
     stats = load_stats(Path(plan.stats), lambda name: name == site)[site]
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     return reduced_bank(store, plan.reduction, model, unit, _prefix(plan), stats)
 
 
@@ -242,7 +243,7 @@ def predicted_losses(
         member → (Σ‖ΔW x‖², Σ‖W x‖², predicted loss or None), float64 ``[*batch]`` each.
     """
     found = {}
-    with safe_open(errors, framework="pt") as file:
+    with safe_open(fetched(errors), framework="pt") as file:
         for member in unit.shapes:
             error = file.get_tensor(f"error|{member}").double()  # [*batch, out]
             norm = file.get_tensor(f"norm|{member}").double()

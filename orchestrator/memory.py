@@ -18,7 +18,7 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum_shapes
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.pool import WORKER_ENVIRONMENT
+from moesaic.orchestrator.placing import WORKER_ENVIRONMENT
 from moesaic.orchestrator.refine import BLOCKS
 from moesaic.orchestrator.resident import HIDDEN_BYTES, WEIGHT_BYTES
 from moesaic.orchestrator.stages import EVALUATION_PARTS

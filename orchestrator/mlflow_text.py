@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.redaction import is_redacted, keep_secret, redacted
 
 VALUE_CHARACTERS = 6000
 _NAME_CHARACTERS = 250
@@ -52,18 +52,24 @@ def place(uri: str | None, beside: Path) -> Place:
         UserError: MLflow has no such store.
     """
     uri = uri if uri is not None else f"{_SQLITE}{beside.resolve() / 'mlflow.db'}"
+    keep_secret(uri)
+    if is_redacted(uri):
+        raise UserError(
+            f"tracking.uri: {uri!r}: its secret was taken out: put it in, or leave it"
+            " to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     scheme = re.split(r"[:+]", uri, maxsplit=1)[0]
     if uri.startswith(_SQLITE) and uri != _SQLITE:
         file = Path(uri.removeprefix(_SQLITE)).resolve()
         address = f"{_SQLITE}{file}"
         return Place(address, address, True, file.parent / "mlartifacts", file)
     if "://" in uri and scheme in _DATABASES and scheme != "sqlite":
-        return Place(uri, _without_password(uri), True, beside.resolve() / "mlartifacts")
+        return Place(uri, redacted(uri), True, beside.resolve() / "mlartifacts")
     if uri == "databricks" or ("://" in uri and scheme in _SERVERS):
-        return Place(uri, _without_password(uri), False, None)
+        return Place(uri, redacted(uri), False, None)
     reason = "is a folder of files, which MLflow no longer writes" if _is_folder(uri) else "is none"
     raise UserError(
-        f"tracking.uri: {_without_password(uri)!r} {reason}: write sqlite:///FILE.db,"
+        f"tracking.uri: {redacted(uri)!r} {reason}: write sqlite:///FILE.db,"
         f" http://HOST:PORT or another database ({', '.join(_DATABASES[1:])})"
     )
 
@@ -72,16 +78,12 @@ def _is_folder(uri: str) -> bool:
     return uri.startswith("file:") or "://" not in uri
 
 
-def _without_password(uri: str) -> str:
-    try:
-        password = urlsplit(uri).password
-    except ValueError:  # no URL at all: nothing in it can be told apart as a password
-        return uri
-    return uri.replace(f":{password}@", ":***@", 1) if password else uri
-
-
 def legal_name(name: str) -> str:
-    """``name`` where it is allowed; else what is allowed of it, with a digest to keep it apart."""
+    """``name`` where it is allowed; else what is allowed of it, with a digest to keep it apart.
+
+    Secrets in it are taken out first.
+    """
+    name = redacted(name)
     clean = "/".join(_legal_part(part, r"[^A-Za-z0-9_\-. :]") for part in name.split("/"))
     if len(clean) <= _NAME_CHARACTERS:
         return clean

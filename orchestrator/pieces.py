@@ -6,10 +6,16 @@ explains itself. Equal pieces are equal files.
 
 A *cut* is a piece without tensors of its own: it names a piece of the same store, made at a larger
 rank, and the rank of every member. It is read like any other.
+
+Whoever shares the store may have written a piece, so what it says of itself is checked before it is
+used: the parts of a member have the shapes and dtypes that its format gives a weight of that shape.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +24,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moesaic.kernels.tensor import CompressedTensor, Param
+from moesaic.kernels.tensor import CompressedTensor, Param, format_module
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.foreign import DTYPES, parse_json, shown
+from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, read_file, write_file
 
 _MEMBERS = "members"
 _METADATA = "metadata"
 _CUT = "cut"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 8, 2**48
 
 
 @dataclass(frozen=True)
@@ -75,28 +86,53 @@ def write_cut(path: Path, of: str, ranks: Mapping[str, int], metadata: Mapping[s
 
 def is_cut(path: Path) -> bool:
     """Whether the piece is a cut of another one."""
-    return _CUT in read_file(path)[1]
+    return _CUT in read_file(fetched(path))[1]
 
 
-def _uncut(path: Path, of: str) -> Path:
+def _uncut(path: Path, of: Any) -> Path:
     """Where the piece with the key ``of`` lies in the store of the piece at ``path``."""
+    if not isinstance(of, str) or not re.fullmatch(r"[0-9a-f]+", of):
+        raise ValueError(f"it is a cut of {shown(of)}, which is no key")
     return path.parents[1] / of[:2] / f"{of}{path.suffix}"
+
+
+@contextmanager
+def _trusting_nothing(path: Path) -> Iterator[None]:
+    """What a piece says that cannot be so, as one line."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise RunError(
+            f"{path}: is no piece of moesaic, or was altered ({reason}): remove it and run the same"
+            " command again"
+        ) from error
 
 
 def read_piece(path: Path) -> dict[str, CompressedTensor]:
     """The members of a piece; tensors are views of a memory map of the file.
 
     Raises:
-        RunError: the file is cut off.
+        RunError: the file is cut off, or no piece.
     """
-    text = read_file(path)[1].get(_CUT)
+    text = read_file(fetched(path))[1].get(_CUT)
     if text is not None:
-        cut = json.loads(text)
-        whole = read_piece(_uncut(path, cut["of"]))
-        return {
-            name: member.cut(cut["ranks"][name]) if name in cut["ranks"] else member
-            for name, member in whole.items()
-        }
+        with _trusting_nothing(path):
+            cut = parse_json(text.encode())
+            uncut = _uncut(path, cut["of"])
+            if not uncut.is_file():
+                raise ValueError(f"it is a cut of {uncut.name}, which is gone")
+            whole = _read_whole(uncut)
+            if not cut["ranks"].keys() <= whole.keys():
+                raise ValueError("it cuts members that are not there")
+            return {
+                name: member.cut(cut["ranks"][name]) if name in cut["ranks"] else member
+                for name, member in whole.items()
+            }
+    return _read_whole(path)
+
+
+def _read_whole(path: Path) -> dict[str, CompressedTensor]:
     pieces = {}
     members = piece_header(path)
     with safe_open(path, framework="pt") as file:
@@ -112,20 +148,41 @@ def piece_header(path: Path) -> dict[str, Member]:
     """The members of a piece that is no cut, without their tensors.
 
     Raises:
-        RunError: the file is cut off.
+        RunError: the file is cut off, or no piece.
     """
-    stored, metadata = read_file(path)
+    stored, metadata = read_file(fetched(path))
     members = {}
-    for name, text in json.loads(metadata[_MEMBERS]).items():
-        prefix = f"{name}."
-        parts = {n.removeprefix(prefix): s for n, s in stored.items() if n.startswith(prefix)}
-        members[name] = Member(**parse(text), parts=parts)
+    with _trusting_nothing(path):
+        for name, text in parse_json(metadata[_MEMBERS].encode()).items():
+            prefix = f"{name}."
+            parts = {n.removeprefix(prefix): s for n, s in stored.items() if n.startswith(prefix)}
+            members[name] = Member(**parse(text), parts=parts)
+            _check_parts(name, members[name])
     return members
 
 
+def _check_parts(name: str, member: Member) -> None:
+    """Raises ValueError unless the parts are those of a weight of that format and shape."""
+    module = format_module(member.format)
+    wanted = module.part_shapes(member.shape, member.dtype, member.params)
+    found = {part: (s.shape, DTYPES[s.dtype]) for part, s in member.parts.items()}
+    if found != {part: (tuple(shape), dtype) for part, (shape, dtype) in wanted.items()}:
+        raise ValueError(
+            f"the parts of {name} are not those of a weight of shape {list(member.shape)} in the"
+            f" format {member.format}"
+        )
+
+
 def piece_metadata(path: Path) -> dict[str, str]:
-    """The metadata that the piece was written with."""
-    text: dict[str, str] = json.loads(read_file(path)[1][_METADATA])
+    """The metadata that the piece was written with.
+
+    Raises:
+        RunError: the file is cut off, or no piece.
+    """
+    with _trusting_nothing(path):
+        text: dict[str, str] = parse_json(read_file(fetched(path))[1][_METADATA].encode())
+        if not isinstance(text, dict):
+            raise ValueError("its metadata is no mapping")
     return text
 
 
@@ -142,9 +199,22 @@ def describe(
 
 
 def parse(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Format, shape, dtype and params from :func:`describe`."""
-    dtype = getattr(torch, text["dtype"])
-    return {**text, "shape": tuple(text["shape"]), "dtype": dtype}
+    """Format, shape, dtype and params from :func:`describe`.
+
+    Raises:
+        ValueError, LookupError, TypeError: no such description.
+    """
+    name, shape, dtype, params = (text[key] for key in ("format", "shape", "dtype", "params"))
+    if not isinstance(name, str) or dtype not in _DTYPES:
+        raise ValueError(f"format {shown(name)} of dtype {shown(dtype)} is unknown")
+    legal = isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
+    if not legal or not all(type(n) is int and 0 <= n < _MOST_ELEMENTS for n in shape):
+        raise ValueError(f"shape {shown(shape)} is none")
+    if math.prod(shape) >= _MOST_ELEMENTS:
+        raise ValueError(f"shape {shape} is too large")
+    if not isinstance(params, dict) or not all(isinstance(v, Param) for v in params.values()):
+        raise ValueError("params must map names to numbers and texts")
+    return {"format": name, "shape": tuple(shape), "dtype": _DTYPES[dtype], "params": params}
 
 
 def tensor_blob(name: str, tensor: Tensor) -> Blob:

@@ -228,15 +228,18 @@ class Pipeline:
         """A problem with the losses of the score that the recipe wants."""
         return rated(self.experiment, self.pool, self.view, self.table, given)
 
-    def fitted(self, given: Problem) -> Plan:
+    def fitted(self, given: Problem, search: str | None = None) -> Plan:
         """The plan of least predicted loss whose files fit the budget.
+
+        Args:
+            search: instead of the recipe's strategy.
 
         Headers of the files are first reckoned at their bound. Where that matters (small models), a
         budget in bytes is then spent to the end: the next search gets what the last plan's headers
         did not need, as long as the files still fit.
         """
         experiment = self.experiment
-        strategy = experiment.recipe.search
+        strategy = search or experiment.recipe.search
         try:
             plan = solve(given, strategy)
             if experiment.recipe.budget.bytes is None:

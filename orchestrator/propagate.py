@@ -1,6 +1,5 @@
 """``propagate: true``: a plan solved again, each block on what its compressed predecessors give."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,19 @@ from moesaic.methods.base import Chain, Spec, reducing
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import exists, remove_unfinished
 from moesaic.orchestrator.stages import (
     measure_task,
     measuring_jobs,
     missing_pairs,
 )
 from moesaic.orchestrator.statistics import ranges
-from moesaic.orchestrator.store import digest, remove_scratch
+from moesaic.orchestrator.store import digest
 
 
 def _names(experiment: Experiment, block: int, chosen: Chosen) -> list[str]:
@@ -47,13 +49,16 @@ def entries(experiment: Experiment, plan: Path) -> list[Path]:
     if not experiment.recipe.propagate or not plan.is_file():
         return []
     plans = [experiment.everywhere(chain) for chain in experiment.recipe.baselines.values()]
-    specs = json.loads(plan.read_text(encoding="utf-8"))["units"]
-    plans.append(
-        {
-            name: tuple(Spec.of(spec["method"], spec["options"]) for spec in links)
-            for name, links in specs.items()
-        }
-    )
+    try:
+        plans.append(
+            {
+                name: tuple(Spec.of(spec["method"], spec["options"]) for spec in links)
+                for name, links in read_json(plan)["units"].items()
+            }
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise UserError(f"{plan}: is damaged ({reason}): run the recipe again") from None
     found = []
     for chosen in plans:
         walk = prefixed(experiment, chosen)
@@ -111,7 +116,7 @@ class Propagation:
             if block + 1 < len(blocks):
                 self._advance(block)
             self.view.advance(self.stage)
-        remove_scratch(self.walk.scratch)
+        remove_unfinished(self.walk.scratch)
         return self.walk
 
     def _has_stats(self, block: int) -> bool:
@@ -136,7 +141,7 @@ class Propagation:
         known = (
             block
             for block in range(first, 0, -1)
-            if all(hidden_path(self.walk, block, shard).exists() for shard in shards)
+            if all(exists(hidden_path(self.walk, block, shard)) for shard in shards)
         )
         return next(known, 0)
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import ray
 
 from moesaic.orchestrator import mlflow_text
+from moesaic.orchestrator.cluster import cluster_address, connect, try_address
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.pool import cluster_address, connect, try_address
 from moesaic.orchestrator.recipe import Compute, Tracking
 from moesaic.orchestrator.store import make_folder
 

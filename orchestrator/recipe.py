@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import yaml
 from pydantic import (
@@ -30,6 +32,10 @@ from moesaic.methods.chains import order_problem
 from moesaic.methods.router_calibration import Options as RouterOptions
 from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import printable, shown
+from moesaic.orchestrator.objects import check_url, is_url
+from moesaic.orchestrator.shared import CachePlace
+from moesaic.orchestrator.yamlfile import read_yaml
 from moesaic.search.base import search_module
 from moesaic.search.features import scores
 from moesaic.search.refining import refiners
@@ -44,6 +50,7 @@ _MOST_BYTES = 10**18
 _MOST_CHOICES = 1000
 # What a path may have on Linux, and a folder's name with room for what is put around it.
 _PATH_CHARACTERS, _NAME_CHARACTERS = 4096, 100
+_LINE_CHARACTERS = 1000
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 
@@ -79,11 +86,24 @@ def resolve(name: str, relative_to: Path) -> str:
             known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*.txt"))]
             raise ValueError(f"no {name!r}: there are {', '.join(BUILTIN + k for k in known)}")
         return str(path)
+    if is_url(name):
+        return local_or_url(name)
     absolute = absolute_path(name, relative_to)
     try:
         return str(absolute.resolve()) if absolute.exists() else name
     except OSError as error:
         raise ValueError(f"{name[:80]!r} cannot be looked up: {error.strerror}") from None
+
+
+def local_or_url(name: str) -> str:
+    """A URL, checked; the path of one that begins with ``file://``."""
+    check_url(name)
+    if not name.startswith("file://"):
+        return name.rstrip("/")
+    path = unquote(name.removeprefix("file://"))
+    if not path.startswith("/"):
+        raise ValueError(f"{name[:80]!r}: file:// is followed by an absolute path")
+    return str(Path(path).resolve())
 
 
 def absolute_path(name: str, relative_to: Path) -> Path:
@@ -285,6 +305,26 @@ class Compute(Section):
     def walking(self, workers: int) -> int:
         """How many of so many workers share the walk, where there are shards enough."""
         return min(workers, self.walkers or workers)
+
+
+class CacheSection(Section):
+    """Where every node keeps copies of what lies at URLs, and how many bytes of them.
+
+    Attributes:
+        folder: the same path on every node; each has its own files there. By default
+            ``$XDG_CACHE_HOME/moesaic/copies``, or below ``~/.cache``.
+        size: bytes; what was used longest ago leaves.
+    """
+
+    folder: Text | None = None
+    size: Annotated[int, BeforeValidator(parse_bytes)] = 50 * 10**9
+
+    @property
+    def place(self) -> CachePlace:
+        if self.folder is not None:
+            return CachePlace(Path(self.folder), self.size)
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return CachePlace(Path(root).resolve() / "moesaic" / "copies", self.size)
 
 
 class Tracking(Section):
@@ -540,6 +580,7 @@ class Recipe(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
     store: Text | None = None
+    cache: CacheSection = CacheSection()
 
     @field_validator("candidates")
     @classmethod
@@ -559,15 +600,15 @@ class Recipe(Section):
             raise ValueError(f"{min(taken)!r} is no name for a baseline: a budget is called so")
         return baselines
 
-    def of_budgets(self, store: Path) -> dict[str, "Recipe"]:
+    def of_budgets(self, store: str) -> dict[str, "Recipe"]:
         """One recipe for each budget of the list, by the budget's name.
 
         Args:
-            store: of all of them, whatever folders they are run into.
+            store: folder or URL of that of all of them, whatever folders they are run into.
         """
         return {
             label: self.model_copy(
-                update={"name": f"{self.name}-{label}", "budget": budget, "store": str(store)}
+                update={"name": f"{self.name}-{label}", "budget": budget, "store": store}
             )
             for label, budget in self.budget.each.items()
         }
@@ -605,8 +646,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
     """A line for each mistake: key, what is allowed."""
     for problem in error.errors():
         location = [str(part) for part in problem["loc"] if part not in (_ONE, _LIST)]
-        key = ".".join(location) or "the recipe"
-        shown = _shown(problem["input"])
+        key = shown(".".join(location)) or "the recipe"
+        given = _shown(problem["input"])
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(_allowed(location[:-1]))
             yield f"{key}: unknown key (allowed here: {allowed})"
@@ -614,11 +655,11 @@ def _describe(error: ValidationError) -> Iterator[str]:
             yield f"{key}: missing"
         elif problem["type"] == "model_type":
             allowed = ", ".join(_allowed(location))
-            yield f"{key}: must be a mapping (keys: {allowed}), got {shown}"
+            yield f"{key}: must be a mapping (keys: {allowed}), got {given}"
         elif problem["type"] == "value_error":
             yield f"{key}: {problem['ctx']['error']}"
         else:
-            yield f"{key}: {problem['msg']}, got {shown}"
+            yield f"{key}: {problem['msg']}, got {given}"
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -627,6 +668,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": Texts,
     "compute": Compute,
     "tracking": Tracking,
+    "cache": CacheSection,
     "router_calibration": RouterOptions,
     "slice": SliceOptions,
     "tune": Tune,
@@ -657,48 +699,17 @@ def load_recipe(file: Path) -> Recipe:
         problems += _describe(error)
     problems += _missing(raw, base)
     if problems or recipe is None:
-        raise UserError("\n".join(f"{file}: {problem}" for problem in dict.fromkeys(problems)))
+        lines = (printable(problem)[:_LINE_CHARACTERS] for problem in dict.fromkeys(problems))
+        raise UserError("\n".join(f"{file}: {line}" for line in lines))
     return _resolved(recipe, base)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     """The keys of the file, and those that are written twice, one line each."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{str(file)[:200]}: cannot be read: {reason}") from None
-    try:
-        twice = list(_twice(yaml.compose(text, yaml.SafeLoader), set()))
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, say
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: not valid YAML: {reason[:300]}") from None
+    raw, twice = read_yaml(file)
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys; see recipes/demo.yaml")
     return {str(key): value for key, value in raw.items()}, twice
-
-
-def _twice(node: Any, seen: set[int]) -> Iterator[str]:
-    """A line for each key that a mapping of the YAML tree has already."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in lines:
-                    name, first = key.value[:80], lines[key.value]
-                    yield f"{name}: written twice, in lines {first} and {line}: take one out"
-                lines[key.value] = line
-            yield from _twice(value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _twice(item, seen)
 
 
 def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
@@ -707,6 +718,8 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
     The recipe may be wrong in any other way.
     """
     named: dict[str, Any] = {key: raw.get(key) for key in ("model", "store")}
+    cache = raw.get("cache")
+    named["cache.folder"] = cache.get("folder") if isinstance(cache, dict) else None
     for name in ("calibration", "evaluation"):
         section = raw.get(name)
         texts = section.get("texts") if isinstance(section, dict) else None
@@ -719,8 +732,8 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
         if not isinstance(value, str) or len(value) > _PATH_CHARACTERS or "\0" in value:
             continue  # told by the schema
         try:
-            own = key in ("store", "score")
-            path = _store_path(value, base) if own else resolve(value, base)
+            own = {"store": _store_path, "score": _store_path, "cache.folder": _folder_path}
+            path = own.get(key, resolve)(value, base)
             if key.endswith(("file", "score")) and not Path(path).is_file():
                 yield f"{key}: no file {path}"
         except ValueError as error:
@@ -728,6 +741,10 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
 
 
 def _store_path(name: str, base: Path) -> str:
+    return local_or_url(name) if is_url(name) else _folder_path(name, base)
+
+
+def _folder_path(name: str, base: Path) -> str:
     try:
         return str(absolute_path(name, base).resolve())
     except (OSError, RuntimeError) as error:  # too long, or links in a circle
@@ -744,8 +761,11 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         ]
         sections[name] = section.model_copy(update={"texts": texts})
     store = _store_path(recipe.store, base) if recipe.store else None
+    cache = recipe.cache
+    if cache.folder is not None:
+        cache = cache.model_copy(update={"folder": _folder_path(cache.folder, base)})
     model = resolve(recipe.model, base)
-    found = {"model": model, "store": store, **sections}
+    found = {"model": model, "store": store, "cache": cache, **sections}
     if recipe.score is not None and recipe.score.endswith(".json"):
         found["score"] = _store_path(recipe.score, base)
     return recipe.model_copy(update=found)

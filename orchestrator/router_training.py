@@ -26,17 +26,23 @@ from moesaic.methods.router_calibration import TRAINED, Options, divergence_grad
 from moesaic.orchestrator.bank import ROUTER, is_reduced
 from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.damage import damage_removed
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import (
+    exists,
+    fetched,
+    remove,
+    remove_unfinished,
+    write_shared,
+)
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import (
     code_digest,
     digest,
-    remove_scratch,
     scratch_folder,
-    write_atomically,
 )
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -87,7 +93,7 @@ def chunk(
     plan = Judge(**judge)
     model: StreamedModel = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     ids = read_ids(plan.ids, *rows)
-    blocks = _Blocks(state, model, pieces, load_file(routers))
+    blocks = _Blocks(state, model, pieces, _loaded(Path(routers)))
     with torch.no_grad():
         hidden = [model.embed(ids.to(model.device))]
         for index in range(model.blocks):
@@ -107,7 +113,7 @@ def chunk(
     )
     if output is not None:
         found = _backwards(model, blocks, hidden, gradient.view_as(final))
-        write_atomically(Path(output), lambda p: save_file(found, p))
+        write_shared(Path(output), lambda p: save_file(found, p))
     blocks.keep()
     return {"kl": total, "peak_bytes": peak_memory_bytes()}
 
@@ -231,9 +237,9 @@ class RouterTraining:
             before, after = self._judged(first), self._judged(last)
             figures = {"before": before, "after": after}
             source = last if after < before else first
-            tensors = load_file(source)
+            tensors = _loaded(source)
             entry = store.put("routers", self.key, lambda p: save_file(tensors, p), figures)
-            remove_scratch(self.scratch)
+            remove_unfinished(self.scratch)
         else:
             steps = len(self._steps())
             self.view.stage(self.stage, steps, steps)
@@ -243,7 +249,7 @@ class RouterTraining:
             text = f"{self.stage}: KL on held-back text {before:.4g}, after training {after:.4g}"
             events.append(Event("routers_not_better", f"{text}: they stay as they were"))
             return Trained(self.pieces, events)
-        return Trained(self._written(load_file(entry.path)), events)
+        return Trained(self._written(load_file(fetched(entry.path))), events)
 
     def _steps(self) -> list[list[int]]:
         """The chunks of every step."""
@@ -261,16 +267,16 @@ class RouterTraining:
         """Files of the routers before the first step and after the last one."""
         steps = self._steps()
         first = self._state(0)
-        if not any(self._state(number).exists() for number in range(len(steps) + 1)):
+        if not any(exists(self._state(number)) for number in range(len(steps) + 1)):
             tensors = self._routers()
             moments = {
                 f"{m}|{k}": torch.zeros_like(v)
                 for k, v in tensors.items()
                 for m in (_FIRST, _SECOND)
             }
-            write_atomically(first, lambda p: save_file({**_named(tensors), **moments}, p))
+            write_shared(first, lambda p: save_file({**_named(tensors), **moments}, p))
         self._plain(0)
-        done = max(n for n in range(len(steps) + 1) if self._state(n).exists())
+        done = max(n for n in range(len(steps) + 1) if exists(self._state(n)))
         self.view.stage(self.stage, len(steps), done)
         remember_dense(self.pool, self.view, self.judge, self.chunks)
         for number in range(done, len(steps)):
@@ -284,12 +290,12 @@ class RouterTraining:
     def _plain(self, step: int) -> Path:
         """The routers of a step without the optimizer's state, as workers read them."""
         path = self.scratch / f"plain-{step:04d}.safetensors"
-        if not path.exists():
-            state = load_file(self._state(step))
+        if not exists(path):
+            state = _loaded(self._state(step))
             own = {
                 k.removeprefix(f"{_MODEL}|"): v for k, v in state.items() if k.startswith(_MODEL)
             }
-            write_atomically(path, lambda p: save_file(own, p))
+            write_shared(path, lambda p: save_file(own, p))
         return path
 
     def _routers(self) -> Tensors:
@@ -301,8 +307,10 @@ class RouterTraining:
                     found[f"{unit}|{role}"] = member.dense().float()
         return found
 
-    def _run(self, chunks: Sequence[int], routers: Path, gradients: bool) -> dict[int, float]:
-        """Chunk → its divergence; gradients are written beside."""
+    def _run(
+        self, chunks: Sequence[int], routers: Path, step: int | None = None
+    ) -> dict[int, float]:
+        """Chunk → its divergence; for a step, gradients are written beside."""
         found: dict[int, float] = {}
 
         def task(number: int) -> Task:
@@ -315,15 +323,16 @@ class RouterTraining:
                 "rows": self.chunks[number],
                 "pieces": self.pieces,
                 "routers": str(routers),
-                "output": str(self._gradients(number)) if gradients else None,
+                "output": None if step is None else str(self._gradients(step, number)),
             }
             return Task("router_training:chunk", arguments, f"routers {number}", done=done)
 
         self.pool.run([task(number) for number in chunks], self.view.tick)
         return found
 
-    def _gradients(self, number: int) -> Path:
-        return self.scratch / f"gradients-{number:05d}.safetensors"
+    def _gradients(self, step: int, chunk: int) -> Path:
+        # With the step: what a worker writes too late must not be taken for that of another one.
+        return self.scratch / f"gradients-{step:04d}-{chunk:05d}.safetensors"
 
     def _tokens(self, chunks: Sequence[int]) -> int:
         length = self.experiment.recipe.calibration.length
@@ -331,11 +340,11 @@ class RouterTraining:
 
     def _step(self, number: int, chunks: Sequence[int]) -> None:
         """One step of Adam (Kingma & Ba, 1412.6980, algorithm 1) on the sum over ``chunks``."""
-        self._run(chunks, self._plain(number), gradients=True)
-        state = load_file(self._state(number))
+        self._run(chunks, self._plain(number), number)
+        state = _loaded(self._state(number))
         total: Tensors = {}
         for part in chunks:  # in this order, whoever was first
-            for key, value in load_file(self._gradients(part)).items():
+            for key, value in _loaded(self._gradients(number, part)).items():
                 total[key] = total[key] + value if key in total else value
         tokens = self._tokens(chunks)
         new: Tensors = {}
@@ -353,15 +362,15 @@ class RouterTraining:
                 f"{_FIRST}|{key}": first,
                 f"{_SECOND}|{key}": second,
             }
-        write_atomically(self._state(number + 1), lambda p: save_file(new, p))
+        write_shared(self._state(number + 1), lambda p: save_file(new, p))
         for part in chunks:
-            self._gradients(part).unlink(missing_ok=True)
+            remove(self._gradients(number, part))
         if number > 0:
-            self._state(number - 1).unlink(missing_ok=True)
+            remove(self._state(number - 1))
 
     def _judged(self, routers: Path) -> float:
         """Divergence per token on the held-back sequences."""
-        sums = self._run(self.held, routers, gradients=False)
+        sums = self._run(self.held, routers)
         return sum(sums[number] for number in self.held) / self._tokens(self.held)
 
     def _written(self, routers: Tensors) -> dict[str, str]:
@@ -385,6 +394,12 @@ class RouterTraining:
                 value = routers[f"{unit}|{role}"].to(members[name].dtype)
                 members[name] = dense.pack(value)
         return lambda path: write_piece(path, members, piece_metadata(old))
+
+
+def _loaded(path: Path) -> Tensors:
+    with damage_removed(path):
+        found: Tensors = load_file(fetched(path))
+    return found
 
 
 def _named(tensors: Tensors) -> Tensors:

@@ -22,11 +22,21 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import Recipe, Tune, load_recipe, model_name
+from moesaic.orchestrator.recipe import (
+    CacheSection,
+    Recipe,
+    Tune,
+    load_recipe,
+    local_or_url,
+    model_name,
+)
 from moesaic.orchestrator.refine import check_refine
+from moesaic.orchestrator.run_folder import run_folder
+from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.score_table import (
     SCORE_FILES,
     ScoredPipeline,
@@ -35,7 +45,8 @@ from moesaic.orchestrator.score_table import (
 )
 from moesaic.orchestrator.score_table import metrics as score_metrics
 from moesaic.orchestrator.scoring import check_score
-from moesaic.orchestrator.store import Store, make_folder
+from moesaic.orchestrator.shared import found_store
+from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
@@ -111,8 +122,20 @@ def _naming(recipe_file: Path) -> Iterator[None]:
 
 def _output(recipe: Recipe, output: Path | None) -> Path:
     folder = (output or Path("runs") / recipe.name).resolve()
+    _check_stays("--output", folder)
+    if recipe.store is not None:
+        _check_stays("store", Path(recipe.store))
     make_folder(folder, "--output")
     return folder
+
+
+def _check_stays(key: str, folder: Path) -> None:
+    """Raises a UserError for a folder in the copy that Ray makes of a job's working directory."""
+    if {"runtime_resources", "working_dir_files"} <= set(folder.parts):
+        raise UserError(
+            f"{key}: {folder} lies in Ray's copy of the working directory, which each node has for"
+            " itself and Ray removes: give an absolute path on storage that all nodes see"
+        )
 
 
 def _ready(experiment: Experiment) -> Experiment:
@@ -144,6 +167,8 @@ def run_recipe(
     if "report" in stages:
         # Opened before the model is: whatever goes wrong from here on is on record.
         with (
+            run_folder(folder, recipe),
+            run_log(folder, "run"),
             _naming(recipe_file),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
             _pipeline(recipe, folder) as pipeline,
@@ -155,7 +180,12 @@ def run_recipe(
             else:
                 budgets.track(tracker, result)
     else:
-        with _naming(recipe_file), _pipeline(recipe, folder) as pipeline:
+        with (
+            run_folder(folder, recipe),
+            run_log(folder, " ".join(stages)),
+            _naming(recipe_file),
+            _pipeline(recipe, folder) as pipeline,
+        ):
             _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
@@ -190,6 +220,8 @@ def tune_recipe(
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
+        run_folder(folder, recipe),
+        run_log(folder, "tune"),
         _naming(recipe_file),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
         _pipeline(
@@ -219,6 +251,8 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
+        run_folder(folder, recipe),
+        run_log(folder, "scores"),
         _naming(recipe_file),
         Tracker(
             recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"
@@ -343,16 +377,20 @@ def run_params(recipe: Recipe) -> dict[str, Any]:
 
 
 def collect_garbage(
-    root: Path, runs: Sequence[Path], minimum_age_seconds: float
+    where: Path | str, runs: Sequence[Path], minimum_age_seconds: float
 ) -> tuple[int, int]:
     """Removes what no named run uses; see :meth:`Store.gc`.
 
     Raises:
-        UserError: the folder is no store, or a run cannot be read.
+        UserError: there is no store, or a run cannot be read.
     """
-    # Those of os.path say False of a path that is too long, too.
-    if not any(os.path.isdir(root / kind) for kind in ("pieces", "stats", "ids")):
-        raise UserError(f"{str(root)[:300]}: is no store of moesaic")
+    try:
+        named = local_or_url(str(where)) if is_url(str(where)) else str(where)
+        store = found_store(named, CacheSection().place)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if store is None:
+        raise UserError(f"{str(where)[:300]}: is no store of moesaic")
     used: list[Path] = []
     for folder in runs:
         recipe_file = folder / "recipe.yaml"
@@ -361,9 +399,10 @@ def collect_garbage(
         recipe = load_recipe(recipe_file)
         with _naming(recipe_file):
             experiment = Experiment(recipe, folder.resolve())
-        if experiment.store.root.resolve() != root.resolve():
-            raise UserError(f"{folder}: its store is {experiment.store.root}, not {root}")
+        if not experiment.store.same_place(store):
+            raise UserError(f"{folder}: its store is {experiment.store.where}, not {store.where}")
+        store = experiment.store  # the paths are those of its own mirror, where it has one
         used += experiment.entries()
         for place in folders(recipe, folder):
             used += propagate.entries(experiment, place / "plan.json")
-    return Store(root).gc(used, minimum_age_seconds)
+    return store.gc(used, minimum_age_seconds)

@@ -21,12 +21,13 @@ from moesaic.orchestrator.calibrate import Walk, block_units, opened, token_ids
 from moesaic.orchestrator.expert_statistics import ExpertStatistics, Tokens
 from moesaic.orchestrator.experts import observing
 from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.statistics import (
     SEPARATOR,
     StatisticsObserver,
     load_stats,
 )
-from moesaic.orchestrator.store import Store, code_digest, digest
+from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Features of a pair that a finished piece and statistics give; the last ones need gradients.
@@ -76,7 +77,7 @@ def unit_features(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         ``peak_bytes``.
     """
     plan = FeatureJob(**job)
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     model = state.model(plan.model, plan.dtype, plan.trust_remote_code)
     unit = next(unit for unit in model.units() if unit.name == plan.unit)
     weights = {m: w.to(state.device) for m, w in model.read_unit(unit).items()}
@@ -177,7 +178,7 @@ def _joined(values: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 def _output_features(errors: Path, member: str) -> dict[str, Tensor]:
     """``output_error`` and ``output_norm``, means over the tokens that a member saw."""
-    with safe_open(errors, framework="pt") as file:
+    with safe_open(fetched(errors), framework="pt") as file:
         tokens = file.get_tensor(f"tokens{SEPARATOR}{member}").double().clamp_min(1)
         sums = {
             f"output_{name}": file.get_tensor(f"{name}{SEPARATOR}{member}").double().sum(-1)
@@ -223,7 +224,7 @@ def gates(state: WorkerState, walk: dict[str, Any], shards: Sequence[int]) -> di
                     "tokens": sums["load"].sum(0).double().tolist(),
                     "gates": sums["gates"].double().tolist(),
                 }
-    store = Store(Path(plan.store))
+    store = open_store(plan.store)
     for shard, own in found.items():
         store.put_json("scores", gates_key(plan, shard), own)
     return {"found": found, "peak_bytes": peak_memory_bytes()}
@@ -232,7 +233,7 @@ def gates(state: WorkerState, walk: dict[str, Any], shards: Sequence[int]) -> di
 def read_features(path: Path) -> dict[str, dict[str, Tensor]]:
     """Feature → member → ``[*batch]``, from an entry."""
     found: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
+    with safe_open(fetched(path), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, member = key.partition(SEPARATOR)
             found.setdefault(name, {})[member] = file.get_tensor(key)

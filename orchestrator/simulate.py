@@ -188,6 +188,9 @@ class SimulatedPool(Pool):
     def _node(self, worker: int) -> str:
         return str(self._places[worker])
 
+    def _died_with_its_node(self, worker: int) -> bool:
+        return False
+
     def _forget(self, worker: int) -> None:
         """Nothing is held in memory."""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import exists, remove_unfinished
 from moesaic.orchestrator.slice_walk import gathered
 from moesaic.orchestrator.slicing import Cut
 from moesaic.orchestrator.statistics import ranges
-from moesaic.orchestrator.store import remove_scratch
 
 STAGE = "slice"
 
@@ -39,7 +39,7 @@ class Slicing:
                 self._gather_all([place])
             self._call("slice_walk:settle", [{"place": place}], f"axes {place}", counted=True)
         self._call("slicing:write", [{"part": part} for part in parts], "write", counted=True)
-        remove_scratch(cut.scratch)
+        remove_unfinished(cut.scratch)
 
     def _steps(self, places: Sequence[int]) -> Sequence[int]:
         """Passages of the text that axes of these places need."""
@@ -59,7 +59,7 @@ class Slicing:
         block = (step - 1) // cut.sublayers if cut.shortcuts else step
         if block > 0 or (cut.shortcuts and step > 0):
             shards = range(cut.walk.shards)
-            if not all(cut.hidden_path(block, shard).exists() for shard in shards):
+            if not all(exists(cut.hidden_path(block, shard)) for shard in shards):
                 self._gather(block * cut.sublayers if cut.shortcuts else block - 1)
         spans = [{"step": step, "span": span} for span in ranges(cut.walk.shards, self.pool.size)]
         self._call("slice_walk:gather", spans, f"slice {step}")

@@ -20,6 +20,7 @@ from moesaic.methods.base import Stats
 from moesaic.orchestrator.calibrate import load_tensor, opened, save_tensor, token_ids
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.family import Family
+from moesaic.orchestrator.shared import exists, remove, write_shared
 from moesaic.orchestrator.slicing import Cut
 from moesaic.orchestrator.statistics import (
     Node,
@@ -31,7 +32,6 @@ from moesaic.orchestrator.statistics import (
     save_stats,
     tree_sum,
 )
-from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
@@ -182,10 +182,10 @@ def gather(state: WorkerState, cut: dict[str, Any], step: int, span: Node) -> di
 
     for node in nodes:
         total = tree_sum(node, lambda n: shard_stats(n[0]) if n[1] - n[0] == 1 else None)
-        write_atomically(plan.node_path(step, node), lambda p, total=total: save_stats(p, total))  # type: ignore[misc]
+        write_shared(plan.node_path(step, node), lambda p, total=total: save_stats(p, total))  # type: ignore[misc]
     if block > 0:
         for shard in range(*span):
-            plan.hidden_path(block - 1, shard).unlink(missing_ok=True)
+            remove(plan.hidden_path(block - 1, shard))
     return {"peak_bytes": peak_memory_bytes()}
 
 
@@ -275,7 +275,7 @@ def settle(state: WorkerState, cut: dict[str, Any], place: int) -> dict[str, Any
 def _total(cut: Cut, step: int) -> Stats:
     def leaf(node: Node) -> SiteStats | None:
         path = cut.node_path(step, node)
-        if path.exists():
+        if exists(path):
             return load_stats(path)
         if node[1] - node[0] == 1:
             raise RunError(f"slice: the sums of step {step}, shard {node[0]} are missing")
@@ -287,7 +287,7 @@ def _total(cut: Cut, step: int) -> Stats:
 def gathered(cut: Cut, step: int, node: Node | None = None) -> bool:
     """Whether the sums of all shards are there, in whatever pieces."""
     low, high = node or (0, cut.walk.shards)
-    if cut.node_path(step, (low, high)).exists():
+    if exists(cut.node_path(step, (low, high))):
         return True
     middle = (low + high) // 2
     return high - low > 1 and all(

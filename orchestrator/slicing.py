@@ -28,9 +28,11 @@ from torch import Tensor
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.calibrate import Walk, opened
-from moesaic.orchestrator.checkpoint import DTYPES, INDEX, Checkpoint, Entry
+from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry
 from moesaic.orchestrator.errors import RecipeError
+from moesaic.orchestrator.foreign import DTYPES
 from moesaic.orchestrator.pieces import tensor_blob
+from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
 from moesaic.orchestrator.statistics import Node
 from moesaic.orchestrator.store import (
@@ -125,7 +127,7 @@ class Cut:
 
     @property
     def store(self) -> Store:
-        return Store(Path(self.walk.store))
+        return open_store(self.walk.store)
 
     @property
     def scratch(self) -> Path:
@@ -140,7 +142,7 @@ class Cut:
     def basis(self, place: int) -> Tensor:
         """Axes that were found, ``[hidden, width]``, float64."""
         path = self.store.path("bases", self.basis_key(place))
-        with safe_open(path, framework="pt") as file:
+        with safe_open(fetched(path), framework="pt") as file:
             found: Tensor = file.get_tensor("basis").clone()
             return found
 

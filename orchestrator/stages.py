@@ -1,12 +1,11 @@
 """The stages as work for the pool: what must be done, what was done before, what follows what."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, reducing, reverse_needs
-from moesaic.orchestrator.calibrate import Walk, boundary_path
+from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, score
@@ -14,21 +13,17 @@ from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
-from moesaic.orchestrator.store import Entry, Store, digest, remove_scratch
+from moesaic.orchestrator.store import Entry, digest
 
-# A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk.
-_LEAD = 2
 EVALUATION_PARTS = 4
 _REDUCE, _FORWARD, _REVERSE, _MEASURE = range(4)
 
 
 def finished_entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:
     """Finished entries by key; their bytes are checked, several at a time."""
-    wanted = list(keys)
-    with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda key: experiment.store.get(kind, key), wanted)
-    return {key: entry for key, entry in zip(wanted, found, strict=True) if entry is not None}
+    return experiment.store.get_many(kind, keys)
 
 
 def finished_pieces(experiment: Experiment, keys: Iterable[str]) -> dict[str, Entry]:
@@ -79,7 +74,7 @@ class Calibration:
         self.floor = start
         if start == self.blocks == len(self.gradients):
             self.pool.run(tasks, self.view.tick)
-            remove_scratch(walk.scratch)
+            remove_unfinished(walk.scratch)
             return
         walkers = self.experiment.recipe.compute.walking(self.pool.size)
         self.ranges = ranges(self.walk.shards, walkers)
@@ -88,7 +83,7 @@ class Calibration:
         else:
             tasks += self._start_reverse()
         self.pool.run(tasks, self.view.tick)
-        remove_scratch(walk.scratch)
+        remove_unfinished(walk.scratch)
 
     def _open_measuring(self) -> list[tuple[Job, Task]]:
         """All jobs with their tasks, by block."""
@@ -129,12 +124,12 @@ class Calibration:
         walk, shards = self.walk, range(self.walk.shards)
         top: int = max(missing)
         self.top = top
-        returned = all(gradient_path(walk, top + 1, s).exists() for s in shards)
+        returned = all(exists(gradient_path(walk, top + 1, s)) for s in shards)
         if top + 1 < self.blocks and not returned:
             self.top = self.blocks - 1
         needed = [*range(self.top + 1), *([self.blocks] if self.top + 1 == self.blocks else [])]
         for block in needed:
-            if not all(boundary_path(walk, block, s).exists() for s in shards):
+            if not all(exists(boundary_path(walk, block, s)) for s in shards):
                 first: int = min(start, block, self.blocks - 1)
                 return first
         return start
@@ -151,7 +146,7 @@ class Calibration:
                     new.append(self._reduce("stats", block))
                 if block + 1 == self.blocks and len(self.gradients) < self.blocks:
                     new += self._start_reverse()
-            ready = [t for t in self.held if t.arguments["block"] <= self.floor + _LEAD]
+            ready = [t for t in self.held if t.arguments["block"] <= self.floor + LEAD]
             self.held = [t for t in self.held if t not in ready]
             return [*new, *ready]
 
@@ -293,7 +288,7 @@ def known_scores(
 
 def remember_dense(pool: Pool, view: View, judge: Judge, rows: Iterable[tuple[int, int]]) -> None:
     """Makes the dense model's last hidden states of ``rows`` where they are missing."""
-    store = Store(Path(judge.store))
+    store = open_store(judge.store)
     dense = plain(judge.dense())
     tasks = [
         Task("evaluate:evaluate_rows", {"judge": dense, "rows": part, "pieces": {}}, "dense")

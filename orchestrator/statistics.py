@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.damage import damage_removed
+from moesaic.orchestrator.shared import fetched
 
 # A range of shards, or a node of the summation tree: first and one past the last.
 Node = tuple[int, int]
@@ -61,7 +64,7 @@ def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
 def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:
     """Reads what :func:`save_stats` wrote, for the names that ``only`` accepts."""
     sums: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
+    with damage_removed(path), safe_open(fetched(path), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, statistic = key.rpartition(SEPARATOR)
             if only(name):
@@ -69,34 +72,50 @@ def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> S
     return {name: Stats(entry) for name, entry in sums.items()}
 
 
-# Rows of a Hessian that are added at a time, by kind of device. Only what lies in them up to the
-# diagonal is computed: five eighths of the work for four such slices, in the end half. On one core
-# 128 rows are best from 512 inputs on, and as good as 96 or 192 below.
-_GRAM_ROWS = {"cpu": 128, "cuda": 1024}
+# Rows of a Hessian that are added, or copied, at a time. Only what lies in them up to the diagonal
+# is computed: five eighths of the work for four such slices, in the end half.
+_GRAM_ROWS = 1024
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
     """Adds xᵀx to the lower half of ``total``; :func:`mirror` fills in the upper one.
 
     Args:
-        total: ``[in, in]``, float32.
-        x: ``[tokens, in]``, float32.
+        total: ``[in, in]``, float32 or float64, contiguous.
+        x: ``[tokens, in]`` of the same dtype, contiguous or the transpose of what is.
     """
+    if total.device.type == "cpu":
+        _add_gram_on_cpu(total, x)
+        return
     for low, high in _row_spans(total):
         total[low:high, :high].addmm_(x[:, low:high].T, x[:, :high])
+
+
+def _add_gram_on_cpu(total: Tensor, x: Tensor) -> None:
+    """By BLAS, which has a product for symmetric results: a fifth faster than slices on one core.
+
+    To its column-major eyes ``total`` is transposed, and its lower half the upper one.
+    """
+    if not len(x):
+        return
+    transposed = not x.is_contiguous()
+    a = x.numpy() if transposed else x.numpy().T
+    c = total.numpy().T
+    get_blas_funcs("syrk", (c,))(1.0, a, 1.0, c, transposed, lower=False, overwrite_c=True)
 
 
 def mirror(total: Tensor) -> None:
     """Copies the lower half of ``total`` ``[*batch, in, in]`` to the upper one."""
     for low, high in _row_spans(total):
         total[..., :low, low:high] = total[..., low:high, :low].mT
+        block = total[..., low:high, low:high]
+        block.copy_(block.tril() + block.tril(-1).mT)
 
 
 def _row_spans(total: Tensor) -> Iterator[Node]:
     inputs = total.shape[-1]
-    step = _GRAM_ROWS.get(total.device.type, inputs)
-    for low in range(0, inputs, step):
-        yield low, min(low + step, inputs)
+    for low in range(0, inputs, _GRAM_ROWS):
+        yield low, min(low + _GRAM_ROWS, inputs)
 
 
 # Name under which a block's own sums stand among those of its sites.

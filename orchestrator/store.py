@@ -16,12 +16,16 @@ flushed to disk one by one: what a power failure leaves of them does not match i
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,13 +34,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.foreign import read_json, shown
+from moesaic.orchestrator.redaction import redacted
 
 _CHUNK = 1 << 20
-_SEAL = ".seal.json"
+SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
-_SCRATCH = "scratch"
+SCRATCH = "scratch"
 # Folders of links to entries, which make model folders of them.
 MODELS = "models"
+# Beginning of the name of a folder that mirrors stores at URLs; see shared.py.
+MIRRORS = "moesaic-store@"
+# A file that was written so long ago at least shows a change by its time of modification.
+_TICK_NS = 2 * 10**9
+_THREADS, _TOGETHER = 4, 64
 KINDS = (
     "ids",
     "stats",
@@ -62,12 +73,53 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """40 hex digits of a file's bytes."""
+    """40 hex digits of a file's bytes; ValueError for what is no file, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: is no regular file")
     state = hashlib.blake2b(digest_size=20)
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+# Size, time of modification in ns, and number of a file: another triple where it was altered.
+Version = tuple[int, int, int]
+
+
+def version(path: Path) -> Version:
+    """What tells a file from an altered one, without reading it; see :func:`_are_settled`."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _versions(*paths: Path) -> tuple[Version, ...] | None:
+    """Those of all; None where one is not there."""
+    try:
+        return tuple(map(version, paths))
+    except FileNotFoundError:
+        return None
+
+
+def _are_settled(*versions: Version) -> bool:
+    """Whether the files were written so long ago that their times change when they are altered."""
+    return time.time_ns() - max(modified for _, modified, _ in versions) > _TICK_NS
+
+
+# Path → its version and digest, as far as this process has looked.
+_digests: dict[str, tuple[Version, str]] = {}
+
+
+def checked_digest(path: Path) -> str:
+    """:func:`file_digest`, computed once by a process while the file's version stays."""
+    found = version(path)
+    known = _digests.get(str(path))
+    if known is not None and known[0] == found:
+        return known[1]
+    value = file_digest(path)
+    if _are_settled(found):
+        _digests[str(path)] = found, value
+    return value
 
 
 @cache
@@ -170,8 +222,9 @@ def _fill(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A whole text file in UTF-8, as :func:`write_atomically` does it."""
-    write_atomically(path, lambda temporary: _fill(temporary, text))
+    """A whole text file in UTF-8, as :func:`write_atomically` does it, without secrets."""
+    clean = redacted(text)
+    write_atomically(path, lambda temporary: _fill(temporary, clean))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,11 +242,34 @@ class Entry:
 
 
 class Store:
-    """Entries of several kinds under one folder; see the module's docstring."""
+    """Entries of several kinds under one folder; see the module's docstring.
+
+    Attributes:
+        root: the folder.
+        where: the same, as people name it.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        if MIRRORS in str(root):
+            raise ValueError(f"{root} stands for a URL: shared.open_store opens it")
+        self.root, self.where = root, str(root)
+        # Entries that were read once, with the versions of file and seal that they were read from.
+        self._checked: dict[Path, tuple[tuple[Version, ...], Entry]] = {}
         make_folder(root, "store")
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the disk has left."""
+        return shutil.disk_usage(self.root).free
+
+    def same_place(self, other: "Store") -> bool:
+        """Whether another one has the same entries."""
+        return self.root.resolve() == other.root.resolve()
+
+    def holds_anything(self) -> bool:
+        """Whether something was put into it, ever."""
+        # Those of os.path say False of a path that is too long, too.
+        return any(os.path.isdir(self.root / kind) for kind in ("pieces", "stats", "ids"))
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""
@@ -202,22 +278,51 @@ class Store:
     def get(self, kind: str, key: str, suffix: str = "safetensors") -> Entry | None:
         """The entry, its bytes checked against the seal; None where it must be (re)made.
 
-        A truncated or altered entry is removed.
+        A truncated or altered entry is removed. Bytes are read once by a store that is kept, as
+        long as size and time of modification of file and seal stay what they were.
         """
         path = self.path(kind, key, suffix)
-        seal = _seal_path(path)
+        seal = seal_path(path)
+        known = self._checked.get(path)
+        if known is not None and known[0] == _versions(path, seal):
+            return known[1]
         try:
-            sealed = json.loads(seal.read_text(encoding="utf-8"))
-            size = path.stat().st_size
-            if size == sealed["size"] and file_digest(path) == sealed["digest"]:
-                return Entry(path, size, sealed["metadata"])
+            versions = _versions(path, seal)
+            sealed = read_json(seal)
+            size, metadata = path.stat().st_size, sealed["metadata"]
+            same = size == sealed["size"] and file_digest(path) == sealed["digest"]
+            if same and isinstance(metadata, dict):
+                entry = Entry(path, size, metadata)
+                if versions is not None and _are_settled(*versions):
+                    self._checked[path] = versions, entry
+                return entry
         except FileNotFoundError:  # never finished, or another process is removing it
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             pass  # the seal itself was altered
         seal.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return None
+
+    def get_many(
+        self, kind: str, keys: Iterable[str], suffix: str = "safetensors"
+    ) -> dict[str, Entry]:
+        """Finished entries by key, as :meth:`get` has them; several are checked at a time."""
+        wanted = list(keys)
+        # Many at a time: handing over a single one costs more than reading a small file.
+        parts = [wanted[low : low + _TOGETHER] for low in range(0, len(wanted), _TOGETHER)]
+
+        def get(part: list[str]) -> list[Entry | None]:
+            return [self.get(kind, key, suffix) for key in part]
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = itertools.chain.from_iterable(threads.map(get, parts))
+            return {k: entry for k, entry in zip(wanted, found, strict=True) if entry is not None}
+
+    def check_kind(self, kind: str) -> None:
+        """Raises ValueError for a kind that :meth:`gc` would not know."""
+        if kind not in KINDS:
+            raise ValueError(f"no kind of entry {kind!r}: there are {', '.join(KINDS)}")
 
     def put(
         self,
@@ -228,8 +333,7 @@ class Store:
         suffix: str = "safetensors",
     ) -> Entry:
         """Makes the entry: ``write`` is given the path to fill."""
-        if kind not in KINDS:
-            raise ValueError(f"no kind of entry {kind!r}: there are {', '.join(KINDS)}")
+        self.check_kind(kind)
         path = self.path(kind, key, suffix)
         sealed: dict[str, Any] = {}
 
@@ -240,7 +344,7 @@ class Store:
         write_atomically(path, write_and_measure, flush=False)
         sealed["metadata"] = dict(metadata or {})
         text = json.dumps(sealed, sort_keys=True)
-        write_atomically(_seal_path(path), lambda p: _fill(p, text), flush=False)
+        write_atomically(seal_path(path), lambda p: _fill(p, text), flush=False)
         return Entry(path, sealed["size"], sealed["metadata"])
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
@@ -248,9 +352,18 @@ class Store:
         return self.put(kind, key, lambda p: _fill(p, json.dumps(value)), suffix="json")
 
     def get_json(self, kind: str, key: str) -> Any | None:
-        """The JSON of an entry made by :meth:`put_json`, or None."""
+        """The JSON of an entry made by :meth:`put_json`, or None.
+
+        Raises:
+            RunError: it is none, although its seal fits.
+        """
         entry = self.get(kind, key, suffix="json")
-        return None if entry is None else json.loads(entry.path.read_text(encoding="utf-8"))
+        if entry is None:
+            return None
+        try:
+            return read_json(entry.path)
+        except ValueError as error:
+            raise RunError(f"{entry.path}: {shown(error)}: remove it and run again") from None
 
     def gc(self, used: Iterable[Path], minimum_age_seconds: float = 3600.0) -> tuple[int, int]:
         """Removes entries that ``used`` does not name, and temporary files of dead writers.
@@ -268,7 +381,7 @@ class Store:
         newest = time.time() - minimum_age_seconds
         removed = freed = 0
         for path in self._files():
-            owner = path.with_name(path.name.removesuffix(_SEAL))
+            owner = path.with_name(path.name.removesuffix(SEAL))
             sealed = [owner.with_name(f"{owner.name}.{s}") for s in ("safetensors", "json")]
             if any(p.resolve() in keep for p in (path, path.parent, *sealed)):
                 continue
@@ -288,7 +401,7 @@ class Store:
         """Folders that hold files of the store."""
         for kind in KINDS:
             yield from (self.root / kind).glob("[0-9a-f][0-9a-f]/")
-        for kind in (_SCRATCH, MODELS):
+        for kind in (SCRATCH, MODELS):
             yield from (self.root / kind).glob("[0-9a-f]*/")
 
     def _files(self) -> list[Path]:
@@ -301,7 +414,7 @@ class Store:
 
 def scratch_folder(root: Path, key: str) -> Path:
     """Where unfinished work of one key lies; it is there once something was written into it."""
-    return root / _SCRATCH / key
+    return root / SCRATCH / key
 
 
 def remove_scratch(folder: Path) -> None:
@@ -309,8 +422,9 @@ def remove_scratch(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
             path.unlink(missing_ok=True)
-        folder.rmdir()
+        with contextlib.suppress(OSError):  # a worker of a run that was killed writes into it
+            folder.rmdir()
 
 
-def _seal_path(path: Path) -> Path:
-    return path.with_name(path.stem + _SEAL)
+def seal_path(path: Path) -> Path:
+    return path.with_name(path.stem + SEAL)

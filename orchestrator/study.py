@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pandas as pd
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import parse_json, read_bounded
 from moesaic.orchestrator.store import disk_errors, make_folder
 from moesaic.search.knobs import Knob, Values
 from moesaic.search.samplers import make_sampler, start_params, suggest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "journal.log"
+_JOURNAL_BYTES = 1 << 30
 # Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
 _GRACE_SECONDS = 5
 # Trials that are not stopped early, so that there is something to compare with.
@@ -203,10 +205,12 @@ class Study:
             raise UserError(_damaged(self.journal, str(error))) from None
         known = study.user_attrs.get(_MADE_OF)
         if known is None:
+            # Some may be there: of a process that died here.
+            there = {trial.user_attrs.get(_START) for trial in study.get_trials(deepcopy=False)}
             for name, values in self._starts.items():
                 params = start_params(self.knobs, values)
-                marks = {_START: name, _WANTED: params}
-                study.enqueue_trial(params, user_attrs=marks, skip_if_exists=True)
+                if name not in there:
+                    study.enqueue_trial(params, user_attrs={_START: name, _WANTED: params})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that this is experimental
                 study.set_metric_names(self.objectives)  # which Optuna's dashboard shows
@@ -413,13 +417,13 @@ def _mend(journal: Path) -> None:
     if not journal.exists():
         return
     try:
-        content = journal.read_bytes()
+        content = read_bounded(journal, _JOURNAL_BYTES)
         whole = content.rfind(b"\n") + 1
         if whole < len(content) and (whole > 0 or content.startswith(b"{")):
             os.truncate(journal, whole)
             content = content[:whole]
         for line in content.splitlines():
-            json.loads(line)
+            parse_json(line)
     except OSError as error:
         raise UserError(f"{journal}: cannot be used: {error.strerror}") from None
     except ValueError as error:

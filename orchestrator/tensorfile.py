@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.orchestrator.checkpoint import DTYPES
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.foreign import DTYPES, METADATA, read_header
 
 _CHUNK_BYTES = 1 << 22
 # The header is padded with spaces to a multiple of this, as the safetensors package does.
 _ALIGNMENT = 8
-METADATA = "__metadata__"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -126,21 +125,9 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Raises:
         RunError: not a safetensors file, or cut off.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if 8 + length > size:
-            raise RunError(f"{path}: truncated or no safetensors file ({size} bytes)")
-        header = json.loads(stream.read(length))
-    metadata = header.pop(METADATA, {})
-    items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    stored = {
-        name: Stored(
-            path, 8 + length + info["data_offsets"][0], info["dtype"], tuple(info["shape"])
-        )
-        for name, info in items
-    }
-    end = max((item.begin + item.nbytes for item in stored.values()), default=8 + length)
-    if end != size:
-        raise RunError(f"{path}: {size} bytes where its header promises {end}")
+    try:
+        placed, metadata = read_header(path)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from None
+    stored = {name: Stored(path, own.begin, own.dtype, own.shape) for name, own in placed.items()}
     return stored, metadata

@@ -6,7 +6,6 @@ An encoder is judged on sentences, each of its own length.
 
 import gzip
 import hashlib
-import json
 import random
 import re
 import zlib
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
+from moesaic.orchestrator.foreign import parse_json, shown
 from moesaic.orchestrator.recipe import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
@@ -123,7 +123,14 @@ def _jsonl_rows(source: Source) -> Iterator[str]:
     number = characters = 0
     try:
         with opener(source.file, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
+            # A line without an end, or a small archive of a huge one, must not fill the memory.
+            lines = iter(lambda: stream.readline(_FILE_CHARACTERS + 1), "")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > _FILE_CHARACTERS:
+                    raise UserError(
+                        f"{source.file}, line {number}: has more than {_FILE_CHARACTERS:,}"
+                        " characters: split the document"
+                    )
                 if characters >= _FILE_CHARACTERS:
                     return
                 if line.strip():
@@ -136,11 +143,11 @@ def _jsonl_rows(source: Source) -> Iterator[str]:
 
 def _jsonl_text(line: str, field: str, where: str) -> str:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object: {error}") from None
+        row = parse_json(line.encode())
+    except ValueError as error:
+        raise UserError(f"{where}: not a JSON object: {shown(error)}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object: {line.strip()[:60]}")
+        raise UserError(f"{where}: not a JSON object: {shown(line.strip()[:60])}")
     return _text(row, field, where)
 
 

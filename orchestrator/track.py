@@ -25,8 +25,10 @@ from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
@@ -78,7 +80,7 @@ class Tracker:
         self.name = name
         self.output = output
         self.verb = verb
-        self.params, self._long_params = mlflow_text.safe_params(params)
+        self.params, self._long_params = mlflow_text.safe_params(_clean(params))
         self.run_id = ""
         self._experiment_id = ""
         self._client: Any = None
@@ -124,7 +126,7 @@ class Tracker:
                 for child in self._open_children:
                     self._client.set_terminated(child, status)
                 if error is not None:
-                    self._client.set_tag(self.run_id, "failure", _reason(error))
+                    self._client.set_tag(self.run_id, "failure", redacted(_reason(error)))
                 self._client.set_terminated(self.run_id, status)
         except RunError as unreachable:
             if error is None:
@@ -189,7 +191,7 @@ class Tracker:
                 return
             if earlier is None:
                 tags = {_PARENT: self.run_id, "outcome": outcome}
-                tags |= {"failure": reason[:500]} if reason else {}
+                tags |= {"failure": redacted(reason)[:500]} if reason else {}
                 run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
                 child = str(run.info.run_id)
             else:
@@ -200,7 +202,7 @@ class Tracker:
             pairs = [Param(legal_name(key), value) for key, value in params.items()]
             self._client.log_batch(child, metrics=points, params=pairs)
             if plan is not None:
-                self._client.log_dict(child, dict(plan()), "plan.json")
+                self._client.log_dict(child, _clean(plan()), "plan.json")
             self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
             self._trials[name] = child, at
 
@@ -226,7 +228,7 @@ class Tracker:
     def log_description(self, text: str) -> None:
         """Markdown that MLflow shows at the top of the run's page."""
         with self._talk():
-            self._client.set_tag(self.run_id, "mlflow.note.content", text)
+            self._client.set_tag(self.run_id, "mlflow.note.content", redacted(text))
 
     def log_table(self, frame: pd.DataFrame) -> None:
         """One row per layer: ``layers.parquet`` to compute with, ``layers.html`` to look at."""
@@ -253,7 +255,7 @@ class Tracker:
         with self._talk():
             self._log(self.run_id, {legal_name(f"events.{kind}"): n for kind, n in counts.items()})
             document = [asdict(event) for event in listed]
-            self._client.log_dict(self.run_id, {"events": document}, "events.json")
+            self._client.log_dict(self.run_id, _clean({"events": document}), "events.json")
 
     def log_stages(self, seconds: Mapping[str, float]) -> None:
         """Wall time of each stage, ``seconds.STAGE``."""
@@ -298,7 +300,7 @@ class Tracker:
         Returns:
             the model's id.
         """
-        path = str(folder.resolve())
+        path = redacted(str(folder.resolve()))
         run_id = self.run_id if child is None else self._scored_children[child]
         name = self.name if child is None else f"{self.name}-{child}"
         with self._talk(), _default_place(self.place.uri):
@@ -376,7 +378,7 @@ class Tracker:
                 yield
             except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
                 _raise_if_full(error, self.place.file)
-                reason = one_line(error).replace(self.place.uri, self.uri)
+                reason = redacted(one_line(error))
                 raise RunError(f"tracking: MLflow at {self.uri}: {reason}") from error
         finally:
             for key in missing:
@@ -418,8 +420,8 @@ class Tracker:
         if not file.is_file():
             return None
         try:
-            memory = json.loads(file.read_text(encoding="utf-8"))
-            run_id, uri = memory["run_id"], memory["uri"]
+            memory = read_json(file)
+            run_id, uri = str(memory["run_id"]), memory["uri"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: is damaged; remove it") from None
         if uri != self.uri:
@@ -445,7 +447,7 @@ class Tracker:
     def _new_run(self) -> str:
         tags = {
             "mlflow.source.name": "moesaic",
-            "output": str(self.output.resolve()),
+            "output": redacted(str(self.output.resolve())),
             _VERB: self.verb,
         }
         run = self._client.create_run(self._experiment_id, tags=tags, run_name=self.name)
@@ -496,6 +498,19 @@ class Tracker:
         pairs = [Param(name, value) for name, value in (params or {}).items()]
         for low in range(0, len(pairs), _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=pairs[low : low + _PARAMS_PER_BATCH])
+
+
+def _clean(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without secrets, in keys as well."""
+    return {redacted(str(key)): _clean_leaf(leaf) for key, leaf in value.items()}
+
+
+def _clean_leaf(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _clean(value)
+    if isinstance(value, list | tuple):
+        return [_clean_leaf(inner) for inner in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _now() -> int:

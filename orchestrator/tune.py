@@ -29,10 +29,11 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.loop import WORKER_DIED
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
-from moesaic.orchestrator.pool import WORKER_DIED, Pool, Task
+from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Tune
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.scoring import described, is_predicted
@@ -43,7 +44,7 @@ from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Layer, Plan, search_module
-from moesaic.search.knobs import Allocator, Knob, Place, Value, narrowed
+from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, Value, narrowed
 
 # What a study leaves in the output folder, besides the journal.
 STUDY_FILES = ("study.json", "trials.parquet")
@@ -220,7 +221,7 @@ class TunedPipeline(Pipeline):
             trials.run()
             best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
-            plan = told.plan(trials.plan(best.values).units)
+            plan = told.plan(trials.plan_of(best).units)
             if trials.key(plan) != best.attributes["plan"]:
                 raise RunError(
                     f"trial {best.number}: its knobs lead to another plan now than when it was"
@@ -412,20 +413,25 @@ class Trials:
         for reason, count in self.reasons.most_common():
             self.view.line(f"failed ×{count}: {reason}")
 
-    def plan(self, values: Mapping[str, Value]) -> Plan:
-        """The plan of some values.
+    def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
+        """The plan of some values, by the recipe's strategy unless the trial is the greedy start.
 
         Raises:
             RecipeError, Infeasible, ValueError: there is none.
         """
         given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
+        search = GREEDY if start == GREEDY else self.experiment.recipe.search
         if BITS not in values:
-            return self.allocator.problem.plan(self.pipeline.fitted(given).units)
+            return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
         size = self.experiment.size
         total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
         given = replace(given, budget=Budget(total, size.fixed_bytes))
-        found = solve(given, self.experiment.recipe.search)
+        found = solve(given, search)
         return self.allocator.problem.plan(found.units)
+
+    def plan_of(self, told: Told) -> Plan:
+        """The plan of a finished trial, made again."""
+        return self.plan(told.values, told.attributes.get("start"))
 
     def key(self, plan: Plan) -> str:
         """Names what a plan consists of."""
@@ -459,7 +465,7 @@ class Trials:
             asked = self.study.ask()
             self.begun += 1
             try:
-                plan = self.plan(asked.values)
+                plan = self.plan(asked.values, asked.start)
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
@@ -674,12 +680,12 @@ class Trials:
 
     def _document(self, told: Told, job: _Job | None) -> dict[str, Any]:
         """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
-        plan = job.plan if job else self.plan(told.values)
+        plan = job.plan if job else self.plan_of(told)
         pieces = job.pieces if job else self._pieces(plan)
         root = self.experiment.store.root
         return {
             **plan.to_json(),
             "file_bytes": told.attributes["bytes"],
-            "store": str(root),
+            "store": self.experiment.store.where,
             "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
         }

@@ -1,7 +1,10 @@
 """What runs inside a Ray actor: a process that keeps what is expensive to load."""
 
+import gc
 import importlib
+import socket
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,16 @@ class WorkerState:
     def put(self, key: Any, value: Any) -> None:
         self._cache[key] = value
 
+    def discard(self, wanted: Callable[[Any], bool]) -> None:
+        """Lets go of what :meth:`put` kept under keys that ``wanted`` says True of."""
+        for key in [key for key in self._cache if wanted(key)]:
+            del self._cache[key]
+
+    def forget(self) -> None:
+        """Lets go of everything."""
+        self._cache.clear()
+        self._models.clear()
+
 
 class Worker:
     """The actor: calls a named function with its state."""
@@ -51,15 +64,39 @@ class Worker:
     def __init__(self, cpus: int) -> None:
         self.state = WorkerState(cpus)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> dict[str, str]:
+        """Who answers: the node's id and host, and what is installed there."""
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        return {"node": own, "host": socket.gethostname(), **installed()}
+
+    def forget(self) -> None:
+        """Makes room in memory for a task on another worker of the node."""
+        self.state.forget()
+        gc.collect()
 
     def call(self, function: str, arguments: dict[str, Any]) -> Any:
         """``module:name``, called with the state and ``arguments``.
 
         A module without a dot is one of ``moesaic.orchestrator``.
         """
-        return resolve(function)(self.state, **arguments)
+        from moesaic.orchestrator.cache import release_pins
+
+        try:
+            return resolve(function)(self.state, **arguments)
+        finally:
+            release_pins()
+
+
+def installed() -> dict[str, str]:
+    """Version of the package, and digest of its sources, of this process."""
+    from moesaic.orchestrator.store import code_digest
+
+    return {
+        "moesaic": version("moesaic"),
+        "code": code_digest("kernels", "methods", "orchestrator"),
+    }
 
 
 def resolve(function: str) -> Callable[..., Any]:

@@ -38,6 +38,7 @@ BINARY: Mapping[str, Callable[[Floats, Floats], Floats]] = {
 _SIGNS = {"add": "+", "mul": "*", "div": "/"}
 # Nodes of a formula in a file; those that are evolved have far fewer.
 _MOST_NODES = 200
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,13 @@ def load_formula(file: Path, known: Mapping[str, Any]) -> Formula:
         ValueError: naming the file and what is wrong with it.
     """
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{file}: is no JSON") from None
+        raise ValueError(f"{file}: is no JSON of at most {_MOST_BYTES:,} bytes") from None
     if not isinstance(document, dict) or "formula" not in document:
         raise ValueError(f"{file}: holds no formula: take emq.json of moesaic scores")
     try:

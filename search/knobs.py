@@ -38,6 +38,7 @@ Values = Mapping[str, Value]
 
 EXPONENT, SLOPE, MIX = "score_exponent", "depth_slope", "mix"
 CHARGE, CORRECTIONS, WEIGHT = "charge.reductions", "corrections", "weight."
+GREEDY = "greedy"  # a start, and the strategy that makes its plan
 ANY, OFFERED, LEFT_OUT = "any", "offered", "left out"
 # Options that say how large a result is: what an allocation chooses by itself.
 _FACTORS = 1e-3, 1e3  # the widest range of a factor
@@ -193,8 +194,13 @@ class Allocator:
         return replace(self.problem, choices=weigh.choices(self.problem.choices), banks=banks)
 
     def starts(self) -> dict[str, dict[str, Value]]:
-        """Values to try first, by name: the allocation as predicted, and the even one."""
-        found: dict[str, dict[str, Value]] = {"as predicted": {}, "even": {EXPONENT: 0.0}}
+        """Values to try first, by name: the allocation as predicted, the even one, and the greedy
+        one, which is the first with the strategy of that name."""
+        found: dict[str, dict[str, Value]] = {
+            "as predicted": {},
+            "even": {EXPONENT: 0.0},
+            GREEDY: {},
+        }
         names = {knob.name for knob in self.knobs}
         if CHARGE in names:
             found["reductions × 4"] = {CHARGE: 4.0}

@@ -60,15 +60,17 @@ def reductions(
     return found
 
 
+def named(entry: Mapping[str, Any]) -> str:
+    """What a row of the table is called."""
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in entry.values())
+
+
 def scores(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """The scores of one seed."""
     baselines = reductions(arguments.model, arguments.methods, arguments.keep)
     for text in arguments.also:
         entry = json.loads(text)
-        name = " ".join(
-            f"{value:g}" if isinstance(value, float) else str(value) for value in entry.values()
-        )
-        baselines[name] = entry
+        baselines[named(entry)] = entry
     calibration = {"sequences": arguments.sequences, "length": arguments.length, "seed": seed}
     evaluation = {
         "texts": [{"file": str(path.resolve())} for path in arguments.heldout],
@@ -125,6 +127,22 @@ def body(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{text}\n\nKL by source, routers trained:\n\n{table(['', *sources], rows)}"
 
 
+def whitening(also: Sequence[str], found: Sequence[Mapping[str, Any]]) -> str:
+    """KL of whitened entries over that of the same entries without, seed by seed."""
+    entries = [json.loads(text) for text in also]
+    rows = []
+    for entry in entries:
+        plain = {**entry, "whiten": False}
+        if entry.get("whiten") and plain in entries:
+            pair = [(s[named(entry)][BEFORE]["kl"], s[named(plain)][BEFORE]["kl"]) for s in found]
+            rows.append([named(entry), *(f"{white / other:.3f}" for white, other in pair)])
+    if not rows:
+        return ""
+    headers = ["", *(f"seed {seed}" for seed in range(len(found)))]
+    title = "KL whitened over KL plain, before routers are trained, seed by seed:"
+    return f"\n\n{title}\n\n{table(headers, rows)}"
+
+
 def main() -> None:
     parser = arguments_parser(__doc__)
     add_text_options(parser)
@@ -151,7 +169,11 @@ def main() -> None:
         f" {arguments.epochs} epoch(s), learning rate {arguments.learning_rate:g},"
         f" {arguments.batch} sequences per step.\n\n"
     )
-    report("Reducers of experts", head + body(found), arguments.write)
+    report(
+        "Reducers of experts",
+        head + body(found) + whitening(arguments.also, found),
+        arguments.write,
+    )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def _own_dtype(named: str) -> str:
-    from moesaic.orchestrator.pool import has_16_bit_products
+    from moesaic.orchestrator.cluster import has_16_bit_products
 
     found = "bfloat16" if has_16_bit_products() else "float32"
     return f"{found} ({named})" if named == "auto" else named

@@ -7,7 +7,8 @@ dense model on held-out text with one rank share everywhere, and with the ranks 
 knapsack over ``--ranks`` of the same method finds in exactly the bytes that the former took. Ranks
 from shares are rounded down, so more is removed than was asked for. Everything is measured once per
 seed, which draws the calibration text. ``--by-error`` adds plans that were searched for the least
-relative error of the outputs instead of the least predicted loss.
+relative error of the outputs instead of the least predicted loss, ``--searches`` those that other
+strategies find.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from moesaic.methods.parts import cuts_parts
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.search.base import searches
 
 # Worst to best, as papers have it for large models at a fifth removed.
 EXPECTED = ("svd", "fwsvd", "asvd", "svd_llm", "modegpt")
@@ -101,9 +103,11 @@ def plans_of(
         for removed, share in ranks.items():
             plan = bench.everywhere((Spec.of(name, {amount(name): share}),))
             plans[name, removed, UNIFORM] = plan
-            ways = [(SEARCHED, False), *([(BY_ERROR, True)] if arguments.by_error else [])]
-            for way, by_error in ways:
-                found = bench.searched(chains, plan.bytes, by_error)
+            ways = [(SEARCHED, False, "knapsack")]
+            ways += [(BY_ERROR, True, "knapsack")] if arguments.by_error else []
+            ways += [(f"{SEARCHED} by {other}", False, other) for other in arguments.searches]
+            for way, by_error, search in ways:
+                found = bench.searched(chains, plan.bytes, by_error, search)
                 assert found is not None  # the uniform plan fits
                 plans[name, removed, way] = found
     keys = {" ".join(map(str, case)): case for case in plans}
@@ -223,6 +227,8 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ranks", type=rank, nargs="+", default=shares, help="to be searched")
     parser.add_argument("--by-error", action="store_true")
+    others = sorted(n for n in searches() if n not in ("knapsack", "uniform"))
+    parser.add_argument("--searches", nargs="+", choices=others, default=[], metavar="NAME")
     arguments = parser.parse_args()
     check_inputs(arguments)
     found: dict[Case, list[Outcome]] = {}

@@ -69,12 +69,19 @@ class Measured:
         """One chain for every unit that it is meant for."""
         return self.problem.plan(self.experiment.everywhere(chain))
 
-    def searched(self, chains: Collection[Chain], size: int, by_error: bool = False) -> Plan | None:
+    def searched(
+        self,
+        chains: Collection[Chain],
+        size: int,
+        by_error: bool = False,
+        search: str = "knapsack",
+    ) -> Plan | None:
         """The plan of least predicted loss in ``size`` bytes; None where nothing fits.
 
         Args:
             chains: what may be chosen, besides leaving a unit as it is.
             by_error: minimise the relative error of the outputs instead.
+            search: another strategy than the exact one.
         """
         allowed = {*chains, ()}
 
@@ -97,7 +104,8 @@ class Measured:
         whole = any(is_whole(spec.method) for chain in chains for spec in chain)
         ties = self.problem.ties if whole else []
         try:
-            plan = solve(Problem(choices, ties, Budget(size, 0), banks), "knapsack")
+            problem = Problem(choices, ties, Budget(size, 0), banks, layers=given.layers)
+            plan = solve(problem, search)
         except Infeasible:
             return None
         return self.problem.plan(plan.units)

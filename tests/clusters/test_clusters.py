@@ -34,7 +34,7 @@ def validate_ray_up(config: dict[str, Any]) -> dict[str, Any]:
     return prepared
 
 
-RAY_UP = ["aws.yaml", "own-machines.yaml"]
+RAY_UP = ["aws.yaml", "gcp.yaml", "own-machines.yaml"]
 
 
 @pytest.mark.parametrize("name", RAY_UP)
@@ -130,6 +130,56 @@ def test_rayjob_is_authenticated_and_unprivileged() -> None:
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_rayjob_takes_secrets_from_a_secret_alone() -> None:
+    for pod in rayjob_pods():
+        for container in pod["containers"]:
+            assert "env" not in container
+            (source,) = container["envFrom"]
+            assert source == {"secretRef": {"name": "moesaic-secrets", "optional": True}}
+
+
+# What all files have in common.
+
+SECRET_WORDS = r"(?i)(token|secret|password|access[_-]?key)\s*[=:]\s*['\"]?[A-Za-z0-9+/]{12,}"
+
+
+def test_no_file_holds_a_secret() -> None:
+    for file in CLUSTERS.iterdir():
+        lines = [line for line in file.read_text().splitlines() if re.search(SECRET_WORDS, line)]
+        assert not lines, (file, lines)
+
+
+def test_all_files_agree_on_image_ports_and_the_shared_folder() -> None:
+    texts = {file.name: file.read_text() for file in CLUSTERS.iterdir()}
+    images = {image for text in texts.values() for image in re.findall(r"\S+/moesaic:\S+", text)}
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert images == {f"REGISTRY/moesaic:{version}"}
+    for name in RAY_UP:
+        config = load(name)
+        assert "--volume=/shared:/shared" in config.get("docker", {}).get(
+            "run_options", ["--volume=/shared:/shared"]
+        )
+        assert "moesaic run /shared/recipes/mine.yaml --output /shared/runs/mine" in texts[name]
+        assert "http://127.0.0.1:8265" in texts[name]
+    ports = {port["containerPort"] for c in rayjob_pods()[0]["containers"] for port in c["ports"]}
+    assert ports == {6379, 8265}
+
+
+def test_everything_that_listens_beyond_the_machine_wants_a_token() -> None:
+    for name in RAY_UP:
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            for command in load(name)[key]:
+                assert " start " not in command or "RAY_AUTH_MODE=token" in command
+                assert "0.0.0.0" not in command
+    slurm = (CLUSTERS / "slurm.sh").read_text()
+    assert "RAY_AUTH_MODE=token" in slurm.partition("symmetric-run --address")[0]
+    # The client too, in whatever is shown to be typed.
+    for file in CLUSTERS.iterdir():
+        text = file.read_text()
+        if "ray job submit" in text:
+            assert "RAY_AUTH_MODE=token" in text, file
 
 
 def test_rayjob_pods_mount_volumes_that_exist() -> None:

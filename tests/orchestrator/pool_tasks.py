@@ -1,8 +1,10 @@
 """Functions that the tests of the pool let workers call."""
 
+import logging
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,13 @@ def note(state: WorkerState, file: str, text: str, seconds: float = 0.0) -> tupl
     with Path(file).open("a", encoding="utf-8") as stream:
         stream.write(f"{text}\n")
     return text, os.getpid()
+
+
+def speak(state: WorkerState) -> None:
+    """Prints, warns and logs."""
+    print("printed by a worker", flush=True)
+    warnings.warn("warned by a worker", stacklevel=1)
+    logging.getLogger("somewhere").warning("logged by a worker")
 
 
 def remember(state: WorkerState, value: int) -> int:

@@ -99,12 +99,31 @@ def test_read_shares_no_memory_with_the_file(folder: Path) -> None:
     assert bool((before == 0).all())
 
 
-def test_folder_of_links_is_read(folder: Path, tmp_path: Path) -> None:
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for file in folder.iterdir():
-        (links / file.name).symlink_to(file)
+def test_folder_of_links_is_read_as_the_hub_caches_it(folder: Path, tmp_path: Path) -> None:
+    blobs, links = (tmp_path / "models--a--b" / part for part in ("blobs", "snapshots/0123"))
+    folder.rename(blobs.parent.mkdir() or blobs)
+    links.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (links / file.name).symlink_to(f"../../blobs/{file.name}")
     assert torch.equal(Checkpoint(links).read("float"), TENSORS["float"])
+
+
+@pytest.mark.parametrize("name", ["model-0.safetensors", "config.json", "tokenizer.json", "1/x"])
+def test_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "private"
+    link = folder / name
+    link.parent.mkdir(exist_ok=True)
+    secret.write_bytes(link.read_bytes() if link.exists() else b"{}")
+    link.unlink(missing_ok=True)
+    link.symlink_to("../" * (name.count("/") + 1) + "private")
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link to .*private, outside"):
+        Checkpoint(folder)
+
+
+def test_link_within_the_folder_is_followed(folder: Path) -> None:
+    (folder / "model-0.safetensors").rename(folder / "weights")
+    (folder / "model-0.safetensors").symlink_to("weights")
+    assert torch.equal(Checkpoint(folder).read("float"), TENSORS["float"])
 
 
 def test_unknown_tensor_raises(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The pool on a real Ray: order, memory, death, blame. One Ray for all of them."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -13,10 +14,14 @@ import pytest
 import ray
 from ray._private import ray_constants
 
+from moesaic.orchestrator import cluster as joining
+from moesaic.orchestrator import loop, placing
 from moesaic.orchestrator import pool as module
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.placing import Roster
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.worker import resolve
 
 TASKS = "tests.orchestrator.pool_tasks"
@@ -30,7 +35,7 @@ def cluster() -> Iterator[None]:
     patch.delenv("RAY_ADDRESS", raising=False)
     patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
     root = str(Path(__file__).parents[2])
-    module.start_local(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    joining.start_local(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": root}})
     yield
     ray.shutdown()
     patch.undo()
@@ -61,6 +66,26 @@ def test_finished_tasks_bring_new_ones(pool: Pool, tmp_path: Path) -> None:
     pool.run(following(0), labels.extend)
     assert (tmp_path / "notes").read_text().splitlines() == ["step 0", "step 1", "step 2"]
     assert set(labels) <= {"note"}
+
+
+def test_what_workers_print_and_log_is_in_the_log_of_the_run_and_nowhere_else(
+    pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["printed", "warned", "logged"]
+    with run_log(tmp_path, "run"):
+        workers = pool.size
+        pool.run(task("speak", affinity=worker) for worker in range(workers))
+        deadline = time.monotonic() + 60
+        while (tmp_path / "log.txt").read_text().count("logged") < workers:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    for text in texts:
+        found = [line for line in lines if f"{text} by a worker" in line]
+        sources = {re.search(r" \[(\S+) (\d+)\] ", line)[0] for line in found}  # type: ignore[index]
+        assert len(sources) == workers, lines
+    assert lines[-1].endswith(" done")
+    assert "by a worker" not in "".join(capfd.readouterr())
 
 
 def test_urgent_tasks_run_first_when_workers_are_short(pool: Pool, tmp_path: Path) -> None:
@@ -123,7 +148,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_task_done(pool: Pool, tmp_p
 def test_a_task_that_always_kills_its_worker_ends_the_run_by_name(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ATTEMPTS", 2)
+    monkeypatch.setattr(loop, "_ATTEMPTS", 2)
     with pytest.raises(RunError) as error:
         pool.run([task("die", "experts 7", file=str(tmp_path / "deaths"), times=99)])
     assert str(error.value).startswith("experts 7: its worker died 2 times")
@@ -141,7 +166,7 @@ def test_a_task_that_may_fail_tells_why_and_the_others_go_on(pool: Pool, tmp_pat
     pool.run([task("fail", failed=failed), task("die", file=deaths, times=99, failed=failed)])
     assert sorted(told) == [
         ("ValueError", "shapes do not fit"),
-        (module.WORKER_DIED, "its worker died 2 times"),
+        (loop.WORKER_DIED, "its worker died 2 times"),
     ]
     assert sorted(Path(notes).read_text().split()) == ["ValueError", "worker-died"]
     assert pool.size == 2
@@ -199,9 +224,9 @@ def test_workers_are_counted_node_by_node(
     alive = [{"Alive": True, "Resources": node} for node in nodes]
     dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     monkeypatch.setattr(module, "connect", lambda compute: False)
-    monkeypatch.setattr(module.ray, "nodes", lambda: [*alive, dead])
-    monkeypatch.setattr(Pool, "_start", lambda self: None)
-    monkeypatch.setattr(Pool, "_await_ready", lambda self, workers: None)
+    monkeypatch.setattr(placing.ray, "nodes", lambda: [*alive, dead])
+    ready = placing.Slot(None, None, 0.0)
+    monkeypatch.setattr(Roster, "_start", lambda self: ready)
     asked = Pool(compute)
     if count:
         assert asked.size == count
@@ -218,7 +243,7 @@ def test_an_empty_run_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Pool(Compute()) as idle:
         idle.run([])
         idle.run(iter(()))
-        assert idle.workers == []
+        assert idle.roster.slots == []
 
 
 @pytest.mark.parametrize("key", ["compute.address", "RAY_ADDRESS"])
@@ -226,11 +251,11 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, k
     def refuse(**_: Any) -> None:
         raise ConnectionError("could not\nconnect")
 
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module.ray, "init", refuse)
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(RunError) as error:
-        module.connect(Compute(address="auto") if key == "compute.address" else Compute())
+        joining.connect(Compute(address="auto") if key == "compute.address" else Compute())
     message = str(error.value)
     assert message.startswith(f"{key}: the Ray cluster at auto cannot be reached (could not con")
     assert f"correct {key}, or leave it out" in message
@@ -243,10 +268,10 @@ def test_an_address_where_nobody_listens_is_found_out_before_ray_tries(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with pytest.raises(RunError, match=f"the Ray cluster at {address} cannot be reached"):
-        module.connect(Compute(address=address))
+        joining.connect(Compute(address=address))
 
 
 def listeners() -> dict[str, set[str]]:
@@ -283,11 +308,11 @@ def test_a_local_ray_is_started_without_an_address(
     monkeypatch: pytest.MonkeyPatch, address: str | None
 ) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module.ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", lambda **options: asked.append(options))
     monkeypatch.setenv("RAY_ADDRESS", "local" if address is None else "10.0.0.1:6379")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert module.connect(Compute(address=address))
+    assert joining.connect(Compute(address=address))
     assert asked[0]["address"] == "local"
 
 
@@ -295,8 +320,8 @@ def test_a_busy_cluster_is_waited_for_aloud_and_not_for_ever(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pool.size == 2  # which takes both processors
-    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(module, "_START_SECONDS", 3.0)
+    monkeypatch.setattr(placing, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(placing, "_START_SECONDS", 3.0)
     started = time.monotonic()
     busy = Compute(workers=1, address="auto")
     with pytest.raises(RunError) as error, Pool(busy) as second:
@@ -317,14 +342,16 @@ def test_a_ray_that_lost_its_nodes_is_not_waited_for(
 ) -> None:
     assert pool.size == 2  # so that there is no room for a third
     started = time.monotonic()
-    third = Pool(Compute(workers=1))
-    third.cpus, third.gpus = 1, 0.0
-    with third:
-        third.workers = [third._start()]
-        dead = [{**node, "Alive": False} for node in ray.nodes()]
-        monkeypatch.setattr(module.ray, "nodes", lambda: dead)
-        with pytest.raises(RunError, match="has lost all its nodes .* run the same command again"):
-            third._await_ready(third.workers)
+    real, looks = ray.nodes, []
+
+    def nodes() -> list[dict[str, Any]]:
+        looks.append(1)  # the first look is before workers are asked for
+        return [{**node, "Alive": len(looks) == 1} for node in real()]
+
+    monkeypatch.setattr(placing.ray, "nodes", nodes)
+    lost = pytest.raises(RunError, match="has lost all its nodes .* run the same command again")
+    with Pool(Compute(workers=1)) as third, lost:
+        _ = third.size
     assert time.monotonic() - started < 30
 
 
@@ -335,10 +362,10 @@ def test_the_handler_of_sigterm_survives_the_start_of_ray(
         signal.signal(signal.SIGTERM, lambda *_: None)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module.ray, "init", init)
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    module.connect(Compute())
+    joining.connect(Compute())
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -346,10 +373,10 @@ def test_sigterm_while_ray_starts_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch
     def init(**_: Any) -> None:
         raise SystemExit(1)  # what Ray's own handler does
 
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module.ray, "init", init)
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", init)
     with pytest.raises(KeyboardInterrupt):
-        module.connect(Compute())
+        joining.connect(Compute())
 
 
 def test_functions_are_found_by_name() -> None:

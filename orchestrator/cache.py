@@ -1,0 +1,179 @@
+"""A bounded folder of copies on this node, which all processes of the node share.
+
+What was used longest ago leaves first, by the files' access times, which are set here. A file in
+use never leaves: every process keeps a list of the files that it is working with (its *pins*), in a
+file that it holds locked for as long as it lives. Who makes room reads the lists of all the living.
+A pin is written, and room is made, under one lock of the folder, so that no file goes between the
+moment when it was found and the moment when it was pinned.
+
+    FOLDER/.lock            held while a pin is written or room is made
+    FOLDER/.pins/<id>       names of files in use, locked by the process that uses them
+    FOLDER/...              the copies
+
+The bound holds for what is not in use; all that is may be more. A process counts what it adds and
+looks at the whole folder when that is more than a hundredth of the bound, so that several processes
+may pass it by as many hundredths for a moment.
+"""
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.store import disk_errors, make_folder
+
+_LOCK, _PINS = ".lock", ".pins"
+# Room is made down to this share of the bound, so that it is not made for every file.
+_FILLED = 0.9
+# What a process may add, as a share of the bound, before it looks at the whole folder.
+_UNSEEN = 0.01
+# Of files that are being written; those of a writer that died leave after so many seconds.
+TEMPORARY, _DEAD_SECONDS = ".tmp-", 86_400.0
+
+
+class Cache:
+    """The copies in one folder, seen from one process; safe to use from several threads.
+
+    Args:
+        folder: made if it is not there.
+        limit_bytes: of all files together.
+
+    Raises:
+        RecipeError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+        make_folder(folder, "cache.folder")
+        (folder / _PINS).mkdir(exist_ok=True)
+        self._guard = threading.Lock()
+        self._pinned: set[str] = set()
+        self._pins: IO[str] | None = None
+        self._process = 0
+        self._unseen: float | None = None  # bytes added since the folder was looked at
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among all threads and processes."""
+        with self._guard, (self.folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _own_pins(self) -> IO[str]:
+        """This process's list; a process that was forked off begins its own."""
+        if self._pins is None or self._process != os.getpid():
+            self._pinned = set()
+            self._pins = (self.folder / _PINS / uuid.uuid4().hex).open("w", encoding="utf-8")
+            fcntl.flock(self._pins, fcntl.LOCK_EX)
+            self._process = os.getpid()
+        return self._pins
+
+    def pin(self, path: Path) -> None:
+        """Keeps a file, there or to come, until :meth:`release`."""
+        name = str(path.relative_to(self.folder))
+        if name in self._pinned and self._process == os.getpid():
+            return
+        with self._locked(), disk_errors(self.folder):
+            pins = self._own_pins()
+            pins.write(f"{name}\n")
+            pins.flush()
+            self._pinned.add(name)
+
+    def release(self) -> None:
+        """Nothing is in use any more. What a process has mapped into memory stays readable."""
+        if self._pinned and self._process == os.getpid():
+            with self._locked():
+                pins = self._own_pins()
+                pins.seek(0)
+                pins.truncate()
+                self._pinned.clear()
+
+    def used(self, path: Path) -> None:
+        """Remembers that a file was used now."""
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            os.utime(path, ns=(time.time_ns(), state.st_mtime_ns))
+
+    def make_room(self, size: int) -> None:
+        """Removes files until ``size`` more bytes fit, as far as no one uses them.
+
+        Raises:
+            RunError: not even an empty folder has room for them.
+        """
+        if size > self.limit_bytes:
+            raise RunError(
+                f"cache.size: {self.limit_bytes:,} bytes are less than one file of {size:,} bytes:"
+                " give more"
+            )
+        added = None if self._unseen is None else self._unseen + size
+        if added is not None and added <= self.limit_bytes * _UNSEEN:
+            self._unseen = added
+            return
+        with self._locked():
+            files = self._files()
+            total = sum(state.st_size for _, state in files)
+            self._unseen = 0.0
+            if total + size <= self.limit_bytes:
+                return
+            kept = self._in_use()
+            for name, state in sorted(files, key=lambda item: item[1].st_atime_ns):
+                if total + size <= self.limit_bytes * _FILLED:
+                    break
+                if name not in kept:
+                    with contextlib.suppress(FileNotFoundError):
+                        (self.folder / name).unlink()
+                    total -= state.st_size
+
+    def _files(self) -> list[tuple[str, os.stat_result]]:
+        """Every copy with what the system knows of it; leftovers of dead writers are removed."""
+        found: list[tuple[str, os.stat_result]] = []
+        for folder, folders, names in os.walk(self.folder):
+            if Path(folder) == self.folder:
+                folders[:] = [name for name in folders if name != _PINS]
+                names = [name for name in names if name != _LOCK]
+            for name in names:
+                path = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):
+                    state = path.lstat()
+                    if TEMPORARY not in name:
+                        found.append((str(path.relative_to(self.folder)), state))
+                    elif time.time() - state.st_mtime > _DEAD_SECONDS:
+                        path.unlink()
+        return found
+
+    def _in_use(self) -> set[str]:
+        """Names in the lists of all living processes; lists of the dead are removed."""
+        found: set[str] = set()
+        for file in (self.folder / _PINS).iterdir():
+            with contextlib.suppress(FileNotFoundError), file.open(encoding="utf-8") as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found |= set(stream.read().split("\n"))
+                else:
+                    file.unlink()
+        return found
+
+
+@cache
+def cache_at(folder: Path, limit_bytes: int) -> Cache:
+    """The cache of this process in a folder."""
+    found = Cache(folder, limit_bytes)
+    _OPEN.append(found)
+    return found
+
+
+_OPEN: list[Cache] = []
+
+
+def release_pins() -> None:
+    """Lets go of everything that this process uses, in all caches."""
+    for known in _OPEN:
+        known.release()

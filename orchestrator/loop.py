@@ -1,0 +1,334 @@
+"""The loop that keeps workers busy: which task goes where, and what becomes of it when one dies.
+
+One task is in flight per worker, which bounds memory; the rest waits here, ordered by priority. A
+finished task may bring new ones, so that one loop runs a whole stage, or several that overlap.
+
+Since tasks are idempotent, a task whose worker died is simply given to another one, and one that
+takes much longer than its like (:mod:`moesaic.orchestrator.deadlines`) may run on two workers at
+once: the first result is taken, the other ignored. A copy that fails while another one runs or
+waits decides nothing: it may have failed because the other had finished and tidied up.
+"""
+
+import errno
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from moesaic.orchestrator.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.pool import Pool, Task
+
+# Deaths of its worker that a task outlives, less one; one that may fail is tried once more.
+_ATTEMPTS, _ATTEMPTS_IF_IT_MAY_FAIL = 4, 2
+WORKER_DIED = "worker died"
+_POLL_SECONDS = 1.0
+# Errors of a shared file system that pass by; a task is tried again after each of these pauses.
+_PASSING_ERRORS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN}
+    | {errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+_PAUSE_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(eq=False)
+class _Work:
+    """A task until its result is there.
+
+    Attributes:
+        order: number of its coming, among tasks of the same priority.
+        attempts: workers that died of it, or while they were at it.
+        troubles: passing errors that it met.
+        copies: workers that are at it now.
+        begun: how often it was given to a worker.
+        backed: whether a second copy was asked for since a worker was last lost.
+        queued: whether it waits for a worker (also).
+        alone: whether no other worker of the node may be at work meanwhile.
+        over_since: when the first result came.
+    """
+
+    task: "Task"
+    order: int
+    attempts: int = 0
+    troubles: int = 0
+    copies: int = 0
+    begun: int = 0
+    backed: bool = False
+    queued: bool = False
+    alone: bool = False
+    over_since: float | None = None
+
+    @property
+    def limit(self) -> int:
+        """How many workers it may cost."""
+        return _ATTEMPTS if self.task.failed is None else _ATTEMPTS_IF_IT_MAY_FAIL
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A work on a worker."""
+
+    work: _Work
+    worker: int
+    started: float
+
+
+class Loop:
+    """One :meth:`Pool.run`.
+
+    Attributes:
+        left: works whose results are not there.
+        waiting: (priority, order, work) of what waits for a worker, as a heap.
+        paused: (time to go on, order, work) of what waits for trouble to pass, as a heap.
+        running: what is in flight, by handle; at most one copy per worker.
+        at: worker → what it is at.
+        reserved: the node that a work is to have, or has, for itself.
+    """
+
+    def __init__(self, pool: "Pool", tasks: Iterable["Task"]) -> None:
+        self.pool = pool
+        self.left = 0
+        self.waiting: list[tuple[tuple[int, ...], int, _Work]] = []
+        self.paused: list[tuple[float, int, _Work]] = []
+        self.running: dict[Any, _Copy] = {}
+        self.at: dict[int, _Copy] = {}
+        self.reserved: tuple[str, _Work] | None = None
+        self._order = itertools.count()
+        self._add(tasks)
+
+    def run(
+        self, tick: Callable[[list[str]], None] | None, meanwhile: Callable[[], None] | None
+    ) -> None:
+        """Until nothing is left."""
+        pool, looked = self.pool, self.pool._now()
+        try:
+            while self.left:
+                self._dispatch()
+                if meanwhile is not None:
+                    meanwhile()
+                for handle in pool._wait(self.running, self._pause()):
+                    self._finish(handle)
+                if not pool._alive() or pool._now() - looked > _POLL_SECONDS:
+                    looked = pool._now()
+                    pool._tend(bool(self.waiting))
+                    self._watch(looked)
+                    if tick is not None:
+                        tick([c.work.task.label for c in self.at.values() if _open(c.work)])
+        finally:
+            self._end()
+
+    def _add(self, tasks: Iterable["Task"]) -> None:
+        for task in tasks:
+            self.left += 1
+            self._queue(_Work(task, next(self._order)))
+
+    def _queue(self, work: _Work) -> None:
+        work.queued = True
+        heapq.heappush(self.waiting, (work.task.priority, work.order, work))
+
+    def _pause(self) -> float:
+        """Seconds until there is something to look at."""
+        if not self.paused:
+            return _POLL_SECONDS
+        return min(_POLL_SECONDS, max(0.0, self.paused[0][0] - self.pool._now()))
+
+    # Which task goes where
+
+    def _dispatch(self) -> None:
+        """Gives every idle worker the first waiting task, its own first where that is as urgent."""
+        while self.paused and self.paused[0][0] <= self.pool._now():
+            self._queue(heapq.heappop(self.paused)[2])
+        alive = self.pool._alive()
+        idle = alive - self.at.keys()
+        passed = []
+        while self.waiting and idle:
+            item = heapq.heappop(self.waiting)
+            work = item[2]
+            if not _open(work):
+                continue  # its first copy came back after all
+            worker = self._choose(work, idle, alive)
+            if worker is None:
+                passed.append(item)
+                continue
+            idle.discard(worker)
+            work.queued = False
+            self._start(work, worker)
+        for item in passed:
+            heapq.heappush(self.waiting, item)
+
+    def _choose(self, work: _Work, idle: set[int], alive: set[int]) -> int | None:
+        """The worker for a task; None where it should wait."""
+        if work.alone:
+            return self._choose_alone(work, idle, alive)
+        open_to_all = self._not_reserved(idle)
+        wanted = work.task.affinity
+        if wanted in open_to_all:
+            return wanted
+        if wanted in alive and wanted in self.at and work.copies == 0:
+            busy_with = self.at[wanted].work
+            if _open(busy_with) and busy_with.copies == 1 and not busy_with.queued:
+                return None  # what it needs lies in the memory of a worker that is busy
+        # Whoever keeps something in memory is among the first: free for what needs that.
+        return max(open_to_all, default=None)
+
+    def _not_reserved(self, idle: set[int]) -> set[int]:
+        if self.reserved is None:
+            return idle
+        return {number for number in idle if self.pool._node(number) != self.reserved[0]}
+
+    def _choose_alone(self, work: _Work, idle: set[int], alive: set[int]) -> int | None:
+        """A worker on a node where nobody else is at work; else a node is kept free for it."""
+        nodes: dict[str, list[int]] = {}
+        for number in sorted(alive):
+            nodes.setdefault(self.pool._node(number), []).append(number)
+        if self.reserved is not None and self.reserved[1] is not work and _open(self.reserved[1]):
+            return None  # one after the other
+        if self.reserved is None or self.reserved[0] not in nodes:
+            busy = {node: len(set(own) - idle) for node, own in nodes.items()}
+            self.reserved = min(busy, key=lambda node: busy[node]), work
+        own = nodes[self.reserved[0]]
+        if not idle.issuperset(own):
+            return None
+        for other in own[1:]:
+            self.pool._forget(other)
+        return own[0]
+
+    def _start(self, work: _Work, worker: int) -> None:
+        work.copies += 1
+        work.begun += 1
+        copy = _Copy(work, worker, self.pool._now())
+        self.running[self.pool._submit(worker, work.task)] = self.at[worker] = copy
+
+    # What comes back
+
+    def _finish(self, handle: Any) -> None:
+        copy = self.running.pop(handle)
+        del self.at[copy.worker]
+        copy.work.copies -= 1
+        try:
+            result = self.pool._result(handle)
+        except RayTaskError as error:
+            if _open(copy.work):
+                self._task_failed(copy.work, error)
+        except RayError as error:
+            self._worker_died(copy, error)
+        else:
+            if _open(copy.work):
+                seconds = self.pool._now() - copy.started
+                self.pool.durations.add(copy.work.task.function, seconds)
+                self._settle(copy.work, copy.work.task.done(result))
+
+    def _settle(self, work: _Work, following: Iterable["Task"]) -> None:
+        """The work is over; copies that still run no longer matter."""
+        work.over_since = self.pool._now()
+        self.left -= 1
+        if self.reserved is not None and self.reserved[1] is work:
+            self.reserved = None
+        self._add(following)
+
+    def _task_failed(self, work: _Work, error: RayTaskError) -> None:
+        if work.copies or work.queued:
+            return  # the other copy decides
+        cause, task = error.cause, work.task
+        if isinstance(cause, OSError) and cause.errno in _PASSING_ERRORS:
+            if work.troubles < len(_PAUSE_SECONDS):
+                pause = _PAUSE_SECONDS[work.troubles]
+                work.troubles += 1
+                until = self.pool._now() + pause
+                heapq.heappush(self.paused, (until, work.order, work))
+                return
+        elif _lacked_memory(cause) and not work.alone:
+            work.alone = True
+            self._queue(work)
+            return
+        reason = " ".join(str(cause).split())
+        if task.failed is not None:
+            self._settle(work, task.failed(type(cause).__name__, reason))
+            return
+        if isinstance(cause, UserError | RunError):
+            raise cause from error
+        if isinstance(cause, FileNotFoundError) or type(cause).__name__ == "SafetensorError":
+            reason += " (a file is gone or damaged: run the same command again)"
+        raise RunError(f"{task.label}: {type(cause).__name__}: {reason}") from error
+
+    def _worker_died(self, copy: _Copy, error: RayError) -> None:
+        work = copy.work
+        blameless = self.pool._died_with_its_node(copy.worker)
+        self.pool._replace(copy.worker)
+        if _open(work):
+            work.attempts += not blameless
+            lacked = isinstance(error, OutOfMemoryError)
+            self._try_again(work, "ran out of memory" if lacked else "died", error)
+
+    def _try_again(self, work: _Work, what: str, error: Exception | None) -> None:
+        """A worker was lost; the last attempt has a node for itself, in case memory was short."""
+        work.backed = False
+        if work.copies or work.queued:
+            return
+        task, attempts, limit = work.task, work.attempts, work.limit
+        if attempts < limit:
+            work.alone = attempts == limit - 1
+            self._queue(work)
+        elif task.failed is not None:
+            self._settle(work, task.failed(WORKER_DIED, f"its worker {what} {attempts} times"))
+        else:
+            hint = " (out of memory?)" if what == "died" else ""
+            raise RunError(
+                f"{task.label}: its worker {what} {attempts} times{hint}, the last time alone on"
+                " its node; give workers more memory, or use fewer (compute.workers); finished"
+                " work is kept, run the same command again"
+            ) from error
+
+    # What does not come back
+
+    def _watch(self, now: float) -> None:
+        """Second copies for stragglers, other workers for what missed its deadline."""
+        durations = self.pool.durations
+        idle = self._not_reserved(self.pool._alive() - self.at.keys())
+        for handle, copy in list(self.running.items()):
+            work, function = copy.work, copy.work.task.function
+            seconds, deadline = now - copy.started, durations.deadline(function)
+            if work.over_since is not None:
+                if now - work.over_since > durations.patience(function):
+                    self._give_up(handle)
+            elif seconds > 2 * deadline:
+                self._give_up(handle)
+                work.attempts += 1
+                self._try_again(work, "did not answer in time", None)
+            elif work.backed or work.queued or work.begun >= work.limit:
+                continue
+            elif seconds > deadline:
+                work.backed = True
+                self._queue(work)
+            elif self.waiting or work.alone:
+                continue
+            elif idle and seconds > durations.straggles_after(function):
+                work.backed = True
+                self._start(work, idle.pop())
+
+    def _give_up(self, handle: Any) -> None:
+        copy = self.running.pop(handle)
+        del self.at[copy.worker]
+        copy.work.copies -= 1
+        self.pool._replace(copy.worker)
+
+    def _end(self) -> None:
+        """Nothing that is left behind may write into folders that others are about to remove."""
+        for handle, copy in list(self.running.items()):
+            if _open(copy.work):
+                self.pool._cancel(handle)
+            else:
+                self._give_up(handle)
+
+
+def _open(work: _Work) -> bool:
+    return work.over_since is None
+
+
+def _lacked_memory(cause: BaseException) -> bool:
+    """Whether a task could not get the memory it asked for, of the machine or of a GPU."""
+    return isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"

@@ -1,0 +1,283 @@
+"""Files at a URL: what fsspec reaches, with patience and with errors that people can read.
+
+Network and servers fail for a moment and come back. Every operation is tried again, after pauses
+that grow, unless the answer is one that does not change by asking again (no permission, no such
+bucket, no credentials). After that it is one line that names the URL and the reason.
+
+Credentials come from where each service's own tools find them (environment, files, the machine's
+role); a URL that holds a password is refused, because URLs are written into logs and recipes.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.store import disk_errors, disk_is_full
+
+T = TypeVar("T")
+
+# Attempts at one operation, and the pause after the first; the next ones are twice as long each.
+ATTEMPTS, PAUSE_SECONDS = 6, 0.5
+# Protocol → what to install for it.
+_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "pip install 'moesaic[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "pip install 'moesaic[gcs]'"),
+    "hdfs": "pip install pyarrow, and Hadoop's native client (libhdfs)",
+}
+# Protocol → what its driver is told. Attempts are ours to count.
+_OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("s3", "s3a"), {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 10}}
+)
+# Names of errors that the drivers do not translate, and of codes in the text of those they do.
+_REFUSALS = (
+    "NoCredentials",
+    "CredentialRetrievalError",
+    "DefaultCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AccessDenied",
+    "InvalidBucketName",
+    "InvalidToken",
+    "ExpiredToken",
+)
+
+
+class Refusal(RunError):
+    """The place says no, and would say so again."""
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is one that fsspec is asked about, and no path."""
+    return "://" in name
+
+
+def check_url(url: str) -> None:
+    """Raises ValueError for what no URL of a folder can be."""
+    parts = urlsplit(url)
+    if parts.password:
+        raise ValueError("a URL must not hold a password: give it by the environment")
+    if "#" in url or "?" in url or "::" in url:
+        raise ValueError(f"{url[:80]!r} is no URL of a folder: it must not hold '#', '?' or '::'")
+    if not (parts.netloc or parts.path.strip("/")):
+        raise ValueError(f"{url[:80]!r} names no folder: write PROTOCOL://BUCKET/FOLDER")
+
+
+class Objects:
+    """The files below one URL, by names relative to it.
+
+    Args:
+        url: of a folder; it need not exist where folders do not.
+        key: of the recipe that holds it, for errors.
+
+    Raises:
+        RecipeError: the protocol is not known, or its package is not installed.
+    """
+
+    def __init__(self, url: str, key: str = "store") -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        # s3fs logs what it retries itself; our line comes when it gives up.
+        logging.getLogger("s3fs").setLevel(logging.CRITICAL)
+        try:
+            # Others write there, too: a listing that was kept would be out of date.
+            options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)
+        except ImportError as error:
+            how = _EXTRAS.get(protocol, f"its package is missing: {error}")
+            raise RecipeError(f"{key}: {url}: {protocol}:// needs another package: {how}") from None
+        except ValueError as error:
+            raise RecipeError(f"{key}: {url}: {error}") from None
+        except Exception as error:  # a driver that cannot start: no login, no library
+            raise RecipeError(f"{key}: {url}: {_reason(error)}") from None
+        self.root = self.root.rstrip("/")
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _tried(self, work: Callable[[], T], name: str, what: str) -> T:
+        """``work()``, again and again until it succeeds or there is no hope."""
+        where = f"{self.url}/{name}" if name else self.url
+        pause = PAUSE_SECONDS
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return work()
+            except (FileNotFoundError, RunError):
+                raise
+            except Exception as error:
+                reason = _reason(error)
+                if isinstance(error, PermissionError) or any(word in reason for word in _REFUSALS):
+                    raise Refusal(f"{where}: cannot be {what}: {reason}") from error
+                if disk_is_full(error):
+                    raise RunError(
+                        f"{where}: cannot be {what}: no space is left there; free some (moesaic"
+                        " store gc URL --keep RUN) and run the same command again, finished work"
+                        " is kept"
+                    ) from error
+                if attempt == ATTEMPTS:
+                    raise RunError(
+                        f"{where}: cannot be {what}, tried {ATTEMPTS} times: {reason}; run the same"
+                        " command again, finished work is kept"
+                    ) from error
+            # Many workers that failed together must not come back together.
+            time.sleep(pause * (0.5 + random.random()))
+            pause *= 2
+        raise AssertionError("the last attempt returns or raises")
+
+    def read(self, name: str) -> bytes:
+        """A small file. Raises FileNotFoundError."""
+
+        def work() -> bytes:
+            found: bytes = self.fs.cat_file(self._at(name))
+            return found
+
+        return self._tried(work, name, "read")
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` … ``stop - 1`` of a file, fewer where it ends. Raises
+        FileNotFoundError."""
+
+        def work() -> bytes:
+            found: bytes = self.fs.cat_file(self._at(name), start=start, end=stop)
+            return found
+
+        return self._tried(work, name, "read")
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Small files, many at a time; those that are not there are left out."""
+        wanted = {self._at(name): name for name in names}
+        if not wanted:
+            return {}
+
+        def work() -> dict[str, bytes]:
+            found = self.fs.cat(list(wanted), on_error="return")
+            if isinstance(found, bytes):
+                found = dict.fromkeys(wanted, found)
+            for value in found.values():
+                if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
+                    raise value
+            # What it calls a file may begin with a protocol, or a slash, that we left out.
+            ends = {self._stripped(path): value for path, value in found.items()}
+            return {
+                name: ends[self._stripped(path)]
+                for path, name in wanted.items()
+                if isinstance(ends.get(self._stripped(path)), bytes)
+            }
+
+        return self._tried(work, "", "read")
+
+    def _stripped(self, path: str) -> str:
+        stripped: str = self.fs._strip_protocol(path)
+        return stripped.lstrip("/")
+
+    def info(self, name: str) -> Mapping[str, Any] | None:
+        """What the place knows of a file (``size`` in bytes and more), None if it is not there."""
+
+        def work() -> Mapping[str, Any]:
+            found: Mapping[str, Any] = self.fs.info(self._at(name))
+            return found
+
+        try:
+            return self._tried(work, name, "looked up")
+        except FileNotFoundError:
+            return None
+
+    def listing(self, folder: str = "") -> dict[str, Mapping[str, Any]]:
+        """Every file below a folder, by name; see :meth:`info`."""
+
+        def work() -> Mapping[str, Any]:
+            found: Mapping[str, Any] = self.fs.find(self._at(folder), detail=True)
+            return found
+
+        try:
+            found = self._tried(work, folder, "listed")
+        except FileNotFoundError:
+            return {}
+        skip = len(self._stripped(self.root)) + 1
+        return {self._stripped(path)[skip:]: info for path, info in found.items()}
+
+    def download(self, name: str, path: Path) -> None:
+        """Copies a file into ``path``. Raises FileNotFoundError."""
+
+        def work() -> None:
+            # Reading fills no disk but ours.
+            with disk_errors(path):
+                self.fs.get_file(self._at(name), str(path))
+
+        self._tried(work, name, "read")
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copies ``path`` there."""
+
+        def work() -> None:
+            self._make_parent(name)
+            self.fs.put_file(str(path), self._at(name))
+
+        self._written(work, name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file."""
+
+        def work() -> None:
+            self._make_parent(name)
+            self.fs.pipe_file(self._at(name), content)
+
+        self._written(work, name)
+
+    def _written(self, work: Callable[[], None], name: str) -> None:
+        try:
+            self._tried(work, name, "written")
+        except FileNotFoundError as error:
+            raise Refusal(f"{self.url}: no such bucket or folder: {_reason(error)}") from error
+
+    def _make_parent(self, name: str) -> None:
+        """Where there are folders they must exist; object stores would try to make a bucket."""
+        if self.fs.protocol in ("memory", "abstract") or _is_object_store(self.fs):
+            return
+        self.fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        try:
+            self._tried(lambda: self.fs.rm_file(self._at(name)), name, "removed")
+        except FileNotFoundError:
+            return
+
+    def modified(self, name: str, info: Mapping[str, Any]) -> float:
+        """When a file of :meth:`listing` was written, in seconds since 1970."""
+        for key in ("LastModified", "mtime", "updated", "last_modified", "created"):
+            if key in info:
+                return _seconds(info[key])
+        return _seconds(self._tried(lambda: self.fs.modified(self._at(name)), name, "looked up"))
+
+
+def _is_object_store(fs: Any) -> bool:
+    names = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return not {"s3", "s3a", "gs", "gcs", "az", "abfs", "oss", "oci"}.isdisjoint(names)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Another text when a file has other content, as far as the place tells."""
+    keys = ("size", "ETag", "etag", "md5Hash", "crc32c", "LastModified", "mtime", "created")
+    return repr([(key, info[key]) for key in keys if key in info])
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    kind = type(error).__name__
+    return text if kind in text else f"{kind}: {text}" if text else kind

@@ -1,0 +1,278 @@
+"""The workers of a run: how many fit the cluster, where they are, and what replaces a dead one.
+
+Every worker has a numbered *slot*, which outlives it. A worker that died leaves its slot to a new
+one, which Ray starts as soon as some node has room: until then the run goes on with the others.
+Where the recipe leaves the number of workers open, nodes that join a cluster bring slots of their
+own. Only while there is no worker at all the run waits, aloud and not for ever.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RuntimeEnvSetupError
+
+from moesaic.orchestrator.cluster import cluster_address, free, place
+from moesaic.orchestrator.console import stderr
+from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.worker import installed
+
+# Without any worker the run says so after the first, and stops after the second.
+_SILENT_SECONDS, _START_SECONDS = 10.0, 300.0
+# How long the first workers wait for the others before work begins.
+_GRACE_SECONDS = 20.0
+_POLL_SECONDS = 1.0
+_GROW_SECONDS = 5.0
+_ANSWER_SECONDS = 60.0
+# Deaths in a row of workers that had not answered yet.
+_FAILED_STARTS = 5
+# Threads that sleep instead of spinning: with another process busy, spinning threads make a
+# worker several times slower. oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts
+# bring a new one with almost every batch.
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def shares(gpus: float, each: float) -> int:
+    """Workers that a node's accelerators carry; Ray does not spread a fraction over two of them."""
+    return int(gpus) * int(1 / each) if each < 1 else int(gpus / each)
+
+
+@dataclass
+class Slot:
+    """A place for a worker.
+
+    Attributes:
+        actor: the worker in it, or the one that is to come.
+        starting: handle of the worker's first answer; None once it is there.
+        since: when Ray was asked for the worker.
+        node: id of its node; empty before it answered.
+    """
+
+    actor: Any
+    starting: Any | None
+    since: float
+    node: str = ""
+
+
+class Roster:
+    """All slots of a run; what is in them changes.
+
+    Attributes:
+        replaced: how many workers were replaced.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute = compute
+        self.slots: list[Slot] = []
+        self.replaced = 0
+        self.cpus, self.gpus = compute.cpus_per_worker, compute.gpus_per_worker or 0.0
+        # Nobody joins a Ray that was started for this process.
+        self.elastic = cluster_address(compute)[1] is not None
+        self._none_since: float | None = None
+        self._told = False
+        self._looked = self._failures = 0.0
+
+    def open(self) -> None:
+        """Asks for the workers and waits until the first can work, for the others a little longer.
+
+        Raises:
+            RecipeError: they fit no node of the cluster.
+            RunError: none could be started.
+        """
+        nodes = _alive_nodes()
+        total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        if self.compute.gpus_per_worker is None:
+            self.gpus = 1.0 if total_gpus >= 1 else 0.0
+        fitting = self._fitting(nodes)
+        count = self.compute.workers or max(fitting, 1)
+        if fitting == 0 or (count > fitting and not self.elastic):
+            raise RecipeError(
+                f"compute: {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU do not"
+                f" fit the cluster ({len(nodes)} node(s), {total_cpus} CPU, {total_gpus:g} GPU:"
+                f" at most {fitting})"
+            )
+        if count > fitting:
+            stderr.print(
+                f"compute: {fitting} of {count} worker(s) fit the cluster now; the others start"
+                " when nodes join",
+                markup=False,
+            )
+        self.slots = [self._start() for _ in range(count)]
+        self._looked = time.monotonic()
+        ready_since: float | None = None
+        while starting := self.starting():
+            ready, _ = ray.wait(starting, num_returns=1, timeout=_POLL_SECONDS)
+            self.arrived(ready)
+            if self.alive() and ready_since is None:
+                ready_since = time.monotonic()
+            if ready_since is not None and time.monotonic() - ready_since > _GRACE_SECONDS:
+                break
+            self.tend(work_waits=False)
+
+    def _fitting(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """Workers that the empty nodes have room for: one cannot be spread over two of them."""
+        return sum(self._fitting_node(node) for node in nodes)
+
+    def _fitting_node(self, node: Mapping[str, float]) -> int:
+        count = int(node.get("CPU", 0)) // self.cpus
+        return min(count, shares(node.get("GPU", 0.0), self.gpus)) if self.gpus else count
+
+    def _start(self) -> Slot:
+        """Asks Ray for a worker, which comes when some node has room."""
+        from moesaic.orchestrator.worker import Worker
+
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
+        options = {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "runtime_env": {"env_vars": environment},
+        }
+        actor = ray.remote(Worker).options(**options).remote(self.cpus)
+        return Slot(actor, actor.ready.remote(), time.monotonic())
+
+    def starting(self) -> list[Any]:
+        """Handles of the first answers that have not come yet."""
+        return [slot.starting for slot in self.slots if slot.starting is not None]
+
+    def alive(self) -> set[int]:
+        """Numbers of the slots whose workers have answered, and are not known to be dead."""
+        return {number for number, slot in enumerate(self.slots) if slot.starting is None}
+
+    def arrived(self, handles: Iterable[Any]) -> None:
+        """First answers that are there: those workers can be given work.
+
+        Raises:
+            RunError: workers cannot be started, or have another version of this package.
+        """
+        by_handle = {slot.starting: n for n, slot in enumerate(self.slots)}
+        for handle in handles:
+            number = by_handle[handle]
+            try:
+                told = ray.get(handle, timeout=_ANSWER_SECONDS)
+            except RayError as error:
+                self._failed_start(number, error)
+                continue
+            _check_installed(told)
+            self._failures = 0
+            self.slots[number].starting, self.slots[number].node = None, told["node"]
+
+    def _failed_start(self, number: int, error: RayError) -> None:
+        """Tries again where it was an accident: the new worker, or its node, was killed."""
+        self.check_nodes()
+        self._failures += 1
+        text = " ".join(str(error).split())
+        by_itself = isinstance(error, RuntimeEnvSetupError) or "its creation task" in text
+        if "No module named 'moesaic'" in text:
+            raise RunError(
+                f"a worker failed to start: moesaic is not installed on every node of the cluster"
+                f" at {place(self.compute)}"
+            ) from error
+        if by_itself or self._failures >= _FAILED_STARTS:
+            raise RunError(f"a worker failed to start: {text[-300:]}") from error
+        self._anew(number)
+
+    def replace(self, number: int) -> None:
+        """Kills what is in a slot, if it lives, and asks for a new worker."""
+        self._anew(number)
+        self.replaced += 1
+
+    def _anew(self, number: int) -> None:
+        ray.kill(self.slots[number].actor)
+        self.slots[number] = self._start()
+
+    def died_with_its_node(self, number: int) -> bool:
+        """Whether the whole node of a slot's worker is gone, which is no fault of its task."""
+        node = self.slots[number].node
+        return any(n["NodeID"] == node and not n["Alive"] for n in ray.nodes())
+
+    def tend(self, work_waits: bool) -> None:
+        """Looks after the slots; to be called again and again.
+
+        Args:
+            work_waits: whether more workers would have something to do.
+
+        Raises:
+            RunError: there has been no worker for too long, or Ray has lost all its nodes.
+        """
+        now = time.monotonic()
+        for number, slot in enumerate(self.slots):
+            if slot.starting is not None and now - slot.since > _START_SECONDS:
+                self._anew(number)  # it may hang on a node that nobody reaches
+        if work_waits and self.elastic and self.compute.workers is None:
+            self._grow(now)
+        if self.alive():
+            self._none_since, self._told = None, False
+            return
+        self.check_nodes()
+        if self._none_since is None:
+            self._none_since = now
+        seconds, count = now - self._none_since, len(self.slots)
+        where = place(self.compute)
+        if seconds > _START_SECONDS:
+            raise RunError(
+                f"compute: {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU did not"
+                f" start within {_START_SECONDS:.0f} s at {where} ({free()}): wait until others"
+                " have finished, or ask for fewer (compute.workers); finished work is kept"
+            )
+        if seconds > _SILENT_SECONDS and not self._told:
+            self._told = True
+            stderr.print(
+                f"waiting for {count} worker(s) of {self.cpus} CPU and {self.gpus:g} GPU at"
+                f" {where} ({free()})",
+                markup=False,
+            )
+
+    def _grow(self, now: float) -> None:
+        """New slots for nodes that joined."""
+        if now - self._looked < _GROW_SECONDS:
+            return
+        self._looked = now
+        more = self._fitting(_alive_nodes()) - len(self.slots)
+        if more > 0:
+            self.slots += [self._start() for _ in range(more)]
+            stderr.print(f"nodes have joined: {more} more worker(s)", markup=False)
+
+    def check_nodes(self) -> None:
+        """A machine on which Ray itself died takes no worker, and Ray would not say so."""
+        if not _alive_nodes():
+            raise RunError(
+                f"Ray at {place(self.compute)} has lost all its nodes (out of memory, or killed?);"
+                " finished work is kept, run the same command again"
+            )
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for slot in self.slots:
+            ray.kill(slot.actor)
+        self.slots = []
+
+
+def _alive_nodes() -> list[Mapping[str, float]]:
+    """What each node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _check_installed(there: Mapping[str, str]) -> None:
+    """Results of different code must not be mixed, and keys of entries tell only the driver's."""
+    here = installed()
+    if there["moesaic"] != here["moesaic"]:
+        raise RunError(
+            f"node {there['host']} has moesaic {there['moesaic']}, this process has"
+            f" {here['moesaic']}: install the same version on all machines"
+        )
+    if there["code"] != here["code"]:
+        raise RunError(
+            f"node {there['host']} has other sources of moesaic {here['moesaic']} (digest"
+            f" {there['code'][:8]}) than this process ({here['code'][:8]}): install the same on all"
+            " machines, and start again what was started before a change"
+        )

@@ -1,0 +1,111 @@
+"""A run during which something breaks again and again, beside one that nobody disturbs.
+
+    python tests/benchmarks/chaos.py [--faults 60] [--seed 1] [--model FOLDER] [--between 5]
+
+Three local nodes with a worker of one thread each; workers, nodes and the driver are killed,
+workers suspended, files of the store truncated and removed, writes fail (``tests/chaos.py``).
+Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
+makes larger ones. Cutting a node off by the network needs network namespaces and is not among the
+faults; a suspended worker is as silent.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import (
+    ROOT,
+    arguments_parser,
+    progress,
+    report,
+    scratch,
+    table,
+    watch,
+)
+
+sys.path.insert(0, str(ROOT))
+
+from tests.chaos import SHARES, Chaos, Outcome, Pace, faults_of  # noqa: E402
+from tests.orchestrator.projects import make_model_folder, make_recipe  # noqa: E402
+
+MOESAIC = [sys.executable, "-m", "moesaic.orchestrator.cli"]
+# Bounds of stragglers and deadlines follow the size of the tasks: those of a large model take long.
+LARGE = Pace(suspended=30.0, unwritable=5.0, straggler=10.0, deadline=120.0, first=600.0, slow=0.0)
+
+
+def parsed() -> argparse.Namespace:
+    parser = arguments_parser(__doc__)
+    parser.add_argument("--faults", type=int, default=60, help="how many (default 60)")
+    parser.add_argument("--seed", type=int, default=1, help="of the faults (default 1)")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one)")
+    parser.add_argument(
+        "--between", type=float, default=2.0, help="seconds between faults, at most (default 2)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=3600.0, help="seconds for all of it (default 3600)"
+    )
+    return parser.parse_args()
+
+
+def recipe(folder: Path, model: Path, large: bool, **compute: Any) -> Path:
+    """The same work in a folder of its own."""
+    changes: dict[str, Any] = {"compute": {"workers": None, "cpus_per_worker": 1, **compute}}
+    if large:
+        changes["calibration"] = {"sequences": 24, "length": 64, "gradient_sequences": 2}
+        changes["compute"]["dtype"] = "auto"
+    return make_recipe(folder, model, **changes)
+
+
+def checkpoint(folder: Path) -> dict[str, bytes]:
+    """Plan and checkpoint, without the card, which names the folder."""
+    files = [folder / "run" / "plan.json", *(folder / "run" / "model").iterdir()]
+    return {file.name: file.read_bytes() for file in files if file.name != "README.md"}
+
+
+def disturbed(folder: Path, model: Path, arguments: argparse.Namespace) -> Outcome:
+    pace = LARGE if arguments.model else Pace()
+    pace = Pace(**{**vars(pace), "between": arguments.between})
+    with (
+        tempfile.TemporaryDirectory(prefix="ch", dir="/tmp", ignore_cleanup_errors=True) as short,
+        Chaos(Path(short), folder / "store", arguments.seed, pace) as chaos,
+    ):
+        file = recipe(folder, model, bool(arguments.model), address=chaos.address)
+        command = ["assemble", str(file), "--output", str(folder / "run")]
+        return chaos.run([command], faults_of(arguments.seed, arguments.faults), arguments.limit)
+
+
+def main() -> int:
+    arguments = parsed()
+    with scratch("chaos") as name:
+        folder = Path(name)
+        model = arguments.model
+        if model is None:
+            model = make_model_folder(folder / "tiny", "qwen3_moe")
+        progress("undisturbed")
+        file = recipe(folder / "whole", model.resolve(), bool(arguments.model))
+        command = [*MOESAIC, "assemble", str(file), "--output", str(folder / "whole" / "run")]
+        usage = watch(command, folder / "whole.log")
+        progress(f"disturbed, {arguments.faults} faults")
+        outcome = disturbed(folder / "disturbed", model.resolve(), arguments)
+        same = checkpoint(folder / "whole") == checkpoint(folder / "disturbed")
+    counts = outcome.counts()
+    rows = [[kind, counts[kind]] for kind in SHARES]
+    killed = outcome.endings.count("killed")
+    stopped = [line for line in outcome.endings if line != "killed"]
+    text = (
+        f"{counts.total()} faults in {outcome.seconds:.0f} s, seed {arguments.seed}; undisturbed,"
+        f" with a Ray of its own: {usage.seconds:.0f} s. The driver was killed {killed} time(s) and"
+        f" stopped by itself {len(stopped)} time(s). The checkpoint is"
+        f" {'byte-identical' if same else 'NOT the same'}.\n\n"
+    )
+    text += table(["fault", "times"], rows)
+    if stopped:
+        text += "\n\nWhy it stopped:\n\n" + "\n".join(f"- `{line[:300]}`" for line in stopped)
+    report("Chaos", text, arguments.write)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

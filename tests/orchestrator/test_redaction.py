@@ -1,0 +1,182 @@
+"""Secrets: known ones are taken out of every text, and a whole run leaves none anywhere."""
+
+import base64
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from moesaic.orchestrator import cli, redaction
+from moesaic.orchestrator.console import stderr
+from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.mlflow_text import place
+from moesaic.orchestrator.redaction import keep_secret, redacted
+from tests.orchestrator.inline import Project
+from tests.orchestrator.projects import make_model_folder
+
+HF = "hf_" + "abcDEF1234567890abcDEF1234567890ab"
+AWS = "AKIA" + "IOSFODNN7EXAMPLE"
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_known", set())
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("at http://user:pass@host:5000/x", "at http://user:***@host:5000/x"),
+        ("postgresql+psycopg://u:p@ss/w@host/db", "postgresql+psycopg://u:***@host/db"),
+        (f"s3://{AWS}:a/b+c@bucket/key", "s3://***:***@bucket/key"),
+        ("git+https://sometoken@github.com/a/b", "git+https://***@github.com/a/b"),
+        ("https://b/k?X-Amz-Signature=ab12&part=3", "https://b/k?X-Amz-Signature=***&part=3"),
+        ("x?a=1&access_token=abc#f", "x?a=1&access_token=***#f"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
+        ('{"Authorization": "Bearer abcdefgh"}', '{"Authorization": "Bearer ***"}'),
+        (f"token {HF}, id {AWS}.", "token ***, id ***."),
+    ],
+)
+def test_what_is_secret_by_its_form_is_taken_out_once(text: str, clean: str) -> None:
+    assert redacted(text) == clean
+    assert redacted(clean) == clean
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host:5000/path/user@version",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "hdfs://user@host/x",
+        "ray://host:10001",
+        "sqlite:////runs/mlflow.db",
+        "memory://store",
+        "a basic understanding of the bearer of news",
+        "tokens: 400, hf_model, model?bits=3",
+        "model.layers.0.mlp: 3 of 4",
+    ],
+)
+def test_what_is_not_secret_stays(text: str) -> None:
+    assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "RAY_AUTH_TOKEN", "DB_PASSWORD"]
+    + ["MLFLOW_TRACKING_PASSWORD", "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY"],
+)
+def test_values_of_secret_variables_are_taken_out(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "correct horse/9")
+    assert redacted("it is 'correct horse/9'") == "it is '***'"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "PWD"])
+def test_values_of_other_variables_stay(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "/run/something")
+    assert redacted("in /run/something") == "in /run/something"
+
+
+def test_a_password_that_was_seen_in_an_address_is_taken_out_alone() -> None:
+    keep_secret("https://me:pass%2Fword9@host")
+    assert redacted("401: pass%2Fword9, pass/word9") == "401: ***, ***"
+
+
+def test_an_address_that_lost_its_secret_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^tracking\.uri: .*its secret was taken out: put it in"):
+        place("http://user:***@host:5000", tmp_path)
+
+
+def test_lines_errors_and_json_of_the_command_line_hold_no_secret(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work() -> Any:
+        raise ValueError(f"no {HF} at https://me:passwort1@host")
+
+    with pytest.raises(cli.typer.Exit):
+        cli._answer(work, True, True)
+    stderr.print(f"at {HF}")
+    written = capsys.readouterr()
+    for text in written:
+        assert HF not in text and "passwort1" not in text
+    assert "Traceback" in written.err and json.loads(written.out)["exit"] == 1
+
+
+# A whole run, the record being kept by a server that wants a password.
+
+USER, PASSWORD = "moe", "s3cr3t-p4ssw0rd"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """MLflow's own server behind basic authentication: address with password, database."""
+    from mlflow.server import app, handlers
+    from werkzeug.serving import make_server
+
+    database = tmp_path / "server.db"
+    handlers.initialize_backend_stores(
+        f"sqlite:///{database}", default_artifact_root=(tmp_path / "artifacts").as_uri()
+    )
+    wanted = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+
+    def guarded(environ: dict[str, Any], start: Any) -> Any:
+        if environ.get("HTTP_AUTHORIZATION") != wanted:
+            start("401 Unauthorized", [("Content-Type", "text/plain")])
+            return [b"who are you?"]
+        return app(environ, start)
+
+    listening = make_server("127.0.0.1", 0, guarded, threaded=True)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield f"http://{USER}:{PASSWORD}@127.0.0.1:{listening.server_port}", database
+    listening.shutdown()
+    monkeypatch.setattr(handlers, "_tracking_store", None)
+    monkeypatch.setattr(handlers, "_model_registry_store", None)
+
+
+def test_a_run_whose_addresses_hold_secrets_leaves_none_of_them(
+    tmp_path: Path,
+    server: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    uri, database = server
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    folder = tmp_path / "project"
+    project = Project(folder, make_model_folder(tmp_path / "model"), monkeypatch)
+    project.write(
+        tracking={"uri": uri, "register_as": "small"},
+        compute={"address": f"ray://{HF}@127.0.0.1:10001"},
+        # Names that hold a token, and what the environment says is secret.
+        evaluation={"texts": [{"file": "held-out.txt", "name": f"{AWS} {'0123456789abcdef' * 4}"}]},
+    )
+    result, _ = project.run(stages=("evaluate", "assemble", "report"))
+    cli._print_json(result)
+    stderr.print(f"MLflow {result['tracking_uri']}")
+
+    secrets = [PASSWORD, HF, AWS, "0123456789abcdef" * 4]
+    secrets.append(base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode())
+    written = [*project.output.rglob("*"), *(tmp_path / "artifacts").rglob("*"), database]
+    files = [path for path in written if path.is_file()]
+    names = {path.name for path in files}
+    assert {"recipe.yaml", "log.txt", "README.md", "report.html", "mlflow_run.json"} <= names
+    for path in files:
+        content = path.read_bytes()
+        found = [secret for secret in secrets if secret.encode() in content]
+        assert not found, (path, found)
+    for text in capfd.readouterr():
+        assert not [secret for secret in secrets if secret in text]
+
+    # And the record is complete.
+    client = MlflowClient(uri)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT DISTINCT status FROM runs").fetchall()
+    assert rows == [("FINISHED",)]
+    assert [model.name for model in client.search_registered_models()] == ["small"]
+    assert f"{USER}:***@127.0.0.1" in (project.output / "recipe.yaml").read_text()

@@ -1,0 +1,499 @@
+"""A store at a URL: a server of S3's kind over the loopback interface, and places that fail."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from moesaic.orchestrator import objects, run, shared
+from moesaic.orchestrator.cache import Cache, release_pins
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, open_store
+from moesaic.orchestrator.store import Store, digest
+from tests.orchestrator.inline import Killed, Project
+from tests.orchestrator.projects import make_model_folder
+
+KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
+MANY = 10**9
+
+
+class Faulty(MemoryFileSystem):
+    """A file system in memory that fails as it is told to.
+
+    Attributes:
+        faults: called with an operation and a path before it is done; raises, or gives bytes that
+            are to be cut off what is read.
+        calls: operations that were asked for.
+    """
+
+    protocol = "faulty"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    faults: Callable[[str, str], int] = staticmethod(lambda operation, path: 0)
+    calls: list[tuple[str, str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://"))
+
+    def _asked(self, operation: str, path: str) -> int:
+        Faulty.calls.append((operation, path))
+        return Faulty.faults(operation, path)
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **more: Any) -> bytes:
+        cut = self._asked("read", path)
+        found: bytes = super().cat_file(path, start, end, **more)
+        return found[: len(found) - cut]
+
+    def get_file(self, path: str, local: str, *rest: Any, **more: Any) -> None:
+        cut = self._asked("read", path)
+        found = super().cat_file(path)
+        Path(local).write_bytes(found[: len(found) - cut])
+
+    def put_file(self, local: str, path: str, *rest: Any, **more: Any) -> None:
+        self._asked("write", path)
+        super().pipe_file(path, Path(local).read_bytes())
+
+    def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
+        self._asked("write", path)
+        super().pipe_file(path, value)
+
+
+fsspec.register_implementation("faulty", Faulty, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
+    Faulty.store.clear()
+    Faulty.calls.clear()
+    _forget()
+    yield
+    release_pins()
+
+
+def _forget() -> None:
+    """As a process that begins."""
+    shared._opened.cache_clear()
+    shared._mirror.cache_clear()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> CachePlace:
+    return CachePlace(tmp_path / "cache", MANY)
+
+
+@pytest.fixture
+def store(place: CachePlace) -> Store:
+    return make_store("faulty://bucket/folder", place)
+
+
+def on_another_node(store: Store, folder: Path) -> RemoteStore:
+    """The same store, seen with an empty cache."""
+    assert isinstance(store, RemoteStore)
+    return RemoteStore(shared.mirror_folder(store.where, CachePlace(folder, MANY)))
+
+
+def writing(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def test_an_entry_written_on_one_node_is_read_on_another(store: Store, tmp_path: Path) -> None:
+    made = store.put("pieces", KEY, writing(b"some bytes"), {"unit": "größe"})
+    other = on_another_node(store, tmp_path / "other")
+    found = other.get("pieces", KEY)
+    assert found is not None and (found.size, found.metadata) == (10, {"unit": "größe"})
+    assert found.path != made.path and not found.path.exists()
+    assert shared.fetched(found.path).read_bytes() == b"some bytes"
+    assert other.get("errors", KEY) is None
+    assert store.put_json("scores", KEY, {"kl": 1.5}) and other.get_json("scores", KEY) == {
+        "kl": 1.5
+    }
+    with pytest.raises(FileNotFoundError):
+        shared.fetched(other.path("pieces", OTHER))
+    with pytest.raises(ValueError, match="no kind of entry 'piece'"):
+        store.put("piece", KEY, writing(b""))
+
+
+def test_a_root_is_all_that_another_process_is_told(store: Store) -> None:
+    store.put("pieces", KEY, writing(b"x"))
+    _forget()
+    again = open_store(str(store.root))
+    assert isinstance(again, RemoteStore) and again.where == "faulty://bucket/folder"
+    assert again.get("pieces", KEY) is not None
+    with pytest.raises(ValueError, match=r"stands for a URL"):
+        Store(store.root)
+
+
+def test_a_copy_on_the_node_is_not_fetched_again_and_altered_ones_are(
+    store: Store, tmp_path: Path
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    path = on_another_node(store, tmp_path / "other").path("pieces", KEY)
+    shared.fetched(path)
+    Faulty.calls.clear()
+    assert shared.fetched(path) == path and Faulty.calls == []
+    path.write_bytes(b"some bytez")
+    assert shared.fetched(path).read_bytes() == b"some bytes"
+
+
+def test_many_entries_are_looked_up_with_one_listing(store: Store) -> None:
+    keys = [digest(number) for number in range(40)]
+    for number, key in enumerate(keys[:30]):
+        store.put("pieces", key, writing(bytes(number)), {"number": number})
+    damaged = Faulty.store[f"/bucket/folder/pieces/{keys[3][:2]}/{keys[3]}.safetensors"]
+    damaged.seek(0, os.SEEK_END)
+    damaged.write(b"more")
+    found = store.get_many("pieces", keys)
+    assert list(found) == [*keys[:3], *keys[4:30]]
+    assert [entry.metadata["number"] for entry in found.values()] == [*range(3), *range(4, 30)]
+    Faulty.calls.clear()
+    assert store.get_many("pieces", keys) == found
+    assert [call for call in Faulty.calls if call[0] == "read"] == []  # seals that stayed
+
+
+def test_an_entry_does_not_exist_before_its_seal(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(operation: str, path: str) -> int:
+        if path.endswith(".seal.json"):
+            raise KeyboardInterrupt
+        return 0
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Faulty, "faults", staticmethod(killed))
+        store.put("pieces", KEY, writing(b"some bytes"))
+    assert f"/bucket/folder/pieces/ab/{KEY}.safetensors" in Faulty.store
+    assert store.get("pieces", KEY) is None
+    with pytest.raises(FileNotFoundError):
+        shared.fetched(store.path("pieces", KEY))
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_truncated_read_is_repeated(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    other = on_another_node(store, tmp_path / "other")
+    left = [wrong] * wrong
+
+    def cut(operation: str, path: str) -> int:
+        return left.pop() if operation == "read" and path.endswith("tensors") and left else 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(cut))
+    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+    assert not left
+
+
+def test_what_stays_truncated_is_missing_and_can_be_made_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    other = on_another_node(store, tmp_path / "other")
+
+    def cut(operation: str, path: str) -> int:
+        return int(operation == "read" and path.endswith("tensors"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Faulty, "faults", staticmethod(cut))
+        with pytest.raises(RunError, match="does not match its seal, read 3 times") as error:
+            shared.fetched(other.path("pieces", KEY))
+    assert f"faulty://bucket/folder/pieces/ab/{KEY}.safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert other.get("pieces", KEY) is None and store.get("pieces", KEY) is None
+    assert not list(other.root.rglob("*.safetensors*"))
+    store.put("pieces", KEY, writing(b"some bytes"))
+    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+
+
+def test_a_seal_that_is_read_half_is_read_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    left = [5, 7]
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda *call: left.pop() if left else 0))
+    assert store.get("pieces", KEY) is not None and not left
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_what_fails_for_a_moment_is_tried_again_with_growing_pauses(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    left, pauses = [ConnectionError("reset by peer"), TimeoutError("no answer")], []
+
+    def fail(asked: str, path: str) -> int:
+        if asked == operation and left:
+            raise left.pop()
+        return 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(fail))
+    monkeypatch.setattr(objects.time, "sleep", pauses.append)
+    monkeypatch.setattr(objects.random, "random", lambda: 0.5)
+    if operation == "read":
+        assert store.get("pieces", KEY) is not None
+    else:
+        store.put("pieces", OTHER, writing(b"other"))
+    assert not left and pauses == [0.001, 0.002]
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_what_keeps_failing_is_one_line(
+    store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    Faulty.calls.clear()
+
+    def fail(asked: str, path: str) -> int:
+        if asked == operation:
+            raise OSError(5, "the server is on fire")
+        return 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(fail))
+    with pytest.raises(RunError) as error:
+        if operation == "read":
+            store.get("pieces", KEY)
+        else:
+            store.put("pieces", OTHER, writing(b"other"))
+    text = str(error.value)
+    assert text.startswith("faulty://bucket/folder/pieces/") and "\n" not in text
+    assert "tried 6 times" in text and "the server is on fire" in text
+    assert len(Faulty.calls) == objects.ATTEMPTS
+    monkeypatch.undo()
+    assert store.get("pieces", OTHER) is None
+
+
+def test_a_full_place_is_one_line_at_once_and_everything_finished_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+
+    def full(operation: str, path: str) -> int:
+        if operation == "write":
+            raise OSError(28, "No space left on device")
+        return 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(full))
+    Faulty.calls.clear()
+    with pytest.raises(RunError, match=r"faulty://.*no space is left there") as error:
+        store.put("pieces", OTHER, writing(b"other"))
+    assert "\n" not in str(error.value) and len(Faulty.calls) == 1
+    assert store.get("pieces", KEY) is not None and store.get("pieces", OTHER) is None
+
+
+def test_a_place_that_refuses_is_the_users_to_mend(
+    place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(operation: str, path: str) -> int:
+        raise PermissionError(13, "Forbidden")
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(refuse))
+    with pytest.raises(RecipeError, match=r"^store: faulty://bucket/f/moesaic-store\.json: cannot"):
+        make_store("faulty://bucket/f", place)
+    assert len(Faulty.calls) == 1
+
+
+def test_a_store_in_memory_is_refused_in_another_process(store: Store, tmp_path: Path) -> None:
+    root = shared.mirror_folder("memory://never/made", CachePlace(tmp_path / "cache", MANY))
+    with pytest.raises(RecipeError, match="lives in the memory of one process"):
+        open_store(root)
+
+
+def test_unfinished_work_goes_from_node_to_node(store: Store, tmp_path: Path) -> None:
+    path = store.root / "scratch" / KEY / "hidden-0001.safetensors"
+    assert not shared.exists(path)
+    shared.write_shared(path, writing(b"states"))
+    there = on_another_node(store, tmp_path / "other").root / path.relative_to(store.root)
+    assert shared.exists(there) and shared.fetched(there).read_bytes() == b"states"
+    shared.remove(there)
+    assert not shared.exists(path)
+    shared.write_shared(path, writing(b"states"))
+    shared.remove_unfinished(there.parent)
+    assert not shared.exists(path) and not [name for name in Faulty.store if "scratch" in name]
+
+
+def test_gc_keeps_what_is_used_or_young_and_touches_nothing_else(store: Store) -> None:
+    used = store.put("pieces", KEY, writing(b"used")).path
+    store.put("pieces", OTHER, writing(b"unused"))
+    store.put_json("scores", OTHER, {"kl": 2})
+    kept, gone = (store.root / "scratch" / key / "x.safetensors" for key in (KEY, OTHER))
+    for path in (kept, gone):
+        shared.write_shared(path, writing(b"work"))
+    fsspec.filesystem("faulty").pipe_file("/bucket/folder/pieces/notes.txt", b"mine")
+    assert store.gc([used, kept.parent], minimum_age_seconds=3600) == (0, 0)
+    before = set(Faulty.store)
+    sizes = {name: file.getbuffer().nbytes for name, file in Faulty.store.items()}
+    removed, freed = store.gc([used, kept.parent], minimum_age_seconds=-60)
+    lost = before - set(Faulty.store)
+    assert {name for name in before if OTHER in name} == lost
+    assert (removed, freed) == (len(lost), sum(sizes[name] for name in lost)) and removed == 6
+    assert store.get("pieces", KEY) and shared.exists(kept)
+
+
+# The cache of a node
+
+
+def test_the_cache_stays_below_its_bound_and_drops_what_was_used_longest_ago(
+    store: Store, tmp_path: Path
+) -> None:
+    keys = [digest(number) for number in range(12)]
+    for key in keys:
+        store.put("pieces", key, writing(key.encode() * 25))  # 1000 bytes
+    root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 8000))
+    other = RemoteStore(root)
+    for key in [*keys[:4], keys[0], *keys[4:]]:
+        shared.fetched(other.path("pieces", key))
+        release_pins()
+        kept = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in kept) <= 8000
+    left = {path.stem for path in other.root.rglob("*.safetensors")}
+    assert keys[-1] in left and keys[1] not in left and keys[2] not in left
+    assert 3 <= len(left) < 8
+
+
+def test_what_is_in_use_stays_whoever_uses_it(store: Store, tmp_path: Path) -> None:
+    keys = [digest(number) for number in range(12)]
+    for key in keys:
+        store.put("pieces", key, writing(key.encode() * 25))
+    root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
+    other = RemoteStore(root)
+    path = shared.fetched(other.path("pieces", keys[0]))
+    neighbour = Cache(tmp_path / "small", 4000)  # as another process of the node has it
+    second = other.path("pieces", keys[1])
+    neighbour.pin(second)
+    for key in keys[1:]:
+        shared.fetched(other.path("pieces", key))
+        pinned = set(other.mirror.cache._in_use())
+        release_pins()
+        other.mirror.cache.pin(path)
+        assert str(second.relative_to(tmp_path / "small")) in pinned
+        assert path.exists() and second.exists()
+    neighbour.release()
+    release_pins()
+    other.mirror.cache.make_room(3900)
+    assert not path.exists() and not second.exists()
+
+
+def test_pins_of_the_dead_are_forgotten(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(900))
+    child = os.fork()
+    if child == 0:
+        cache.pin(path)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / ".pins").iterdir())) == 1
+    cache.make_room(500)
+    assert not path.exists() and not list((tmp_path / ".pins").iterdir())
+
+
+def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
+    store.put("pieces", KEY, writing(bytes(5000)))
+    root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
+    with pytest.raises(RunError, match=r"cache.size: 4,000 bytes are less than one file of 5,000"):
+        shared.fetched(RemoteStore(root).path("pieces", KEY))
+
+
+# A server of S3's kind
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    made = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    made.start()
+    host, port = made.get_host_and_port()
+    yield f"http://{host}:{port}"
+    made.stop()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of an empty bucket."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    name = f"b{digest(str(tmp_path))[:20]}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_a_run_on_s3_killed_and_resumed_with_an_empty_cache_leaves_the_bytes_of_a_local_one(
+    bucket: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Project(tmp_path / "local", model, monkeypatch)
+    local.write()
+    _, whole = local.run()
+    made = Project(tmp_path / "remote", model, monkeypatch)
+    url = f"{bucket}/some/store"
+    made.write(store=url, cache={"folder": "first", "size": "1 GB"})
+    with pytest.raises(Killed):
+        made.run(size=2, kill_at=whole.total() // 2)
+    done = made.calls.copy()
+    release_pins()
+    _forget()
+    made.write(store=url, cache={"folder": "second", "size": "2 MB"})
+    made.run(size=2)
+    assert done.total() > 3 and made.calls.total() > 3
+    one, two = local.left(), made.left()
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= {"README.md"}
+    # Nothing of it lies where a local store would, and unfinished work is gone.
+    assert not (made.folder / "store").exists() and not (made.folder / "runs" / "store").exists()
+    assert not fsspec.filesystem("s3").find(f"{url}/scratch")
+    assert fsspec.filesystem("s3").find(f"{url}/pieces")
+    removed, _ = run.collect_garbage(url, [made.output], 0)
+    _, calls = made.run()
+    assert removed > 0 and calls.keys() <= {"evaluate:evaluate_rows"}
+    make_store(f"{bucket}/other", CachePlace(tmp_path / "first", MANY))
+    with pytest.raises(UserError, match=r"its store is s3://.*/some/store, not s3://.*/other"):
+        run.collect_garbage(f"{bucket}/other", [made.output], 0)
+    with pytest.raises(UserError, match=r"s3://.*: is no store of moesaic"):
+        run.collect_garbage(bucket, [], 0)
+
+
+def test_what_s3_refuses_is_one_line(
+    bucket: str, place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^store: s3://no-such-bucket/x: no such bucket"
+    ) as error:
+        make_store("s3://no-such-bucket/x", place)
+    assert "\n" not in str(error.value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    _forget()
+    with pytest.raises(RecipeError, match=r"^store: s3://.*redentials") as error:
+        make_store(f"{bucket}/x", place)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_does_not_answer_is_one_line(
+    bucket: str, place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(objects, "ATTEMPTS", 2)
+    with pytest.raises(RunError, match=r"s3://.*tried 2 times: .*127\.0\.0\.1:9") as error:
+        make_store(f"{bucket}/x", place)
+    assert "\n" not in str(error.value)
