@@ -4,7 +4,9 @@
 
 Random Mixture-of-Experts checkpoints are written, predicted (speeds are measured just before), and
 calibrated and measured from an empty store by workers that are warm. Measuring runs after the
-calibration, not beside it, so that each stage has a time of its own.
+calibration, not beside it, so that each stage has a time of its own. Predictions are for an idle
+machine. On one that is not, look at the workers' processor time: it leaves out only waiting for
+files.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from common import arguments_parser, median, progress, report, scratch, table, write_recipe
 from memory import random_text
 from random_moe import make_random_moe
@@ -32,6 +35,7 @@ CANDIDATES = [
 ]
 STAGES = ("calibrate", "gradients", "measure")
 CHARACTERS = 400_000
+Times = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,26 @@ def recipe(folder: Path, arguments: argparse.Namespace, size: Size, sequences: i
     return write_recipe(folder / "r.yaml", arguments, CANDIDATES, calibration, compute=compute)
 
 
-def once(folder: Path, arguments: argparse.Namespace, size: Size) -> dict[str, tuple[float, float]]:
-    """Stage → predicted and measured seconds."""
+class Clocked(View):
+    """Knows when each stage came to its last step, on the clock and in the workers' cores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: dict[str, tuple[float, float]] = {}
+
+    def advance(self, name: str, steps: int = 1, peak_bytes: int = 0) -> None:
+        super().advance(name, steps, peak_bytes)
+        self.ended[name] = now()
+
+
+def now() -> tuple[float, float]:
+    """Seconds on the clock, and of the cores in all workers."""
+    workers = [p for p in psutil.Process().children(recursive=True) if "ray::" in p.name()]
+    return time.perf_counter(), sum(sum(p.cpu_times()[:2]) for p in workers)
+
+
+def once(folder: Path, arguments: argparse.Namespace, size: Size) -> dict[str, Times]:
+    """Stage → predicted seconds, measured ones, and those of a worker's cores."""
     shutil.rmtree(folder, ignore_errors=True)
     warm = Experiment(
         load_recipe(recipe(folder / "warm", arguments, size, 4)), folder / "warm" / "out"
@@ -74,20 +96,36 @@ def once(folder: Path, arguments: argparse.Namespace, size: Size) -> dict[str, t
         folder / "timed" / "out",
     )
     blocks = timed.model.blocks
-    with View() as view, Pool(timed.recipe.compute) as pool:
+    with Pool(timed.recipe.compute) as pool:
         few = dict(list(warm.offers.items())[:6])
-        Calibration(warm, pool, view, few).run()
+        with View() as view:
+            Calibration(warm, pool, view, few).run()
         left = timing.Left(list(range(blocks)), blocks, timed.offers)
         predicted = timing.predict_seconds(timed, crew(timed.recipe.compute), left)
-        seen = View()
-        with seen:
+        marks = [now()]
+        with Clocked() as seen:
             Calibration(timed, pool, seen, {}).run()
-        forward = seen.seconds["calibrate"]
-        measured = {"calibrate": forward, "gradients": seen.seconds["gradients"] - forward}
-        started = time.perf_counter()
-        Calibration(timed, pool, view, timed.offers).run()
-        measured["measure"] = time.perf_counter() - started
-    return {stage: (predicted[stage], measured[stage]) for stage in STAGES}
+        marks += [seen.ended["calibrate"], seen.ended["gradients"], now()]
+        with View() as view:
+            Calibration(timed, pool, view, timed.offers).run()
+        marks.append(now())
+    spans = dict(zip(STAGES, ((0, 1), (1, 2), (3, 4)), strict=True))
+    return {
+        stage: (
+            predicted[stage],
+            marks[end][0] - marks[start][0],
+            (marks[end][1] - marks[start][1]) / arguments.workers,
+        )
+        for stage, (start, end) in spans.items()
+    }
+
+
+def own_times(run: dict[str, Times], stage: str) -> Times:
+    """Those of a stage, or of all together."""
+    if stage in run:
+        return run[stage]
+    predicted, measured, cores = (sum(values) for values in zip(*run.values(), strict=True))
+    return predicted, measured, cores
 
 
 def main() -> None:
@@ -96,7 +134,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many of them")
     arguments = parser.parse_args()
-    head = ["model", "stage", "predicted, s", "measured, s", "predicted / measured"]
+    head = ["model", "stage", "predicted, s", "measured, s", "of it cores, s"]
+    head += ["predicted / measured", "predicted / cores"]
     rows = []
     with scratch("prediction") as name:
         folder = Path(name)
@@ -108,14 +147,13 @@ def main() -> None:
             for index in range(arguments.runs):
                 progress(f"{size}: run {index + 1} of {arguments.runs}")
                 runs.append(once(folder / "run", arguments, size))
-            for run in runs:
-                run["total"] = tuple(map(sum, zip(*run.values(), strict=True)))  # type: ignore[assignment]
             for stage in (*STAGES, "total"):
-                expected = median([run[stage][0] for run in runs])
-                taken = median([run[stage][1] for run in runs])
-                ratio = f"{expected / taken:.2f}"
+                own = [own_times(run, stage) for run in runs]
+                expected, taken, cores = (median(values) for values in zip(*own, strict=True))
                 label = str(size) if stage == STAGES[0] else ""
-                rows.append([label, stage, f"{expected:.1f}", f"{taken:.1f}", ratio])
+                seconds = [f"{value:.1f}" for value in (expected, taken, cores)]
+                ratios = [f"{expected / taken:.2f}", f"{expected / cores:.2f}"]
+                rows.append([label, stage, *seconds, *ratios])
             shutil.rmtree(arguments.model)
     body = (
         f"{arguments.workers} worker(s) of one thread, {arguments.runs} run(s), medians; load of"

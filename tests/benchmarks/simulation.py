@@ -34,6 +34,10 @@ BITS = {"method": "gptq", "act_order": True, "clip": "weighted"}
 # Bytes per second of one worker that reads, writes, takes digests and adds on the processor, and
 # seconds for a small file: a node of a cluster with a parallel file system.
 HOST = Host(read=2e9, write=1e-3, save=2e9, digest=0.8e9, host_add=5e9)
+FILES = (
+    f"a worker reads {HOST.read / 1e9:g} and writes {HOST.save / 1e9:g} GB/s (assumed), digests at"
+    f" {HOST.digest / 1e9:g}, adds at {HOST.host_add / 1e9:g} GB/s"
+)
 FAST = Host(read=8e9, write=1e-3, save=8e9, digest=0.8e9, host_add=5e9)
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, help="unit costs (moesaic bench --output)")
     arguments = parser.parse_args()
     there = read_cluster(f"1x{arguments.gpu}").gpu_memory
-    source, told = sheet_speeds(arguments.gpu, HOST), f"data sheet of the {arguments.gpu}, {HOST}"
+    source, told = sheet_speeds(arguments.gpu, HOST), f"data sheet of the {arguments.gpu}; {FILES}"
     if arguments.bench is not None:
         found = read_bench(arguments.bench)
         device = next(d for n, d in found["devices"].items() if arguments.gpu in n)
@@ -174,8 +178,8 @@ def main() -> None:
             studied.append([label, *row(case, outcome, one.work, memory, there)[2:]])
     report(
         "Many GPUs, simulated",
-        f"{arguments.sequences} × 2048 tokens, 64 sequences back, 8 candidates for every unit, 8 shards"
-        " unless said."
+        f"{arguments.sequences} × 2048 tokens, 64 sequences back, 8 candidates for every unit, 8"
+        " shards unless said."
         f" Speeds: {told}. Store: {STORE_BYTES / 1e9:.0f} GB/s for all. Bold: more than the GPU's"
         f" {there / 1e9:.0f} GB; the time is that of a GPU that had it.\n\n{table(head, rows)}\n\n"
         f"## {STUDIED} on 64 GPUs\n\n{table(['', *head[2:]], studied)}",
