@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pandas as pd
 
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import parse_json, read_bounded
+from moesaic.orchestrator.foreign import parse_json
 from moesaic.orchestrator.store import disk_errors, make_folder
 from moesaic.search.knobs import Knob, Values
 from moesaic.search.samplers import make_sampler, start_params, suggest
@@ -417,7 +417,9 @@ def _mend(journal: Path) -> None:
     if not journal.exists():
         return
     try:
-        content = read_bounded(journal, _JOURNAL_BYTES)
+        if journal.stat().st_size > _JOURNAL_BYTES:
+            raise ValueError(f"more than {_JOURNAL_BYTES} bytes")
+        content = journal.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content) and (whole > 0 or content.startswith(b"{")):
             os.truncate(journal, whole)
