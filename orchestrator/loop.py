@@ -172,7 +172,8 @@ class Loop:
             busy_with = self.at[wanted].work
             if _open(busy_with) and busy_with.copies == 1 and not busy_with.queued:
                 return None  # what it needs lies in the memory of a worker that is busy
-        return min(open_to_all, default=None)
+        # Whoever keeps something in memory is among the first: free for what needs that.
+        return max(open_to_all, default=None)
 
     def _not_reserved(self, idle: set[int]) -> set[int]:
         if self.reserved is None:
