@@ -120,6 +120,13 @@ def _naming(recipe_file: Path) -> Iterator[None]:
         raise UserError(text) from error
 
 
+@contextmanager
+def _started(recipe_file: Path, recipe: Recipe, folder: Path, verb: str) -> Iterator[None]:
+    """A verb at work: nobody else writes its folder, its lines go into the log there."""
+    with run_folder(folder, recipe), run_log(folder, verb), _naming(recipe_file):
+        yield
+
+
 def _output(recipe: Recipe, output: Path | None) -> Path:
     folder = (output or Path("runs") / recipe.name).resolve()
     _check_stays("--output", folder)
@@ -167,9 +174,7 @@ def run_recipe(
     if "report" in stages:
         # Opened before the model is: whatever goes wrong from here on is on record.
         with (
-            run_folder(folder, recipe),
-            run_log(folder, "run"),
-            _naming(recipe_file),
+            _started(recipe_file, recipe, folder, "run"),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
             _pipeline(recipe, folder) as pipeline,
         ):
@@ -181,9 +186,7 @@ def run_recipe(
                 budgets.track(tracker, result)
     else:
         with (
-            run_folder(folder, recipe),
-            run_log(folder, " ".join(stages)),
-            _naming(recipe_file),
+            _started(recipe_file, recipe, folder, " ".join(stages)),
             _pipeline(recipe, folder) as pipeline,
         ):
             _run(pipeline, stages, result)
@@ -220,9 +223,7 @@ def tune_recipe(
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
-        run_folder(folder, recipe),
-        run_log(folder, "tune"),
-        _naming(recipe_file),
+        _started(recipe_file, recipe, folder, "tune"),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
         _pipeline(
             recipe,
@@ -251,9 +252,7 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     with (
-        run_folder(folder, recipe),
-        run_log(folder, "scores"),
-        _naming(recipe_file),
+        _started(recipe_file, recipe, folder, "scores"),
         Tracker(
             recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"
         ) as tracker,

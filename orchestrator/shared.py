@@ -378,12 +378,8 @@ class RemoteStore(Store):
         sealed = self.mirror.write(name, write, metadata)
         return Entry(self.root / name, sealed["size"], sealed["metadata"])
 
-    def get_json(self, kind: str, key: str) -> Any | None:
-        """The JSON of an entry made by :meth:`put_json`, or None."""
-        if self.get(kind, key, suffix="json") is None:
-            return None
-        path = self.mirror.fetched(self._name(kind, key, "json"))
-        return json.loads(path.read_text(encoding="utf-8"))
+    def _readable(self, path: Path) -> Path:
+        return self.mirror.fetched(str(path.relative_to(self.root)))
 
     def same_place(self, other: Store) -> bool:
         """Whether another one is at the same URL, whatever caches they have."""

@@ -351,6 +351,10 @@ class Store:
         """An entry that holds JSON; read back by :meth:`get_json`."""
         return self.put(kind, key, lambda p: _fill(p, json.dumps(value)), suffix="json")
 
+    def _readable(self, path: Path) -> Path:
+        """The file of an entry, where this node can read it."""
+        return path
+
     def get_json(self, kind: str, key: str) -> Any | None:
         """The JSON of an entry made by :meth:`put_json`, or None.
 
@@ -361,7 +365,7 @@ class Store:
         if entry is None:
             return None
         try:
-            return read_json(entry.path)
+            return read_json(self._readable(entry.path))
         except ValueError as error:
             raise RunError(f"{entry.path}: {shown(error)}: remove it and run again") from None
 
