@@ -8,9 +8,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -22,6 +22,9 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.process import collect_rarely, leave
 from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.runlog import STOPPED
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.pool import Pool
 
 app = typer.Typer(
     name="moesaic",
@@ -122,9 +125,17 @@ def _finite(value: Any) -> Any:
 def _run_stages(
     recipe_file: Path, output: Path | None, stages: tuple[str, ...], register: str | None = None
 ) -> Mapping[str, Any]:
-    from moesaic.orchestrator.run import run_recipe
+    with _head_start(recipe_file, output) as pool:
+        from moesaic.orchestrator.run import run_recipe
 
-    return run_recipe(recipe_file, output, stages, register)
+        return run_recipe(recipe_file, output, stages, register, pool)
+
+
+def _head_start(recipe_file: Path, output: Path | None) -> AbstractContextManager["Pool | None"]:
+    """For the verbs that have workers."""
+    from moesaic.orchestrator.headstart import head_start
+
+    return head_start(recipe_file, output, "moesaic.orchestrator.run")
 
 
 @app.command()
@@ -170,11 +181,12 @@ def tune(
     """As run, with a study (Optuna) of how far to trust the measurements as search."""
 
     def work() -> Mapping[str, Any]:
-        from moesaic.orchestrator.run import tune_recipe
-        from moesaic.orchestrator.tune import StudyOptions
+        with _head_start(recipe, output) as pool:
+            from moesaic.orchestrator.run import tune_recipe
+            from moesaic.orchestrator.tune import StudyOptions
 
-        options = StudyOptions(trials, timeout, jobs, storage, resume)
-        result = tune_recipe(recipe, output, options, register)
+            options = StudyOptions(trials, timeout, jobs, storage, resume)
+            result = tune_recipe(recipe, output, options, register, pool)
         stderr.print(score_table(result["scores"]))
         _print_places(result)
         stderr.print(f"study       optuna-dashboard {result['study']['journal']}", markup=False)
@@ -198,10 +210,11 @@ def scores(
     """Which score to believe: rank correlations with the KL of plans that are really run."""
 
     def work() -> Mapping[str, Any]:
-        from moesaic.orchestrator.run import score_recipe
-        from moesaic.orchestrator.score_table import SCORE_FILES, ScoreOptions, shown
+        with _head_start(recipe, output) as pool:
+            from moesaic.orchestrator.run import score_recipe
+            from moesaic.orchestrator.score_table import SCORE_FILES, ScoreOptions, shown
 
-        result = score_recipe(recipe, output, ScoreOptions(plans, swaps, seed))
+            result = score_recipe(recipe, output, ScoreOptions(plans, swaps, seed), pool)
         folder = Path(result["output"])
         stderr.print(shown(result))
         stderr.print(f"table       {folder / SCORE_FILES[0]}", markup=False)

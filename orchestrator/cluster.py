@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting Ray on this machine; what to say where that fails."""
 
+import functools
 import logging
 import os
 import platform
@@ -13,7 +14,7 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import AuthenticationError, RayError
 
@@ -108,7 +109,7 @@ def start_local(**options: Any) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": True}
-    with _loopback_only(), _own_sigterm():
+    with _loopback_only(), _any_agent_port(), _own_sigterm():
         ray.init(address="local", **quiet, **options)
     _collect_lines()
 
@@ -139,6 +140,21 @@ def _loopback_only() -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         del os.environ[name]
+
+
+@contextmanager
+def _any_agent_port() -> Iterator[None]:
+    """Ray's agent takes a free port; ``ray.init`` has no option for it.
+
+    Beside another Ray on this machine it would try for its usual one, and everything wait, for four
+    seconds.
+    """
+    made = parameter.RayParams
+    parameter.RayParams = functools.partial(made, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = made
 
 
 @contextmanager

@@ -80,12 +80,11 @@ class Roster:
         self._told = False
         self._looked = self._failures = 0.0
 
-    def open(self) -> None:
-        """Asks for the workers and waits until the first can work, for the others a little longer.
+    def ask(self) -> None:
+        """Asks for the workers.
 
         Raises:
             RecipeError: they fit no node of the cluster.
-            RunError: none could be started.
         """
         nodes = _alive_nodes()
         total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
@@ -108,6 +107,13 @@ class Roster:
             )
         self.slots = [self._start() for _ in range(count)]
         self._looked = time.monotonic()
+
+    def wait(self) -> None:
+        """Waits until the first worker that was asked for can work, for the others a little longer.
+
+        Raises:
+            RunError: none could be started.
+        """
         ready_since: float | None = None
         while starting := self.starting():
             ready, _ = ray.wait(starting, num_returns=1, timeout=_POLL_SECONDS)

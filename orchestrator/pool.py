@@ -51,15 +51,15 @@ class Task:
 class Pool:
     """Long-lived workers of equal size on whatever the cluster has; a context manager.
 
-    Ray and the workers are started when the first task comes: a run whose work was all done before
-    needs neither.
+    Ray and the workers are started when the first task comes, if not before: a run whose work was
+    all done needs neither.
     """
 
     def __init__(self, compute: Compute) -> None:
         self.compute = compute
         self.roster = Roster(compute)
         self.durations = Durations()
-        self._local = False
+        self._local = self._awaited = False
 
     def __enter__(self) -> "Pool":
         return self
@@ -74,12 +74,24 @@ class Pool:
             ray.shutdown()
             self._local = False
 
+    def begin(self) -> None:
+        """Starts Ray and asks for the workers, which start while the driver does something else.
+
+        Raises:
+            RecipeError, RunError: as :meth:`run`.
+        """
+        if not self.roster.slots:
+            self._local = connect(self.compute)
+            self.roster.ask()
+            self._awaited = True
+
     @property
     def size(self) -> int:
         """Number of workers that there are, or should be; starts them."""
-        if not self.roster.slots:
-            self._local = connect(self.compute)
-            self.roster.open()
+        self.begin()
+        if self._awaited:
+            self.roster.wait()
+            self._awaited = False
         return len(self.roster.slots)
 
     @property

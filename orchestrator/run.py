@@ -156,6 +156,7 @@ def run_recipe(
     output: Path | None,
     stages: Sequence[str],
     register: str | None = None,
+    pool: Pool | None = None,
 ) -> Mapping[str, Any]:
     """Runs stages and what they need; with ``report`` among them, MLflow keeps the record.
 
@@ -163,6 +164,7 @@ def run_recipe(
         stages: of ``calibrate``, ``measure``, ``search``, ``evaluate``, ``assemble``, ``report``
             (which needs the two before it).
         register: name in the registry, instead of the recipe's ``tracking.register_as``.
+        pool: for the work, if it was made before.
 
     Returns:
         what ``--json`` prints.
@@ -176,7 +178,7 @@ def run_recipe(
         with (
             _started(recipe_file, recipe, folder, "run"),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
-            _pipeline(recipe, folder) as pipeline,
+            _pipeline(recipe, folder, pool) as pipeline,
         ):
             result["tracking_uri"] = tracker.uri
             budgets = _run(pipeline, stages, result)
@@ -187,7 +189,7 @@ def run_recipe(
     else:
         with (
             _started(recipe_file, recipe, folder, " ".join(stages)),
-            _pipeline(recipe, folder) as pipeline,
+            _pipeline(recipe, folder, pool) as pipeline,
         ):
             _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -207,12 +209,17 @@ def _registered(recipe: Recipe, name: str | None) -> Recipe:
 
 
 def tune_recipe(
-    recipe_file: Path, output: Path | None, options: StudyOptions, register: str | None = None
+    recipe_file: Path,
+    output: Path | None,
+    options: StudyOptions,
+    register: str | None = None,
+    pool: Pool | None = None,
 ) -> dict[str, Any]:
     """All stages of a recipe, the search being a study (see :mod:`moesaic.orchestrator.tune`).
 
     Args:
         register: name in the registry, instead of the recipe's ``tracking.register_as``.
+        pool: as there.
 
     Returns:
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
@@ -228,6 +235,7 @@ def tune_recipe(
         _pipeline(
             recipe,
             folder,
+            pool,
             lambda *parts: TunedPipeline(*parts, options=options, tracker=tracker),
             check_tune,
         ) as pipeline,
@@ -241,8 +249,13 @@ def tune_recipe(
     return result
 
 
-def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) -> dict[str, Any]:
+def score_recipe(
+    recipe_file: Path, output: Path | None, options: ScoreOptions, pool: Pool | None = None
+) -> dict[str, Any]:
     """Compares all scores on a recipe (see :mod:`moesaic.orchestrator.score_table`).
+
+    Args:
+        pool: for the work, if it was made before.
 
     Returns:
         what ``score_table.json`` has, and where it is.
@@ -257,7 +270,11 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
             recipe.tracking, f"{recipe.name} scores", folder, run_params(recipe), "scores"
         ) as tracker,
         _pipeline(
-            recipe, folder, lambda *parts: ScoredPipeline(*parts, options=options), check_scores
+            recipe,
+            folder,
+            pool,
+            lambda *parts: ScoredPipeline(*parts, options=options),
+            check_scores,
         ) as pipeline,
     ):
         assert isinstance(pipeline, ScoredPipeline), "made so above"
@@ -278,13 +295,14 @@ def score_recipe(recipe_file: Path, output: Path | None, options: ScoreOptions) 
 def _pipeline(
     recipe: Recipe,
     output: Path,
+    begun: Pool | None,
     make: Callable[[Experiment, Pool, View], Pipeline] = Pipeline,
     check: Callable[[Experiment], None] = lambda experiment: None,
 ) -> Iterator[Pipeline]:
     experiment = _ready(Experiment(recipe, output))
     check(experiment)
     check_refine(experiment)
-    with View() as view, Pool(recipe.compute) as pool:
+    with View() as view, begun or Pool(recipe.compute) as pool:
         yield make(experiment, pool, view)
 
 

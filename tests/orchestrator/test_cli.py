@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moesaic.orchestrator import reach
+from moesaic.orchestrator import headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe import Compute, Tracking
@@ -28,6 +28,12 @@ from tests.orchestrator.projects import byte_tokenizer, make_model_folder, make_
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "whole")
+
+
+@pytest.fixture(autouse=True)
+def no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here comes as far as work; Ray need not start for it."""
+    monkeypatch.setattr(headstart, "_all_is_to_do", lambda *about: False)
 
 
 def ask(*arguments: str | Path) -> Result:

@@ -1,0 +1,56 @@
+"""Ray and its workers start while the driver still imports what it needs itself.
+
+Both take seconds and seldom more than one core. It is done where there will be work: on this
+machine alone, with a store that holds nothing yet.
+"""
+
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moesaic.orchestrator.cluster import cluster_address
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.objects import is_url
+from moesaic.orchestrator.pool import Pool
+from moesaic.orchestrator.recipe import Recipe, load_recipe
+
+
+@contextmanager
+def head_start(recipe_file: Path, output: Path | None, driver: str) -> Iterator[Pool | None]:
+    """A pool whose workers are on their way, or None where the run is to start them when it must.
+
+    Args:
+        recipe_file: of the run.
+        output: its folder, if it was named.
+        driver: module to import meanwhile.
+
+    Raises:
+        UserError: something is wrong with the recipe.
+    """
+    recipe = load_recipe(recipe_file)
+    if not _all_is_to_do(recipe, output):
+        yield None
+        return
+    importing = threading.Thread(target=importlib.import_module, args=(driver,))
+    importing.start()
+    with Pool(recipe.compute) as pool:
+        begun: Pool | None = pool
+        try:
+            pool.begin()
+        except (RunError, UserError):
+            begun = None  # the run comes to it again, and has it on record
+        importing.join()
+        yield begun
+
+
+def _all_is_to_do(recipe: Recipe, output: Path | None) -> bool:
+    store = recipe.store or str((output or Path("runs") / recipe.name).parent / "store")
+    if is_url(store) or cluster_address(recipe.compute)[1] is not None:
+        return False
+    try:
+        return not os.listdir(store)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
