@@ -12,7 +12,7 @@ every shard are kept at every boundary between blocks.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
+from moesaic.orchestrator.adding import found_nodes, open_sums
+from moesaic.orchestrator.block_sizes import BlockSizes
 from moesaic.orchestrator.damage import DamagedFile, damage_removed
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.expert_statistics import (
@@ -34,16 +36,19 @@ from moesaic.orchestrator.expert_statistics import (
     sampled_tokens,
 )
 from moesaic.orchestrator.experts import Experts, observing
+from moesaic.orchestrator.parted import PartedBlock, parted_nodes
+from moesaic.orchestrator.passes import Passes, bank_of, experts_at_a_time, planned_passes
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
 from moesaic.orchestrator.statistics import (
     BLOCK,
+    SEPARATOR,
     InfluenceObserver,
     Node,
     SiteStats,
     StatisticsObserver,
     covered,
-    load_stats,
+    held_sums,
     save_stats,
     tree_sum,
 )
@@ -117,6 +122,9 @@ class Walk:
             "layers": [self.sampled, self.sources],
             "code": code_digest(
                 "orchestrator/calibrate.py",
+                "orchestrator/parted.py",
+                "orchestrator/bank_slices.py",
+                "orchestrator/adding.py",
                 "orchestrator/gradients.py",
                 "orchestrator/embeddings.py",
                 "orchestrator/statistics.py",
@@ -234,7 +242,8 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
             [model.embed(part.to(model.device)).cpu() for part in ids.split(walk.batch)]
         )
     for index in range(start, block):
-        module = model.load_block(index)
+        experts = loaded_experts(state, walk, model, index, (shard, shard + 1))
+        module = model.load_block(index, experts=experts)
         hidden = _passed(walk, model, index, module, hidden)
     return hidden
 
@@ -294,16 +303,21 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         ends = [block, *([block + 1] if block + 1 == model.blocks else [])]
         left += [boundary_path(plan, end, shard) for end in ends for shard in range(*span)]
     left += [node_path(plan, "stats", block, node) for node in nodes]
+    told = ""
     if not all(exists(path) for path in left):
-        module = model.load_block(block)
+        passes = _passes(state, plan, model, block, span)
+        if passes is None:
+            module = model.load_block(block)
 
-        def shard_stats(shard: int) -> SiteStats:
-            with _collecting(plan, model, block, shard, module) as (stats, influence):
-                _advance(state, plan, block, shard, module, influence)
-            return stats
+            def shard_stats(shard: int) -> SiteStats:
+                with _collecting(plan, model, block, shard, module) as (stats, influence):
+                    _advance(state, plan, block, shard, module, influence)
+                return stats
 
-        sum_nodes(plan, "stats", block, nodes, shard_stats)
-    return _finished(plan, block, span, started)
+            sum_nodes(plan, "stats", block, nodes, shard_stats)
+        else:
+            told = _walk_in_parts(state, plan, block, nodes, passes, go_on=True)
+    return {**_finished(plan, block, span, started), "parted": told}
 
 
 @torch.no_grad()
@@ -314,6 +328,10 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     nodes = covered((0, plan.shards), span)
     if not all(exists(node_path(plan, "stats", block, node)) for node in nodes):
         model = opened(state, plan)
+        passes = _passes(state, plan, model, block, span)
+        if passes is not None:
+            _walk_in_parts(state, plan, block, nodes, passes, go_on=False)
+            return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
         module = model.load_block(block)
 
         def shard_stats(shard: int) -> SiteStats:
@@ -342,6 +360,91 @@ def advance(
         for shard in range(*span):
             _advance(state, plan, block, shard, module)
     return _finished(plan, block, span, started)
+
+
+def _sizes(walk: Walk, model: StreamedModel) -> BlockSizes:
+    with safe_open(fetched(walk.ids), framework="pt") as file:
+        return BlockSizes(model, walk, file.get_slice("ids").get_shape()[1])
+
+
+def loaded_experts(
+    state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
+) -> int:
+    """How many experts are on the device at a time where a block is only run; 0 for all."""
+    sizes = _sizes(walk, model)
+    running = sizes.activations(block, sizes.batch_tokens())
+    beside = sizes.beside(state.device, span)[0] + running
+    return experts_at_a_time(sizes, block, state.room, beside)
+
+
+def reversed_experts(
+    state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
+) -> int:
+    """How many experts are on the device at a time on the way back; 0 for all."""
+    sizes, nodes = _sizes(walk, model), covered((0, walk.shards), span)
+    held = max(held_sums(node) + (place > 0) for place, node in enumerate(nodes))
+    running = sizes.activations(block, sizes.length, keep_all=True) + sizes.squares(block)
+    beside = sizes.beside(state.device, span)[0] + running + held * sizes.gradients(block)
+    return experts_at_a_time(sizes, block, state.room, beside)
+
+
+def _passes(
+    state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
+) -> Passes | None:
+    """How a block is walked where it does not fit the worker's device."""
+    sizes, nodes = _sizes(walk, model), covered((0, walk.shards), span)
+    held = max(held_sums(node) + (place > 0) for place, node in enumerate(nodes))
+    return planned_passes(sizes, block, held, state.room, *sizes.beside(state.device, span))
+
+
+def _walk_in_parts(
+    state: WorkerState, walk: Walk, block: int, nodes: list[Node], passes: Passes, go_on: bool
+) -> str:
+    """Sums of some nodes, part by part; with ``go_on`` also hidden states behind the block.
+
+    Returns:
+        how it is walked, in words.
+    """
+    model = opened(state, walk)
+    bank = bank_of(block_units(model, block))
+
+    def layer(shard: int, names: Sequence[str]) -> ExpertStatistics | None:
+        if bank is None or not walk.sources:
+            return None
+        found = ExpertStatistics(bank, walk.needs, _tokens(walk, shard), model.device)
+        found.sums = {name: value for name, value in found.sums.items() if name in names}
+        return found
+
+    def batches(shard: int) -> Sequence[Tensor]:
+        hidden = _hidden(state, walk, block, shard)
+        if go_on:
+            _keep_boundary(walk, block, shard, hidden)
+        else:
+            save_tensor(hidden_path(walk, block, shard), hidden)
+        return list(_batches(walk, hidden))
+
+    def leave(shard: int, after: list[Tensor]) -> None:
+        if go_on:
+            _leave(state, walk, block, shard, torch.cat(after))
+
+    part = PartedBlock(
+        model=model,
+        block=block,
+        module=model.load_block(block, experts=passes.experts),
+        passes=passes,
+        needs=walk.needs,
+        experts=walk.experts,
+        layout=_sizes(walk, model).layout(block),
+        layer=layer,
+    )
+    parted_nodes(
+        part,
+        nodes,
+        batches,
+        leave,
+        lambda node, fill: write_shared(node_path(walk, "stats", block, node), fill),
+    )
+    return passes.text(bank)
 
 
 def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
@@ -402,10 +505,15 @@ def _advance(
     influence: InfluenceObserver | None = None,
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
-    model, own = opened(state, walk), ("hidden", walk.key, walk.prefixes)
+    model = opened(state, walk)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
-    after = _passed(walk, model, block, module, hidden, influence)
+    _leave(state, walk, block, shard, _passed(walk, model, block, module, hidden, influence))
+
+
+def _leave(state: WorkerState, walk: Walk, block: int, shard: int, after: Tensor) -> None:
+    """Keeps a shard's hidden states behind a block, in memory and as a file."""
+    model, own = opened(state, walk), ("hidden", walk.key, walk.prefixes)
     if not torch.isfinite(after).all():
         raise RunError(
             f"block {block}: its output has NaN or Inf values in {model.dtype};"
@@ -445,41 +553,38 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     store = open_store(plan.store)
     key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
     root: Node = (0, plan.shards)
-    used: list[Path] = []
 
     def known() -> bool:
         """Whether another worker was here, and has removed some nodes or all."""
         return store.get(what, key) is not None
 
-    def leaf(node: Node) -> SiteStats | None:
-        path = node_path(plan, what, block, node)
-        if not exists(path):
-            if node[1] - node[0] == 1:
-                raise RunError(f"block {block}: the {what} of shard {node[0]} are missing")
-            return None
-        used.append(path)
-        loaded = load_stats(path)
-        for stats in loaded.values():
-            stats.sums = {name: value.clone() for name, value in stats.sums.items()}
-        return loaded
+    def finite(name: str, value: Tensor) -> None:
+        if not torch.isfinite(value).all():
+            site, _, statistic = name.rpartition(SEPARATOR)
+            raise RunError(f"{site}: its {statistic} is not finite; try compute.dtype: float32")
 
     if known():
         return {"peak_bytes": peak_memory_bytes()}
+    paths, missing = found_nodes(root, lambda node: node_path(plan, what, block, node), exists)
     try:
-        total = tree_sum(root, leaf)
+        if missing:
+            raise RunError(f"block {block}: the {what} of shard {missing[0]} are missing")
+        with open_sums(root, paths) as sums:
+            counts = {
+                name: {
+                    site: sums.total(full).tolist()
+                    for full in sums.layout
+                    for site, _, statistic in [full.rpartition(SEPARATOR)]
+                    if statistic == name
+                }
+                for name in ("tokens", "routed")
+            }
+            told = {"block": block, **counts}
+            store.put(what, key, lambda path: sums.write(path, finite), told)
     except (RunError, FileNotFoundError):
         if known():
             return {"peak_bytes": peak_memory_bytes()}
         raise
-    for site, stats in total.items():
-        for name, value in stats.sums.items():
-            if not torch.isfinite(value).all():
-                raise RunError(f"{site}: its {name} is not finite; try compute.dtype: float32")
-    counts = {
-        name: {site: stats[name].tolist() for site, stats in total.items() if name in stats}
-        for name in ("tokens", "routed")
-    }
-    store.put(what, key, lambda p: save_stats(p, total), {"block": block, **counts})
-    for path in used:
+    for path in paths.values():
         remove(path)
     return {"peak_bytes": peak_memory_bytes()}

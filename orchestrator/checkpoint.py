@@ -139,6 +139,21 @@ class Checkpoint:
                 _fill(stream, raw, entry, name)
         return target if out is None or target is out else out.copy_(target)
 
+    def read_rows(self, name: str, low: int, high: int) -> Tensor:
+        """Rows ``low … high - 1`` of a tensor's first dimension, copied from its file.
+
+        Raises:
+            UserError: the file has become shorter since its header was read.
+        """
+        entry = self._entry(name)
+        target = torch.empty((high - low, *entry.shape[1:]), dtype=entry.dtype)
+        if target.numel():
+            raw = target.view(-1).view(torch.uint8).numpy().data
+            with open(self._readable(entry.file), "rb", buffering=0) as stream:
+                stream.seek(entry.begin + low * (entry.nbytes // entry.shape[0]))
+                _fill(stream, raw, entry, name)
+        return target
+
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raises a :class:`UserError` that names the tensor if a value is NaN or infinite."""
         if not tensor.is_floating_point() or tensor.numel() == 0:

@@ -23,6 +23,8 @@ from moesaic.orchestrator.statistics import add_gram, mirror
 SLICE_BYTES = 256 << 20
 # Sums that need every expert's output at every sampled token.
 _ALL = frozenset({"all_tokens", "all_sum", "all_sq", "cosine"})
+# Sums of what experts give for the tokens that the router sends to them, a row for each.
+ROUTED = frozenset({"norm", "sq", "gated_norm", "gated_sq", "sum", "gated_sum"})
 _SYMMETRIC = ("logits_gram", "cosine")
 
 

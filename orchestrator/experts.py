@@ -10,7 +10,7 @@ grouped_mm, which also refuses bfloat16 weights whose rows are no multiple of 16
 rows of an expert's batch to multiples of 32 or 64 gains nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -33,6 +33,8 @@ NAME = "moesaic"
 _WATCHER = "_moesaic_watcher"
 # Attribute of a reduced experts module that holds its stand-ins.
 _STAND_INS = "_moesaic_stand_ins"
+# Attribute of an experts module that holds what is called in its place.
+_DETOUR = "_moesaic_detour"
 
 Experts = Literal["routed", "all"]
 
@@ -94,9 +96,9 @@ class _Watcher:
         return joined(parts, dim=-1).reshape(gate_up.shape)
 
     @torch.no_grad()
-    def see_all(self, module: Any, hidden: Tensor) -> None:
-        """Inputs of every expert if all tokens were routed to it; no effect on the result."""
-        for expert in range(module.num_experts):
+    def see_all(self, module: Any, hidden: Tensor, span: range) -> None:
+        """Inputs of experts if all tokens were routed to each; no effect on the result."""
+        for expert in span:
             self.observer.inputs(self.unit.sites["gate"], hidden, expert)
             middle = module._apply_gate(_linear(module, "gate_up_proj", expert, hidden))
             self.observer.inputs(self.unit.sites["down"], middle, expert)
@@ -114,29 +116,92 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     Returns:
         ``[T, H]``.
     """
+    detour: Callable[[Tensor, Tensor, Tensor], Tensor] | None = getattr(module, _DETOUR, None)
+    if detour is not None:
+        return detour(hidden, index, weights)
     watcher: _Watcher | None = getattr(module, _WATCHER, None)
-    if watcher is not None and watcher.everything:
-        watcher.see_all(module, hidden)
     if watcher is not None and watcher.layer is not None:
-        watcher.layer.inputs(hidden, lambda expert, x: _one_expert(module, None, expert, x))
+        watcher.layer.inputs(hidden, lambda expert, x: one_expert(module, expert, x))
     stand_ins: StandIns | None = getattr(module, _STAND_INS, None)
     if stand_ins is not None:
         return _with_stand_ins(module, stand_ins, hidden, index, weights)
-    # [k·T] by expert, then by place in the top-k list, then by token: the order of transformers'
-    # own loop, so that even its rounding is the same.
-    experts, order = torch.sort(index.T.flatten(), stable=True)
-    counts = torch.bincount(experts, minlength=module.num_experts).tolist()
-    factors = torch.split(weights.T.flatten()[order, None], counts)
     result = torch.zeros_like(hidden)
-    for expert, tokens in enumerate(torch.split(order % len(hidden), counts)):
-        if len(tokens):
-            y = _one_expert(module, watcher, expert, hidden[tokens])
-            if watcher is not None and watcher.layer is not None:
-                watcher.layer.routed_output(expert, y, factors[expert])
-            result.index_add_(0, tokens, (y * factors[expert]).to(result.dtype))
+    _visit(module, watcher, Routed(hidden, index, weights), range(module.num_experts), result)
     if watcher is not None:
         watcher.observer.outputs(watcher.unit.name, "output", result, None)
     return result
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What an experts module is called with; see :func:`forward`."""
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device | str) -> "Routed":
+        """The same on a device."""
+        return Routed(self.hidden.to(device), self.index.to(device), self.weights.to(device))
+
+
+def _visit(
+    module: Any, watcher: _Watcher | None, call: Routed, span: range, result: Tensor
+) -> None:
+    """Adds to ``result [T, H]`` what the experts of ``span``, one after another, give.
+
+    Experts that are visited in several spans, in rising order, give the same as in one.
+    """
+    if watcher is not None and watcher.everything:
+        watcher.see_all(module, call.hidden, span)
+    # [k·T] by expert, then by place in the top-k list, then by token: the order of transformers'
+    # own loop, so that even its rounding is the same.
+    experts, order = torch.sort(call.index.T.flatten(), stable=True)
+    counts = torch.bincount(experts, minlength=module.num_experts).tolist()
+    factors = torch.split(call.weights.T.flatten()[order, None], counts)
+    reached = torch.split(order % len(call.hidden), counts)
+    for expert in span:
+        tokens = reached[expert]
+        if len(tokens):
+            y = _one_expert(module, watcher, expert, call.hidden[tokens])
+            if watcher is not None and watcher.layer is not None:
+                watcher.layer.routed_output(expert, y, factors[expert])
+            result.index_add_(0, tokens, (y * factors[expert]).to(result.dtype))
+
+
+def visit(
+    module: Any,
+    unit: Unit,
+    observer: Observer,
+    experts: Experts,
+    layer: "ExpertStatistics | None",
+    call: Routed,
+    span: range,
+    result: Tensor,
+) -> None:
+    """Runs some experts of a bank outside of their block; see :func:`observing` for who is told.
+
+    Args:
+        call: what the experts module was called with in the block.
+        span: the experts.
+        result: ``[T, H]``, what the experts before them gave; theirs is added.
+    """
+    _visit(module, _Watcher(unit, observer, experts == "all", layer), call, span, result)
+
+
+@contextmanager
+def detour(module: Any, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While this is open, ``function(hidden, index, weights)`` is called in the experts' place."""
+    setattr(module, _DETOUR, function)
+    try:
+        yield
+    finally:
+        delattr(module, _DETOUR)
+
+
+def one_expert(module: Any, expert: int, x: Tensor) -> Tensor:
+    """What one expert gives, ``[tokens, H] -> [tokens, H]``; nobody is told."""
+    return _one_expert(module, None, expert, x)
 
 
 def _with_stand_ins(
@@ -189,6 +254,7 @@ def observing(
     observer: Observer,
     experts: Experts = "routed",
     layer: "ExpertStatistics | None" = None,
+    only: Collection[Unit] | None = None,
 ) -> Iterator[None]:
     """While this is open, ``observer`` is told what ``block`` computes.
 
@@ -204,6 +270,7 @@ def observing(
             were routed to it (``x`` of the first site is then the same tensor for all of them);
             the block's result and the outputs told are those of the routed tokens all the same.
         layer: told of the expert layer as a whole: routing, gated outputs, inputs.
+        only: the linears that are watched; by default all of them.
     """
     seen: set[str] = set()
     with ExitStack() as stack:
@@ -215,6 +282,8 @@ def observing(
                 if layer is not None:
                     router = block.get_submodule(model.router_module)
                     stack.callback(router.register_forward_hook(_router_hook(layer)).remove)
+                continue
+            if only is not None and unit not in only:
                 continue
             site = unit.sites["weight"]
             if site not in seen:

@@ -23,6 +23,7 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe import Compute, parse_bytes
+from moesaic.orchestrator.room import block_room
 
 # What is taken where nothing is said: cores per GPU of a node that names none, memory per core,
 # a link of 100 Gbit/s per node, and a shared file system of a mid-sized cluster.
@@ -109,7 +110,12 @@ class Cluster(BaseModel):
         """The workers of a run there."""
         places = self.places(compute)
         device = "cuda" if self.gpu and compute.gpus_per_worker != 0 else "cpu"
-        return Crew(len(places), len(places), compute.cpus_per_worker, device, "")
+        if device == "cuda":
+            there = int(self.gpu_memory * min(1.0, compute.gpus_per_worker or 1.0))
+        else:
+            there = min(group.node_memory for group in self.nodes) // max(1, places.count(0))
+        room = block_room(device, there, compute.memory_per_worker)
+        return Crew(len(places), len(places), compute.cpus_per_worker, device, "", room)
 
 
 def read_cluster(text: str) -> Cluster:

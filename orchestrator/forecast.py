@@ -18,11 +18,12 @@ from rich.table import Table
 from moesaic.methods.base import Chain, Event, Unit, chain_text
 from moesaic.orchestrator import memory, timing
 from moesaic.orchestrator.bench import bench_source
+from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment, find_model
 from moesaic.orchestrator.machine import Crew, crew
-from moesaic.orchestrator.memory import Sizes, experts_per_token
+from moesaic.orchestrator.memory import Sizes
 from moesaic.orchestrator.recipe import CacheSection, resolve
 from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.results import expert_load
@@ -144,6 +145,7 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
     events += _expected_events(experiment, left.blocks)
     events += _tokenizer_events(experiment)
     events += _slicing_events(experiment)
+    events += parted_events(sizes)
     events += _machine_events(experiment, team, peak, sum(store.values()))
     return {
         "recipe": experiment.recipe.name,
@@ -294,6 +296,13 @@ def _slicing_events(experiment: Experiment) -> Iterator[Event]:
             f" {after.file_bytes:,} bytes, comes first; how long it takes is not predicted",
             value=float(cut.width),
         )
+
+
+def parted_events(sizes: Sizes) -> Iterator[Event]:
+    """Blocks that do not fit a worker's device at once, and those that do not fit in parts."""
+    for block, text, possible in memory.parted_blocks(sizes):
+        kind = "walked_in_parts" if possible else "block_too_large"
+        yield Event(kind, f"block {block} {text}" if possible else f"block {block}: {text}")
 
 
 def _machine_events(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.orchestrator.bank_slices import slices_kept_out_of_graphs
 from moesaic.orchestrator.calibrate import (
     Walk,
     block_units,
@@ -27,6 +28,7 @@ from moesaic.orchestrator.calibrate import (
     load_tensor,
     node_path,
     opened,
+    reversed_experts,
     save_tensor,
     sum_nodes,
     token_ids,
@@ -125,7 +127,8 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     returned = all(exists(gradient_path(plan, block, s)) for s in range(*span))
     if not (returned and all(exists(node_path(plan, "gradients", block, n)) for n in nodes)):
         model = opened(state, plan)
-        module = model.load_block(block).requires_grad_(False)
+        experts = reversed_experts(state, plan, model, block, span)
+        module = model.load_block(block, experts=experts).requires_grad_(False)
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)
@@ -133,7 +136,11 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
             units, pooled = block_units(model, block), bool(plan.pooling)
             observer = GradientObserver(units, model.device, plan.fisher, pooled)
             before = []
-            with torch.enable_grad(), observing(model, block, module, observer):
+            with (
+                torch.enable_grad(),
+                observing(model, block, module, observer),
+                slices_kept_out_of_graphs(module),
+            ):
                 for x, behind in zip(hidden.split(1), outer.split(1, dim=1), strict=True):
                     x = x.to(model.device).requires_grad_(True)
                     y = model.run_block(block, module, x)

@@ -32,6 +32,7 @@ from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.room import own_room
 from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
 from moesaic.orchestrator.store import file_digest, write_atomically
 
@@ -57,6 +58,7 @@ class Crew:
         cpus: cores of each.
         device: ``cpu`` or ``cuda``.
         cluster: address of a cluster that was not asked, or empty.
+        room: bytes of a worker's device that a block may take; None where that is not known.
     """
 
     workers: int
@@ -64,6 +66,7 @@ class Crew:
     cpus: int
     device: str
     cluster: str
+    room: int | None = None
 
 
 def crew(compute: Compute) -> Crew:
@@ -79,12 +82,15 @@ def crew(compute: Compute) -> Crew:
     fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
     if per_worker:
         fitting = min(fitting, shares(gpus, per_worker))
+    count = compute.workers or max(fitting, 1)
+    device = "cuda" if gpus and per_worker else "cpu"
     team = Crew(
-        workers=compute.workers or max(fitting, 1),
+        workers=count,
         fitting=fitting,
         cpus=compute.cpus_per_worker,
-        device="cuda" if gpus and per_worker else "cpu",
+        device=device,
         cluster=cluster_address(compute)[1] or "",
+        room=own_room(device, per_worker, min(count, max(fitting, 1)), compute.memory_per_worker),
     )
     if not team.cluster and team.workers > fitting:
         raise RecipeError(

@@ -9,41 +9,37 @@ layers. For what the allocator keeps of freed memory, a share is added.
 import math
 from collections.abc import Iterable
 
-import torch
-
 from moesaic.methods import gptq
 from moesaic.methods.base import Unit, link_module, reducing
+from moesaic.orchestrator.adding import STEP_BYTES
+from moesaic.orchestrator.block_sizes import BlockSizes, experts_per_token
 from moesaic.orchestrator.compression import ERROR_BYTES
+from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.expert_statistics import SLICE_BYTES, expert_site, sum_shapes
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.placing import WORKER_ENVIRONMENT
+from moesaic.orchestrator.passes import Passes, bank_of, planned_passes
 from moesaic.orchestrator.refine import BLOCKS
 from moesaic.orchestrator.resident import HIDDEN_BYTES, WEIGHT_BYTES
+from moesaic.orchestrator.room import (
+    COMPILED_BYTES,
+    COMPILED_SHAPES,
+    KEPT_BY_ALLOCATOR,
+    PROCESS_BYTES,
+)
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
-    GradientObserver,
-    InfluenceObserver,
-    Node,
-    StatisticsObserver,
     covered,
+    held_sums,
     ranges,
 )
 from moesaic.search.features import SWAPS, rule_of
 
-# Resident size of a worker that has Ray, torch and transformers loaded and has run a block
-# (measured on Linux, CPU builds).
-PROCESS_BYTES = 750_000_000
 # Arrays of the size of a slice that are alive at once: logits with what is made of them, and
 # weight, difference, product and square of an error.
 _LOGIT_COPIES, _ERROR_COPIES = 5, 4
-# Share that glibc keeps beyond what is in use, measured with blocks of 60 MB and sums of 90 MB.
-_KEPT_BY_ALLOCATOR = 0.2
-# What oneDNN keeps of every shape of a product in 16 bits that it has compiled (measured with
-# bfloat16; float32 takes none), and how far the tokens of experts spread, in means.
-_COMPILED_BYTES, _SPREAD = 700_000, 1.5
-_META = torch.device("meta")
+# How far the tokens of experts spread, in means.
+_SPREAD = 1.5
 Parts = dict[str, int]
 
 METHOD = (
@@ -64,19 +60,6 @@ def sites(units: list[Unit]) -> dict[tuple[str, ...], list[Unit]]:
     return found
 
 
-def held_sums(node: Node, leaves: frozenset[Node] = frozenset()) -> int:
-    """Sums of statistics that ``tree_sum`` holds at once over ``node``.
-
-    Args:
-        leaves: nodes whose sum is had without descending, besides single shards.
-    """
-    low, high = node
-    if node in leaves or high - low == 1:
-        return 1
-    middle = (low + high) // 2
-    return max(held_sums((low, middle), leaves), 1 + held_sums((middle, high), leaves))
-
-
 def held_walking(shards: int, workers: int) -> int:
     """Sums that the busiest worker holds: a finished node stays until the next one is done."""
     return max(
@@ -92,129 +75,31 @@ def held_adding(shards: int, workers: int) -> int:
     return held_sums((0, shards), frozenset(leaves)) + 1
 
 
-class Sizes:
+class Sizes(BlockSizes):
     """Bytes of an experiment's parts."""
 
     def __init__(self, experiment: Experiment, crew: Crew) -> None:
+        super().__init__(experiment.model, experiment.walk, experiment.recipe.calibration.length)
         self.experiment = experiment
         self.crew = crew
-        self.model = experiment.model
-        self.walk = experiment.walk
-        self.length: int = experiment.recipe.calibration.length
-        self.item: int = self.model.dtype.itemsize
         self.walkers = experiment.recipe.compute.walking(crew.workers)
 
-    def block_units(self, block: int) -> list[Unit]:
-        """All units of a block, those that the recipe keeps included: calibration sees them all."""
-        return self.model.layouts[block].units
+    def passes(self, block: int) -> Passes | None:
+        """How a block is walked where it does not fit the device of a worker.
 
-    def statistics(self, units: list[Unit]) -> dict[str, int]:
-        """Site → bytes of its statistics."""
-        stats = StatisticsObserver(units, self.walk.needs, _META).stats
-        found = {site: entry.nbytes for site, entry in stats.items()}
-        for unit in units if self.walk.sources else ():
-            if unit.kind == "bank":
-                experts, _, hidden = unit.shapes["gate"]
-                sources = 1 + max(self.walk.sources)
-                sums = sum_shapes(self.walk.needs, experts, hidden, sources, self.sampled())
-                size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in sums.values())
-                found[expert_site(unit.name)] = size
-        return found
-
-    def sums(self, block: int) -> int:
-        """Statistics of all sites of a block, and its own."""
-        own = InfluenceObserver(_META).sums.values()
-        sites = self.statistics(self.block_units(block)).values()
-        return sum(sites) + sum(value.nbytes for value in own)
-
-    def sampled(self) -> int:
-        """Tokens that every expert is run on; 0 where no recipe reduces experts."""
-        return min(self.walk.sampled, self.walk.sequences * self.length)
-
-    def outputs(self, block: int) -> int:
-        """Outputs of all experts that are compared at a time."""
-        if not self.walk.sources:
-            return 0
-        banks = [unit for unit in self.block_units(block) if unit.kind == "bank"]
-        return sum(
-            min(SLICE_BYTES, 4 * u.shapes["gate"][0] * u.shapes["gate"][2] * self.sampled())
-            for u in banks
-        )
-
-    def gradients(self, block: int) -> int:
-        stats = GradientObserver(self.block_units(block), _META, self.walk.fisher).stats
-        return sum(entry.nbytes for entry in stats.values())
-
-    def squares(self, block: int) -> int:
-        """What squared gradients of weights take: a sequence's inputs, and the largest product."""
-        kept, products, tokens = 0, [0], self.length
-        wanted = self.walk.fisher or self.walk.pooling
-        for unit in self.block_units(block) if wanted else ():
-            reach = self._per_token(unit) if unit.kind == "bank" else 1
-            kept += sum({s: unit.shapes[m][-1] for m, s in unit.sites.items()}.values()) * reach
-            for *_, out, width in unit.shapes.values():
-                least = min(tokens * (tokens + width), 2 * out * width)
-                products.append(4 * (tokens * (out + width) + least))
-        return kept * tokens * self.item + max(products)
-
-    def weights(self, block: int) -> int:
-        """Peak while a block is loaded: all of it, and one tensor twice where the dtype changes."""
-        layout, checkpoint = self.model.layouts[block], self.model.checkpoint
-        names = {*layout.kept.values()}
-        names |= {n for unit in layout.tensors.values() for group in unit.values() for n in group}
-        stored = [checkpoint.nbytes(name) for name in names]
-        computed = [math.prod(checkpoint.shape(name)) * self.item for name in names]
-        if stored == computed:
-            return sum(stored)
-        return max(sum(stored), sum(computed)) + max(computed)
-
-    def outer(self) -> int:
-        """Embedding or head, the larger; they stay until the next block is loaded."""
-        return self.model.hidden_size * self.model.vocab_size * self.item
-
-    def batch_tokens(self) -> int:
-        """Tokens of the largest batch."""
-        rows = max(high - low for low, high in map(self.walk.shard_rows, range(self.walk.shards)))
-        return min(rows, self.walk.batch) * self.length
+        Raises:
+            RunError: not even one linear, or one expert, fits.
+        """
+        if self.crew.room is None:
+            return None
+        held = held_walking(self.walk.shards, self.walkers)
+        spans = ranges(self.walk.shards, self.walkers)
+        beside = max(self.beside(self.crew.device, span) for span in spans)
+        return planned_passes(self, block, held, self.crew.room, *beside)
 
     def hidden(self) -> int:
         """Hidden states of the shards that one worker keeps, and two copies of one shard."""
-        spans = ranges(self.walk.shards, self.walkers)
-        rows = [self.walk.shard_rows(shard) for shard in range(self.walk.shards)]
-        largest = max(high - low for low, high in rows)
-        kept = max(sum(rows[s][1] - rows[s][0] for s in range(*span)) for span in spans)
-        return (kept + 2 * largest) * self.length * self.model.hidden_size * self.item
-
-    def activations(self, block: int, tokens: int, keep_all: bool = False) -> int:
-        """Bytes between the layers of a block for ``tokens`` tokens, an upper bound.
-
-        Args:
-            keep_all: everything lives until the backward pass; otherwise the largest part does.
-        """
-        hidden, item = self.model.hidden_size, self.item
-        parts = dict.fromkeys(("attention", "mlp", "shared_experts", "experts"), 0)
-        widest = 0
-        for unit in self.block_units(block):
-            widest = max(widest, *(shape[-1] for shape in unit.shapes.values()))
-            if unit.kind == "linear":
-                # Once as it comes out, once rotated, repeated or activated.
-                parts[unit.part] += 2 * unit.shapes["weight"][0] * item
-            else:
-                width = 3 * unit.shapes["gate"][1] + hidden
-                parts["experts"] = width * item * (self._per_token(unit) if keep_all else 1)
-        inner = 2 * sum(parts.values()) if keep_all else max(parts.values())
-        # Residual, norm and their float32 copies; the float32 copy of a site's inputs.
-        each = 16 * hidden + inner + 4 * widest
-        return tokens * each + self._attention_scores(tokens)
-
-    def _per_token(self, bank: Unit) -> int:
-        return experts_per_token(self.model.config) or bank.shapes["gate"][0]
-
-    def _attention_scores(self, tokens: int) -> int:
-        """Attention matrices, where the model's attention is not computed in tiles."""
-        if getattr(self.model.config, "_attn_implementation", "sdpa") != "eager":
-            return 0
-        return 2 * 4 * int(self.model.config.num_attention_heads) * tokens * self.length
+        return max(map(self.hidden_of, ranges(self.walk.shards, self.walkers)))
 
     def logits(self, length: int) -> int:
         """Logits of some rows in float32, with what is made of them."""
@@ -223,13 +108,21 @@ class Sizes:
         return min(LOGIT_ROWS, length) * self.model.vocab_size * 4 * _LOGIT_COPIES
 
 
-def experts_per_token(config: object) -> int | None:
-    """How many experts a token goes to, whatever the family calls it."""
-    for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+def parted_blocks(sizes: Sizes) -> list[tuple[int, str, bool]]:
+    """Blocks that do not fit a worker's device, one of every shape: number, how they are walked,
+    and whether they can be."""
+    found: dict[str, tuple[int, str, bool]] = {}
+    for block in range(sizes.model.blocks):
+        try:
+            passes = sizes.passes(block)
+        except RunError as error:
+            text = str(error).partition(": ")[2]
+            found.setdefault(text.replace(f".{block}.", ".*."), (block, text, False))
+            continue
+        if passes is not None:
+            text = passes.text(bank_of(sizes.block_units(block)))
+            found.setdefault(text, (block, text, True))
+    return list(found.values())
 
 
 def predict_memory(sizes: Sizes) -> dict[str, Parts]:
@@ -250,7 +143,7 @@ def predict_memory(sizes: Sizes) -> dict[str, Parts]:
         found["refine"] = _refine(sizes)
     for stage, parts in found.items():
         parts["compiled products"] = _compiled(sizes, stage)
-        parts["allocator"] = int(_KEPT_BY_ALLOCATOR * sum(parts.values()))
+        parts["allocator"] = int(KEPT_BY_ALLOCATOR * sum(parts.values()))
         parts["process"] = PROCESS_BYTES
         parts["total"] = sum(parts.values())
     return found
@@ -282,8 +175,7 @@ def _compiled(sizes: Sizes, stage: str) -> int:
         texts, plans = recipe.evaluation, len(recipe.baselines) + len(recipe.budget.each)
         runs = math.ceil(texts.sequences / texts.batch / sizes.crew.workers) * (plans + 1)
         count += 2 * shapes(min(texts.batch, texts.sequences) * texts.length, runs)
-    capacity = int(WORKER_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
-    return _COMPILED_BYTES * min(count, capacity)
+    return COMPILED_BYTES * min(count, COMPILED_SHAPES)
 
 
 def _largest(candidates: Iterable[Parts]) -> Parts:
@@ -294,15 +186,31 @@ def _calibrate(sizes: Sizes, block: int) -> Parts:
     one = sizes.sums(block)
     shards, workers = sizes.walk.shards, sizes.walkers
     outer = sizes.outer() if block == 0 else 0  # the embedding goes when block 1 is loaded
+    activations = sizes.activations(block, sizes.batch_tokens()) + sizes.outputs(block)
     walking = {
         "weights": sizes.weights(block) + outer,
         "statistics": one * held_walking(shards, workers),
         "hidden states": sizes.hidden(),
-        "activations": sizes.activations(block, sizes.batch_tokens()) + sizes.outputs(block),
+        "activations": activations,
     }
+    try:
+        passes = sizes.passes(block)
+    except RunError:
+        passes = None  # what is told then is what it would take
+    if passes is not None:
+        spans = ranges(shards, workers)
+        beside, kept = max(sizes.beside(sizes.crew.device, span) for span in spans)
+        calls = max(map(sizes.calls_of, spans)) if passes.experts else 0
+        most = passes.need - beside - activations - sizes.weights_but_bank(block)
+        walking |= {
+            "weights": sizes.weights_but_bank(block) + outer,
+            # And the weights of some experts.
+            "statistics": most - (kept if passes.experts else 0),
+            "hidden states": sizes.hidden() + calls,
+        }
     adding = {
         "weights": outer,
-        "statistics": one * held_adding(shards, workers),
+        "statistics": min(one, STEP_BYTES) * held_adding(shards, workers),
         "hidden states": sizes.hidden(),
     }
     return _largest([walking, adding])

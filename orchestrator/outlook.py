@@ -23,7 +23,7 @@ from moesaic.orchestrator.datasheet import DATA_SHEETS, Host, sheet_speeds
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.fleet import Cluster, read_cluster
-from moesaic.orchestrator.forecast import duration, new_table, size_text
+from moesaic.orchestrator.forecast import duration, new_table, parted_events, size_text
 from moesaic.orchestrator.machine import Crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes
 from moesaic.orchestrator.pool import Task
@@ -236,10 +236,6 @@ def outlook(
     found = simulated(experiment, cluster, clock, call)
     evaluate = clock.evaluate() / clock.evaluators()
     places = {name: _placed(parts, team) for name, parts in stages.items()}
-    if team.device == "cuda":  # the sums of all are added in the processor's memory
-        largest = max(map(sizes.sums, range(sizes.model.blocks)))
-        adding = largest * memory.held_adding(sizes.walk.shards, sizes.walkers)
-        places["calibrate"]["host"] += adding
     beside = max(1, cluster.places(experiment.recipe.compute).count(0))
     node = min(group.node_memory for group in cluster.nodes)
     return {
@@ -261,6 +257,7 @@ def outlook(
             "workers_per_node": beside,
         },
         "short": _short(places, cluster.gpu_memory, node / beside),
+        "parted": [asdict(event) for event in parted_events(sizes)],
         "store": {**store, "total": sum(store.values())},
         "network": {"read": found.read, "written": found.written},
         "simulation": {
@@ -352,3 +349,5 @@ def show_outlook(found: Mapping[str, Any], console: Console) -> None:
         )
     for name, text in found["short"].items():
         console.print(f"event {name}: {text}", markup=False)
+    for event in found["parted"]:
+        console.print(f"event {event['kind']}: {event['message']}", markup=False)

@@ -19,6 +19,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.room import COMPILED_SHAPES
 from moesaic.orchestrator.worker import installed
 
 # Without any worker the run says so after the first, and stops after the second.
@@ -34,7 +35,7 @@ _FAILED_STARTS = 5
 # every batch.
 WORKER_ENVIRONMENT = {
     **SLEEPING_THREADS,
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(COMPILED_SHAPES),
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -73,6 +74,7 @@ class Roster:
         self.compute = compute
         self.slots: list[Slot] = []
         self.replaced = 0
+        self.beside = 1  # workers that one node may get
         self.cpus, self.gpus = compute.cpus_per_worker, compute.gpus_per_worker or 0.0
         # Nobody joins a Ray that was started for this process.
         self.elastic = cluster_address(compute)[1] is not None
@@ -105,6 +107,7 @@ class Roster:
                 " when nodes join",
                 markup=False,
             )
+        self.beside = min(count, max(map(self._fitting_node, nodes), default=1))
         self.slots = [self._start() for _ in range(count)]
         self._looked = time.monotonic()
 
@@ -142,7 +145,8 @@ class Roster:
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
         }
-        actor = ray.remote(Worker).options(**options).remote(self.cpus)
+        given = (self.cpus, self.gpus, self.beside, self.compute.memory_per_worker)
+        actor = ray.remote(Worker).options(**options).remote(*given)
         return Slot(actor, actor.ready.remote(), time.monotonic())
 
     def starting(self) -> list[Any]:

@@ -300,6 +300,7 @@ class Compute(Section):
     gpus_per_worker: Annotated[float, AfterValidator(_share_of_a_gpu)] | None = Field(
         default=None, ge=0, le=1000
     )
+    memory_per_worker: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def walking(self, workers: int) -> int:

@@ -49,6 +49,7 @@ class Calibration:
         self.passed = [0] * self.blocks
         self.reversed = [0] * self.blocks
         self.held: list[Task] = []
+        self.told: set[str] = set()
 
     def run(self) -> None:
         """Does all that is missing."""
@@ -137,6 +138,10 @@ class Calibration:
     def _forward(self, block: int, worker: int, span: Node) -> Task:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.passed[block] += 1
+            told = result.get("parted", "")
+            if told and told not in self.told:  # blocks of one shape are told of once
+                self.told.add(told)
+                self.view.line(f"calibrate: block {block} {told}")
             new = []
             if block + 1 < self.blocks:
                 self.held.append(self._forward(block + 1, worker, span))

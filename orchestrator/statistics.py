@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
 from moesaic.orchestrator.damage import damage_removed
 from moesaic.orchestrator.shared import fetched
+from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Canvas
 
 # A range of shards, or a node of the summation tree: first and one past the last.
 Node = tuple[int, int]
@@ -51,14 +52,65 @@ def tree_sum(node: Node, leaf: Callable[[Node], SiteStats | None]) -> SiteStats:
     return total
 
 
-def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
-    """Writes ``name|statistic`` tensors."""
-    tensors = {
-        f"{name}{SEPARATOR}{statistic}": value.cpu().contiguous()
+def held_sums(node: Node, leaves: frozenset[Node] = frozenset()) -> int:
+    """Sums of statistics that ``tree_sum`` holds at once over ``node``.
+
+    Args:
+        leaves: nodes whose sum is had without descending, besides single shards.
+    """
+    low, high = node
+    if node in leaves or high - low == 1:
+        return 1
+    middle = (low + high) // 2
+    return max(held_sums((low, middle), leaves), 1 + held_sums((middle, high), leaves))
+
+
+# Name in a file → dtype and shape.
+SumShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def sum_layout(stats: Mapping[str, Stats]) -> SumShapes:
+    """Dtype and shape of every ``name|statistic``."""
+    return {
+        f"{name}{SEPARATOR}{statistic}": (value.dtype, tuple(value.shape))
         for name, entry in stats.items()
         for statistic, value in entry.sums.items()
     }
-    save_file(tensors, path)
+
+
+class SumsFile:
+    """A file of ``name|statistic`` tensors that is filled in any order, some rows at a time.
+
+    The same sums give the same bytes, whatever the order; a context manager.
+    """
+
+    def __init__(self, path: Path, layout: SumShapes) -> None:
+        shapes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in layout.items()}
+        self._canvas = Canvas(path, shapes)
+
+    def __enter__(self) -> "SumsFile":
+        self._canvas.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._canvas.__exit__(*failure)
+
+    def put(self, name: str, value: Tensor, first: int = 0) -> None:
+        """A sum, or its rows from ``first`` on."""
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        self._canvas.put(name, flat.view(torch.uint8).numpy().data, first)
+
+    def put_all(self, stats: Mapping[str, Stats], first: int = 0) -> None:
+        """Sums of several sites, or their rows from ``first`` on."""
+        for name, entry in stats.items():
+            for statistic, value in entry.sums.items():
+                self.put(f"{name}{SEPARATOR}{statistic}", value, first)
+
+
+def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
+    """Writes ``name|statistic`` tensors."""
+    with SumsFile(path, sum_layout(stats)) as file:
+        file.put_all(stats)
 
 
 def load_stats(path: Path, only: Callable[[str], bool] = lambda name: True) -> SiteStats:

@@ -6,7 +6,7 @@ they are called with the arguments that the model's own forward would pass.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from moesaic.orchestrator.bank import (
     is_reduced,
     split,
 )
+from moesaic.orchestrator.bank_slices import BankSlices
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experts import StandIns
@@ -207,20 +208,26 @@ class StreamedModel:
 
     # Running
 
-    def load_block(self, index: int, replaced: Replaced | None = None) -> nn.Module:
+    def load_block(
+        self, index: int, replaced: Replaced | None = None, experts: int = 0
+    ) -> nn.Module:
         """Block ``index`` with its weights, frozen; it is freed when the caller drops it.
 
         Args:
             replaced: unit → member → dense weight to use instead of the file's; a reduced bank
                 comes with its router and has all of its members.
+            experts: how many of a bank that is not replaced are on the device at a time (see
+                :mod:`moesaic.orchestrator.bank_slices`); 0 for all.
 
         Raises:
             UserError: a weight is NaN or infinite, or a file has become shorter.
         """
         self.drop_outer()
-        return self.build_block(index, replaced)
+        return self.build_block(index, replaced, experts)
 
-    def build_block(self, index: int, replaced: Replaced | None = None) -> nn.Module:
+    def build_block(
+        self, index: int, replaced: Replaced | None = None, experts: int = 0
+    ) -> nn.Module:
         """As :meth:`load_block`, which is for who holds one block at a time: embedding and head
         stay where they are."""
         layout = self.layouts[index]
@@ -230,7 +237,10 @@ class StreamedModel:
         state = {module: self._read(name) for module, name in layout.kept.items()}
         for unit in layout.units:
             given = (replaced or {}).get(unit.name, {})
-            if is_reduced(given):
+            if unit.kind == "bank" and experts and not given:
+                slices = BankSlices(unit.shapes["gate"][0], experts, self._reader(unit))
+                slices.put_into(block.get_submodule(self.unit_module(unit)))
+            elif is_reduced(given):
                 state |= self._reduced_state(block, unit, given)
             else:
                 state |= self._unit_state(unit, given)
@@ -302,6 +312,11 @@ class StreamedModel:
         self.checkpoint.check_finite(name, tensor)
         return tensor
 
+    def _read_rows(self, name: str, low: int, high: int) -> Tensor:
+        tensor = self.checkpoint.read_rows(name, low, high)
+        self.checkpoint.check_finite(name, tensor)
+        return tensor
+
     def _stack(self, names: list[str]) -> Tensor:
         """``[len(names), …]``, each read into its place."""
         shape, dtype = self.checkpoint.shape(names[0]), self.checkpoint.dtype(names[0])
@@ -332,6 +347,26 @@ class StreamedModel:
             gate_up, down = self._stack_gate_up(unit), self._stack(tensors["down"])
         return {f"{module}.gate_up_proj": gate_up, f"{module}.down_proj": down}
 
+    def _reader(self, bank: Unit) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        """Gives ``gate_up`` and ``down`` of some experts, ready to compute with."""
+        tensors = self.unit_tensors(bank)
+        prefix = f"{self.family.block.format(block=bank.block)}.{self.unit_module(bank)}"
+
+        def read(low: int, high: int) -> tuple[Tensor, Tensor]:
+            if self.bank.fused:
+                gate_up, down = (
+                    self._read_rows(tensors[member][0], low, high) for member in ("gate", "down")
+                )
+            else:
+                gate_up = self._stack_gate_up(bank, range(low, high))
+                down = self._stack(tensors["down"][low:high])
+            return (
+                self._placed(f"{prefix}.gate_up_proj", gate_up),
+                self._placed(f"{prefix}.down_proj", down),
+            )
+
+        return read
+
     def _reduced_state(
         self, block: nn.Module, unit: Unit, members: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -358,15 +393,16 @@ class StreamedModel:
             ).put_into(experts)
         return state
 
-    def _stack_gate_up(self, unit: Unit) -> Tensor:
-        """``[E, 2I, H]`` without a second copy in between."""
+    def _stack_gate_up(self, unit: Unit, span: range | None = None) -> Tensor:
+        """``[E, 2I, H]`` of all experts, or of some, without a second copy in between."""
         tensors = self.unit_tensors(unit)
         experts, width, hidden = unit.shapes["gate"]
+        span = range(experts) if span is None else span
         dtype = self.checkpoint.dtype(tensors["gate"][0])
-        stacked = torch.empty((experts, 2 * width, hidden), dtype=dtype)
-        for expert in range(experts):
-            self._read_into(tensors["gate"][expert], stacked[expert, :width])
-            self._read_into(tensors["up"][expert], stacked[expert, width:])
+        stacked = torch.empty((len(span), 2 * width, hidden), dtype=dtype)
+        for place, expert in enumerate(span):
+            self._read_into(tensors["gate"][expert], stacked[place, :width])
+            self._read_into(tensors["up"][expert], stacked[place, width:])
         return stacked
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:

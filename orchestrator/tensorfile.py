@@ -119,6 +119,52 @@ def write_file(path: Path, blobs: Sequence[Blob], metadata: Mapping[str, str]) -
                 raise RunError(f"{blob.name}: {written} bytes instead of {blob.nbytes}")
 
 
+class Canvas:
+    """A file whose tensors are filled in any order, some rows at a time; a context manager.
+
+    Args:
+        path: of the new file.
+        shapes: name → dtype, as safetensors calls it, and shape.
+
+    Raises:
+        RunError: when it is left without an error while bytes are missing.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self.path = path
+        blobs = [Blob(name, *shapes[name], tuple) for name in sorted(shapes)]
+        text, ordered = _header(blobs, {})
+        self._text = len(text).to_bytes(8, "little") + text
+        self._blobs = {blob.name: blob for blob in ordered}
+        self._begins: dict[str, int] = {}
+        self._end = len(self._text)
+        for blob in ordered:
+            self._begins[blob.name] = self._end
+            self._end += blob.nbytes
+        self._left = self._end - len(self._text)
+
+    def __enter__(self) -> "Canvas":
+        self._stream = self.path.open("wb")
+        self._stream.write(self._text)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        self._stream.close()
+        if kind is None and self._left:
+            raise RunError(f"{self.path}: {self._left} bytes were not filled in")
+
+    def put(self, name: str, data: memoryview, first: int = 0) -> None:
+        """Bytes of a tensor from row ``first`` of its first dimension on."""
+        blob = self._blobs[name]
+        row = blob.nbytes // blob.shape[0] if first else 0
+        begin = first * row
+        if begin + data.nbytes > blob.nbytes:
+            raise ValueError(f"{name}: {data.nbytes} bytes from row {first} on are too many")
+        self._stream.seek(self._begins[name] + begin)
+        self._stream.write(data)
+        self._left -= data.nbytes
+
+
 def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Where each tensor of ``path`` lies, in the order of the file, and the metadata.
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Unit, link_module, reducing
 from moesaic.methods.chains import but_for_rank, can_be_cut
+from moesaic.orchestrator.block_sizes import experts_per_token
+from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
 from moesaic.orchestrator.memory import (
     Sizes,
     error_bytes,
-    experts_per_token,
     site_shape,
     sites,
     slices,
@@ -157,11 +158,29 @@ class Clock:
         kept = sum(min(walk.gradients, count) for count in rows) * sizes.length * self.token_bytes
         seconds = self.linears(block, tokens) + self.statistics(block, tokens)
         seconds += self.every_expert(block) * share + self.calls(block, batches)
+        seconds += self.parted(block, span, tokens)
         # Sums of every shard begin at zero, and are added to those before them.
         seconds += len(rows) * size / self.speeds.add
         seconds += (2 * states + nodes * size) / self.speeds.copy
         seconds += (len(rows) * (1 + bool(walk.gradients)) + nodes) * self.speeds.write
         return self.load(block) + Cost(seconds, written=states + kept + nodes * size)
+
+    def parted(self, block: int, span: Node, tokens: int) -> float:
+        """What a block costs more where it is walked in parts: linears are run again, and what the
+        experts are called with goes to the device for every slice of them."""
+        try:
+            passes = self.sizes.passes(block)
+        except RunError:
+            return 0.0
+        if passes is None:
+            return 0.0
+        units = self.sizes.block_units(block)
+        linears = sum(unit.parameters for unit in units if unit.kind == "linear")
+        again, slices = len(passes.groups) - 1, 0
+        if passes.experts:
+            again, slices = again + 1, math.ceil(self.experts / passes.experts)
+        moved = 2 * slices * self.sizes.calls_of(span)
+        return again * 2 * tokens * linears / self.speeds.matmul + moved / self.speeds.copy
 
     def reduce(self, what: str, block: int, spans: Sequence[Node]) -> Cost:
         """The sums that all ranges of shards left, as one entry."""

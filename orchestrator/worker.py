@@ -15,14 +15,23 @@ class WorkerState:
     """Kept between calls: the skeleton of the model, and what functions put aside for later ones.
 
     Everything put aside can be made again from files.
+
+    Args:
+        cpus: threads.
+        gpus: that the worker was given.
+        beside: workers that its node has room for, itself included.
+        memory_bytes: what the recipe lets a worker take of its device; None for what there is.
     """
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(
+        self, cpus: int, gpus: float = 0.0, beside: int = 1, memory_bytes: int | None = None
+    ) -> None:
         import torch
 
         torch.set_num_threads(cpus)
         torch.manual_seed(0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.gpus, self.beside, self.memory_bytes = gpus, beside, memory_bytes
         self._models: dict[tuple[str, str, bool], Any] = {}
         self._cache: dict[Any, Any] = {}
 
@@ -41,6 +50,13 @@ class WorkerState:
 
         checkpoint = open_checkpoint(Path(path))
         return StreamedModel(checkpoint, dtype_named(dtype), self.device, trust_remote_code)
+
+    @property
+    def room(self) -> int:
+        """Bytes of the device that a block may take; see :mod:`moesaic.orchestrator.room`."""
+        from moesaic.orchestrator.room import own_room
+
+        return own_room(self.device, self.gpus, self.beside, self.memory_bytes)
 
     def take(self, key: Any) -> Any | None:
         """Removes and returns what :meth:`put` kept, or None."""
@@ -63,9 +79,9 @@ class WorkerState:
 class Worker:
     """The actor: calls a named function with its state."""
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(self, *given: Any) -> None:
         collect_rarely()
-        self.state = WorkerState(cpus)
+        self.state = WorkerState(*given)
 
     def ready(self) -> dict[str, str]:
         """Who answers: the node's id and host, and what is installed there."""
