@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
@@ -98,6 +97,8 @@ def _add_gram_on_cpu(total: Tensor, x: Tensor) -> None:
     """
     if not len(x):
         return
+    from scipy.linalg import get_blas_funcs  # takes long, and who only reads sums does without
+
     transposed = not x.is_contiguous()
     a = x.numpy() if transposed else x.numpy().T
     c = total.numpy().T
