@@ -24,19 +24,27 @@ def plugins(package: str, markers: tuple[str, ...]) -> dict[str, ModuleType]:
         package: import name of a folder, such as ``moesaic.methods``.
         markers: names of functions, each of which makes a module a plug-in of this kind.
     """
-    folder = importlib.import_module(package)
     found: dict[str, ModuleType] = {}
-    for info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
-        if info.ispkg or info.name.startswith("_"):
-            continue
-        module = importlib.import_module(f"{package}.{info.name}")
+    for name in _public(package):
+        module = importlib.import_module(f"{package}.{name}")
         if any(hasattr(module, marker) for marker in markers):
-            found[info.name] = module
+            found[name] = module
     return found
 
 
+def _public(package: str) -> list[str]:
+    folder = importlib.import_module(package)
+    infos = sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name)
+    return [info.name for info in infos if not info.ispkg and not info.name.startswith("_")]
+
+
+@cache
 def plugin(package: str, markers: tuple[str, ...], name: str) -> ModuleType:
     """The plug-in ``name`` of ``package``; raises :class:`UnknownName` with the known names."""
+    if name in _public(package):  # the others may take long to import
+        module = importlib.import_module(f"{package}.{name}")
+        if any(hasattr(module, marker) for marker in markers):
+            return module
     known = plugins(package, markers)
     if name not in known:
         kind = package.rpartition(".")[2]

@@ -18,17 +18,19 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator import fronts, stages
 from moesaic.orchestrator.card import score_lines
-from moesaic.orchestrator.front_report import FrontSummary, write_front_report
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import BEFORE, Pipeline
 from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.orchestrator.store import disk_errors, write_json
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.front_report import FrontSummary
 
 # Of every plan, and of the whole, what MLflow keeps beside the record.
 PLAN_FILES = ("recipe.yaml", "plan.json", "scores.json", fronts.FRONT, "report.html")
@@ -129,6 +131,8 @@ class Budgets:
         """Every plan's report, and the one that leads to them."""
         for label, pipeline in self.each.items():
             pipeline.report(self._scores[label])
+        from moesaic.orchestrator.front_report import write_front_report  # and matplotlib
+
         return write_front_report(self._summary(scores), self.whole.output)
 
     def track(self, tracker: Tracker, result: Mapping[str, Any]) -> None:
@@ -170,9 +174,11 @@ class Budgets:
             for name in pipeline.plans:
                 yield _named(name, label), pipeline.bits_per_weight(name)
 
-    def _summary(self, scores: Mapping[str, Mapping[str, Any]]) -> FrontSummary:
+    def _summary(self, scores: Mapping[str, Mapping[str, Any]]) -> "FrontSummary":
         whole = self.whole
         recipe, yardstick = whole.experiment.recipe, whole.experiment.model.family.yardstick
+        from moesaic.orchestrator.front_report import FrontSummary
+
         return FrontSummary(
             name=recipe.name,
             model=Path(portable(recipe.model)).name,

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from moesaic.orchestrator.digests import file_digest
+from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import DTYPES, parse_header, read_json, shown
+from moesaic.orchestrator.foreign import parse_header, read_json, shown
 from moesaic.orchestrator.store import MODELS
 
 INDEX = "model.safetensors.index.json"

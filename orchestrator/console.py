@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +17,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from moesaic.methods.base import Event
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.yardsticks import LANGUAGE, yardstick_of
+
+if TYPE_CHECKING:
+    from moesaic.methods.base import Event
 
 
 class Lines(Console):
@@ -142,7 +144,7 @@ class View:
         """One line for the log."""
         self.console.print(text, markup=False)
 
-    def events(self, events: Iterable[Event]) -> None:
+    def events(self, events: Iterable["Event"]) -> None:
         """The first events of every kind, and how many there are."""
         by_kind: dict[str, list[Event]] = {}
         for event in events:

@@ -13,6 +13,7 @@ file, where that is more than 16 MiB: a small file cannot ask for much memory.
 
 import json
 import math
+import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,22 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# Bytes of a number; dtypes.py has torch's names of these, which importing this must not need.
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 METADATA = "__metadata__"
 # The safetensors library refuses longer headers, too.
@@ -62,18 +62,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def read_bounded(file: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+def read_bounded(file: Path | str, limit: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of a regular file.
 
     Raises:
         OSError: as the system says it.
         ValueError: it is no regular file, or has more than ``limit`` bytes.
     """
-    state = file.stat()
+    state = os.stat(file)
     if not stat.S_ISREG(state.st_mode):
         raise ValueError("is no regular file")
-    with file.open("rb") as stream:
-        raw = stream.read(limit + 1)
+    parts, left = [], limit + 1
+    with open(file, "rb", buffering=0) as stream:
+        # It may grow meanwhile, and a read may bring less than it was asked for.
+        while left and (part := stream.read(min(left, state.st_size + 1))):
+            parts.append(part)
+            left -= len(part)
+    raw = b"".join(parts)
     if len(raw) > limit:
         raise ValueError(f"has {max(state.st_size, len(raw))} bytes, limit {limit} bytes")
     return raw
@@ -90,12 +95,12 @@ def parse_json(raw: bytes) -> Any:
     if brackets > _ANY_BRACKETS + len(raw) // _BYTES_PER_BRACKET:
         raise ValueError(f"{brackets} lists and objects in {len(raw)} bytes are too many")
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
+        return _DECODER.decode(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(file: Path | str, limit: int = MAX_JSON_BYTES) -> Any:
     """The value that a JSON file holds; raises as :func:`read_bounded` and :func:`parse_json`."""
     return parse_json(read_bounded(file, limit))
 
@@ -106,6 +111,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {shown(twice)} is there twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 @dataclass(frozen=True)
@@ -183,16 +191,16 @@ def _placed(name: str, info: Any, data_begin: int) -> Placed:
         begin, end = info["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"header entry of tensor {shown(name)} is incomplete") from None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(
-            f"tensor {shown(name)} has dtype {shown(dtype)}; known: {', '.join(DTYPES)}"
+            f"tensor {shown(name)} has dtype {shown(dtype)}; known: {', '.join(ITEM_BYTES)}"
         )
     legal = len(shape) <= _MOST_DIMENSIONS and all(
         type(n) is int and 0 <= n < _MOST_ELEMENTS for n in (*shape, begin, end)
     )
     if not legal or math.prod(shape) >= _MOST_ELEMENTS:
         raise ValueError(f"tensor {shown(name)} has an illegal shape or offset")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise ValueError(
             f"tensor {shown(name)} of shape {list(shape)} needs {nbytes} bytes, "

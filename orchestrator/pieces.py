@@ -25,8 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.kernels.tensor import CompressedTensor, Param, format_module
+from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.foreign import DTYPES, parse_json, shown
+from moesaic.orchestrator.foreign import parse_json, shown
 from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, read_file, write_file
 

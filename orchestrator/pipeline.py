@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator import finalists, fronts, results, stages
@@ -43,7 +44,6 @@ from moesaic.orchestrator.publish import publish
 from moesaic.orchestrator.recipe import Recipe, portable
 from moesaic.orchestrator.refine import Refining
 from moesaic.orchestrator.refinement import Refinement
-from moesaic.orchestrator.report import write_report
 from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
@@ -156,8 +156,8 @@ class Pipeline:
             shaped = shaping.reduced(unit, reducing(m.chain)[0])
             out, inputs = shaped.shapes[choice.member][-2:]
             rows.append(_row(m, unit, out * inputs, predicted))
-        frame = pd.DataFrame(rows)
-        write_atomically(self.output / "measurements.parquet", lambda p: frame.to_parquet(p))
+        table = pa.Table.from_pylist(rows)
+        write_atomically(self.output / "measurements.parquet", lambda p: pq.write_table(table, p))
 
     @cached_property
     def plans(self) -> dict[str, Plan]:
@@ -512,6 +512,8 @@ class Pipeline:
 
     def report(self, scores: Mapping[str, Mapping[str, Any]]) -> Path:
         """``report.html`` with its pictures beside it."""
+        from moesaic.orchestrator.report import write_report  # and matplotlib
+
         return write_report(self.summary(scores), self.output)
 
     def events(self) -> list[Event]:

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import propagate
@@ -19,7 +17,6 @@ from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.objects import is_url
@@ -37,18 +34,17 @@ from moesaic.orchestrator.recipe import (
 from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.run_folder import run_folder
 from moesaic.orchestrator.runlog import run_log
-from moesaic.orchestrator.score_table import (
-    SCORE_FILES,
-    ScoredPipeline,
-    ScoreOptions,
-    check_scores,
-)
-from moesaic.orchestrator.score_table import metrics as score_metrics
 from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.track import Tracker
-from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
+
+if TYPE_CHECKING:
+    # What only one verb needs is imported there: it takes long.
+    import pandas as pd
+
+    from moesaic.orchestrator.score_table import ScoreOptions
+    from moesaic.orchestrator.tune import StudyOptions
 
 # What a run leaves besides the checkpoint; see pipeline.py.
 _FILES = (
@@ -82,6 +78,9 @@ def check_recipe(
     Raises:
         UserError: naming every mistake at once; the places that the recipe names are asked, too.
     """
+    from moesaic.orchestrator.forecast import forecast
+    from moesaic.orchestrator.tune import check_tune
+
     recipe = load_recipe(recipe_file)
     folder = _output(recipe, output)
     mistakes, warnings = Mistakes(), []
@@ -211,7 +210,7 @@ def _registered(recipe: Recipe, name: str | None) -> Recipe:
 def tune_recipe(
     recipe_file: Path,
     output: Path | None,
-    options: StudyOptions,
+    options: "StudyOptions",
     register: str | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
@@ -224,6 +223,8 @@ def tune_recipe(
     Returns:
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
+    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline, check_tune
+
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
@@ -250,7 +251,7 @@ def tune_recipe(
 
 
 def score_recipe(
-    recipe_file: Path, output: Path | None, options: ScoreOptions, pool: Pool | None = None
+    recipe_file: Path, output: Path | None, options: "ScoreOptions", pool: Pool | None = None
 ) -> dict[str, Any]:
     """Compares all scores on a recipe (see :mod:`moesaic.orchestrator.score_table`).
 
@@ -260,6 +261,9 @@ def score_recipe(
     Returns:
         what ``score_table.json`` has, and where it is.
     """
+    from moesaic.orchestrator.score_table import SCORE_FILES, ScoredPipeline, check_scores
+    from moesaic.orchestrator.score_table import metrics as score_metrics
+
     started = time.monotonic()
     recipe = load_recipe(recipe_file)
     folder = _output(recipe, output)
@@ -365,9 +369,11 @@ def _track(tracker: Tracker, pipeline: Pipeline, result: Mapping[str, Any]) -> N
     tracker.log_model(Path(result["model"]), result["scores"]["plan"])
 
 
-def _layers(pipeline: Pipeline) -> pd.DataFrame:
+def _layers(pipeline: Pipeline) -> "pd.DataFrame":
     """The rows of ``measurements.parquet`` that the plan chose: reductions, then every choice in
     model order."""
+    import pandas as pd
+
     table = pd.read_parquet(pipeline.output / "measurements.parquet")
     chosen = {unit: chain_text(chain) for unit, chain in pipeline.plans["plan"].units.items()}
     chosen |= {bank: chain_text(prefix) for bank, prefix in pipeline.reduced("plan")}

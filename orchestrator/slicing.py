@@ -29,8 +29,8 @@ from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.calibrate import Walk, opened
 from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry
+from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RecipeError
-from moesaic.orchestrator.foreign import DTYPES
 from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name

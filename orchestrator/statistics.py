@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
@@ -150,6 +149,8 @@ def _add_gram_on_cpu(total: Tensor, x: Tensor) -> None:
     """
     if not len(x):
         return
+    from scipy.linalg import get_blas_funcs  # takes long, and who only reads sums does without
+
     transposed = not x.is_contiguous()
     a = x.numpy() if transposed else x.numpy().T
     c = total.numpy().T

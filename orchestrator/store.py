@@ -47,7 +47,10 @@ MODELS = "models"
 MIRRORS = "moesaic-store@"
 # A file that was written so long ago at least shows a change by its time of modification.
 _TICK_NS = 2 * 10**9
-_THREADS, _TOGETHER = 4, 64
+# Entries are looked at in parts. Where one of a part took longer than a turn of a thread, some more
+# parts are given to several: small files that lie near are read sooner than they are handed over.
+_TOGETHER, _TURN_SECONDS = 64, 1e-3
+_THREADS, _AT_ONCE = 4, 16
 KINDS = (
     "ids",
     "stats",
@@ -72,13 +75,15 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path | str) -> str:
     """40 hex digits of a file's bytes; ValueError for what is no file, such as a pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: is no regular file")
     state = hashlib.blake2b(digest_size=20)
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
+    length = min(_CHUNK, found.st_size + 1)  # a small file comes in one piece
+    with open(path, "rb", buffering=0) as stream:
+        while chunk := stream.read(length):
             state.update(chunk)
     return state.hexdigest()
 
@@ -87,13 +92,13 @@ def file_digest(path: Path) -> str:
 Version = tuple[int, int, int]
 
 
-def version(path: Path) -> Version:
+def version(path: Path | str) -> Version:
     """What tells a file from an altered one, without reading it; see :func:`_are_settled`."""
-    state = path.stat()
+    state = os.stat(path)
     return state.st_size, state.st_mtime_ns, state.st_ino
 
 
-def _versions(*paths: Path) -> tuple[Version, ...] | None:
+def _versions(*paths: Path | str) -> tuple[Version, ...] | None:
     """Those of all; None where one is not there."""
     try:
         return tuple(map(version, paths))
@@ -254,7 +259,7 @@ class Store:
             raise ValueError(f"{root} stands for a URL: shared.open_store opens it")
         self.root, self.where = root, str(root)
         # Entries that were read once, with the versions of file and seal that they were read from.
-        self._checked: dict[Path, tuple[tuple[Version, ...], Entry]] = {}
+        self._checked: dict[str, tuple[tuple[Version, ...], Entry]] = {}
         make_folder(root, "store")
 
     @property
@@ -273,7 +278,8 @@ class Store:
 
     def path(self, kind: str, key: str, suffix: str = "safetensors") -> Path:
         """Where the entry lies, or will lie."""
-        return self.root / kind / key[:2] / f"{key}.{suffix}"
+        # In one piece: pathlib takes longer to join three than the system to find the file.
+        return Path(f"{self.root}/{kind}/{key[:2]}/{key}.{suffix}")
 
     def get(self, kind: str, key: str, suffix: str = "safetensors") -> Entry | None:
         """The entry, its bytes checked against the seal; None where it must be (re)made.
@@ -281,43 +287,51 @@ class Store:
         A truncated or altered entry is removed. Bytes are read once by a store that is kept, as
         long as size and time of modification of file and seal stay what they were.
         """
-        path = self.path(kind, key, suffix)
-        seal = seal_path(path)
-        known = self._checked.get(path)
-        if known is not None and known[0] == _versions(path, seal):
+        stem = f"{self.root}/{kind}/{key[:2]}/{key}"
+        file, seal = f"{stem}.{suffix}", f"{stem}{SEAL}"
+        versions = _versions(file, seal)
+        if versions is None:  # never finished, or another process is removing it
+            return None
+        known = self._checked.get(file)
+        if known is not None and known[0] == versions:
             return known[1]
         try:
-            versions = _versions(path, seal)
             sealed = read_json(seal)
-            size, metadata = path.stat().st_size, sealed["metadata"]
-            same = size == sealed["size"] and file_digest(path) == sealed["digest"]
+            size, metadata = os.stat(file).st_size, sealed["metadata"]
+            same = size == sealed["size"] and file_digest(file) == sealed["digest"]
             if same and isinstance(metadata, dict):
-                entry = Entry(path, size, metadata)
-                if versions is not None and _are_settled(*versions):
-                    self._checked[path] = versions, entry
+                entry = Entry(Path(file), size, metadata)
+                if _are_settled(*versions):
+                    self._checked[file] = versions, entry
                 return entry
-        except FileNotFoundError:  # never finished, or another process is removing it
+        except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
             pass  # the seal itself was altered
-        seal.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        for altered in (seal, file):
+            Path(altered).unlink(missing_ok=True)
         return None
 
     def get_many(
         self, kind: str, keys: Iterable[str], suffix: str = "safetensors"
     ) -> dict[str, Entry]:
-        """Finished entries by key, as :meth:`get` has them; several are checked at a time."""
+        """Finished entries by key, as :meth:`get` has them; where files are large, or far away,
+        several are checked at a time."""
         wanted = list(keys)
-        # Many at a time: handing over a single one costs more than reading a small file.
         parts = [wanted[low : low + _TOGETHER] for low in range(0, len(wanted), _TOGETHER)]
 
         def get(part: list[str]) -> list[Entry | None]:
             return [self.get(kind, key, suffix) for key in part]
 
-        with ThreadPoolExecutor(_THREADS) as threads:
-            found = itertools.chain.from_iterable(threads.map(get, parts))
-            return {k: entry for k, entry in zip(wanted, found, strict=True) if entry is not None}
+        found: list[Entry | None] = []
+        while parts:
+            started = time.perf_counter()
+            found += get(part := parts.pop(0))
+            if parts and time.perf_counter() - started > len(part) * _TURN_SECONDS:
+                together, parts = parts[:_AT_ONCE], parts[_AT_ONCE:]
+                with ThreadPoolExecutor(_THREADS) as threads:
+                    found += itertools.chain.from_iterable(threads.map(get, together))
+        return {k: entry for k, entry in zip(wanted, found, strict=True) if entry is not None}
 
     def check_kind(self, kind: str) -> None:
         """Raises ValueError for a kind that :meth:`gc` would not know."""

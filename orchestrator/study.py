@@ -19,13 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-import pandas as pd
-
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.foreign import parse_json
 from moesaic.orchestrator.store import disk_errors, make_folder
 from moesaic.search.knobs import Knob, Values
 from moesaic.search.samplers import make_sampler, start_params, suggest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
@@ -337,7 +338,7 @@ class Study:
             )
         return {name: float(share) for name, share in found.items()}
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         """A row per trial: number, state, kl, what was noted, knobs."""
         rows = [
             {
@@ -350,6 +351,8 @@ class Study:
             }
             for t in self.told()
         ]
+        import pandas as pd
+
         return pd.DataFrame(rows)
 
 

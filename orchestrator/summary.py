@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
@@ -20,6 +19,9 @@ from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
 from moesaic.search.knobs import Knob
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ class RunSummary:
         return all(m.score is not None for m in self.measurements)
 
     @cached_property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         """One row per unit: what the plan does to it and what that costs."""
         rows = []
         for unit in self.units:
@@ -309,6 +311,8 @@ class RunSummary:
                     "seconds": found.seconds,
                 }
             )
+        import pandas as pd
+
         return pd.DataFrame(rows)
 
     @cached_property

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.foreign import DTYPES, METADATA, read_header
+from moesaic.orchestrator.foreign import METADATA, read_header
 
 _CHUNK_BYTES = 1 << 22
 # The header is padded with spaces to a multiple of this, as the safetensors package does.

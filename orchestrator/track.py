@@ -17,9 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import mlflow_text
@@ -32,6 +30,9 @@ from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PARENT = "mlflow.parentRunId"
 _VERB = "moesaic.verb"
@@ -230,7 +231,7 @@ class Tracker:
         with self._talk():
             self._client.set_tag(self.run_id, "mlflow.note.content", redacted(text))
 
-    def log_table(self, frame: pd.DataFrame) -> None:
+    def log_table(self, frame: "pd.DataFrame") -> None:
         """One row per layer: ``layers.parquet`` to compute with, ``layers.html`` to look at."""
         with self._talk(), tempfile.TemporaryDirectory() as folder:
             frame.to_parquet(Path(folder) / "layers.parquet")

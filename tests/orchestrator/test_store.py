@@ -352,3 +352,20 @@ def test_gc_removes_links_that_lead_nowhere_and_counts_no_target_twice(store: St
     removed, freed = store.gc([], 0)
     assert not folder.exists() and removed == 4
     assert freed == 1000 + seal + links
+
+
+@pytest.mark.parametrize("turn", [0.0, 1000.0])
+def test_many_entries_are_found_in_whatever_way_they_are_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, turn: float
+) -> None:
+    monkeypatch.setattr(module, "_TOGETHER", 3)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_TURN_SECONDS", turn)
+    keys = [f"{number:040x}" for number in range(40)]
+    for key in keys[:30]:
+        store.put("pieces", key, writing(key.encode()), {"own": key})
+    store.path("pieces", keys[7]).write_bytes(b"altered")
+    found = store.get_many("pieces", keys)
+    assert list(found) == [key for key in keys[:30] if key != keys[7]]
+    assert all(entry.metadata == {"own": key} for key, entry in found.items())
+    assert not store.path("pieces", keys[7]).exists()
