@@ -47,6 +47,7 @@ from moesaic.orchestrator.score_table import metrics as score_metrics
 from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
+from moesaic.orchestrator.study import JOURNAL
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
 
@@ -222,9 +223,11 @@ def tune_recipe(
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
+    # More trials of a study belong to its run, also if that had finished.
+    known = (options.storage or folder / JOURNAL).exists()
     with (
         _started(recipe_file, recipe, folder, "tune"),
-        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
+        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune", known) as tracker,
         _pipeline(
             recipe,
             folder,
