@@ -19,6 +19,7 @@ from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import score_table, stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.process import collect_rarely, leave
 from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.runlog import STOPPED
 
@@ -425,10 +426,15 @@ def store_gc(
     _answer(work, as_json, debug)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point. SIGTERM (Slurm, Kubernetes, timeout) ends a run in order, as Ctrl-C does."""
+    collect_rarely()
     signal.signal(signal.SIGTERM, _stop)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    leave(0)
 
 
 def _stop(number: int, frame: object) -> None:

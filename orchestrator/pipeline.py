@@ -50,7 +50,7 @@ from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
-from moesaic.orchestrator.verify import VerifierProcess
+from moesaic.orchestrator.verifier import VerifierProcess
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Infeasible, Measurement, Plan, Problem
 from moesaic.search.front import Front

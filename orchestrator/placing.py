@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.recipe import Compute
 from moesaic.orchestrator.worker import installed
 
@@ -29,12 +30,10 @@ _GROW_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 # Deaths in a row of workers that had not answered yet.
 _FAILED_STARTS = 5
-# Threads that sleep instead of spinning: with another process busy, spinning threads make a
-# worker several times slower. oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts
-# bring a new one with almost every batch.
+# oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts bring a new one with almost
+# every batch.
 WORKER_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
+    **SLEEPING_THREADS,
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

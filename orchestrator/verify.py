@@ -16,9 +16,6 @@ import contextlib
 import gc
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -32,11 +29,10 @@ from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import BIAS, ROUTER, is_reduced, split, split_biases
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.compressed_modules import Packed
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, schemes, unplaced
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
-from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.skeleton import model_class
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
@@ -45,9 +41,6 @@ from moesaic.orchestrator.tensorfile import Stored, read_file
 TOLERANCE = 1e-3
 # Rows of the output head in float32 at a time.
 _HEAD_ROWS = 8192
-
-# glibc returns what was as large as this when it is freed, instead of keeping it for itself.
-_GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 Weights = Mapping[str, Tensor]
 
@@ -96,74 +89,6 @@ def verify(
         gc.collect()  # hooks hold the model, and it holds them
         difference = max(difference, compared("transformers", reloaded))
     return difference
-
-
-class VerifierProcess:
-    """:func:`verify` in a process of its own, which has loaded no more than a user's would have.
-
-    A context manager: the process starts, and imports what it needs, before there is anything to
-    verify.
-    """
-
-    def __init__(self) -> None:
-        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [sys.executable, "-m", "moesaic.orchestrator.verify"]
-        environment = {**os.environ, **_GIVES_BACK}
-        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
-
-    def __enter__(self) -> "VerifierProcess":
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def verify(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        chosen: Mapping[str, Path | None],
-        serve: Serve,
-        ids: Tensor,
-    ) -> float:
-        """As :func:`verify`, once.
-
-        Raises:
-            RunError: as there, or the process died.
-        """
-        request = {
-            "folder": str(folder),
-            "model": str(checkpoint.path),
-            "chosen": {name: None if path is None else str(path) for name, path in chosen.items()},
-            "serve": serve,
-            "ids": ids.tolist(),
-        }
-        answer, said = self._process.communicate(json.dumps(request))
-        if self._process.returncode != 0:
-            lines = said.strip().splitlines()
-            reason = (
-                lines[-1] if lines and self._process.returncode > 0 else "killed: out of memory?"
-            )
-            raise RunError(f"{folder}: the process that reloads it ended ({reason})")
-        found = json.loads(answer)
-        if "error" in found:
-            raise RunError(found["error"])
-        return float(found["difference"])
-
-
-def _answer() -> None:
-    """What a :class:`VerifierProcess` does: a request on stdin, an answer on stdout."""
-    request = json.load(sys.stdin)
-    chosen = {name: path and Path(path) for name, path in request["chosen"].items()}
-    answer: dict[str, Any]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            original, ids = open_checkpoint(Path(request["model"])), torch.tensor(request["ids"])
-            found = verify(Path(request["folder"]), original, chosen, request["serve"], ids)
-        answer = {"difference": found}
-    except (RunError, UserError) as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
 
 
 def _compare(folder: Path, reader: str, what: str, reference: Tensor, found: Tensor) -> float:
@@ -453,7 +378,3 @@ class _Decoder:
         with safe_open(self.stored[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-
-if __name__ == "__main__":
-    _answer()

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moesaic.orchestrator.process import collect_rarely
+
 
 class WorkerState:
     """Kept between calls: the skeleton of the model, and what functions put aside for later ones.
@@ -62,6 +64,7 @@ class Worker:
     """The actor: calls a named function with its state."""
 
     def __init__(self, cpus: int) -> None:
+        collect_rarely()
         self.state = WorkerState(cpus)
 
     def ready(self) -> dict[str, str]:

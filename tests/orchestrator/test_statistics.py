@@ -7,6 +7,7 @@ import torch
 
 from moesaic.methods.base import Stats
 from moesaic.orchestrator.statistics import (
+    InfluenceObserver,
     Node,
     SiteStats,
     add_gram,
@@ -102,3 +103,17 @@ def test_sums_of_products_equal_float64s_and_are_symmetric(inputs: int) -> None:
     assert torch.equal(total[1], total[1].T) and not total[0].any()
     expected = sum((x.double().T @ x.double() for x in batches), torch.zeros(()))
     assert torch.allclose(total[1].double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_far_a_block_turns_its_hidden_states(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 7, 33, generator=generator).to(dtype)
+    after = (before + torch.randn(2, 7, 33, generator=generator)).to(dtype)
+    after[0, 0] = 0
+    observer = InfluenceObserver(torch.device("cpu"))
+    for x, y in zip(before, after, strict=True):
+        observer.add(x, y)
+    cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+    assert observer.sums["tokens"] == 14
+    assert observer.sums["turn"].item() == pytest.approx((1 - cosine).sum().item(), rel=1e-6)

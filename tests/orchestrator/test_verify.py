@@ -15,7 +15,8 @@ from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import SERVES, Serve
-from moesaic.orchestrator.verify import TOLERANCE, VerifierProcess, verify
+from moesaic.orchestrator.verifier import VerifierProcess
+from moesaic.orchestrator.verify import TOLERANCE, verify
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.planning import IDS, Choice, channel, make_pieces, open_model
 
