@@ -7,6 +7,8 @@ that they are secret. :func:`redacted` puts ``***`` in their places; everything 
 
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -41,7 +43,32 @@ _known: set[str] = set()
 
 def redacted(text: str) -> str:
     """The text with ``***`` in place of every secret that is known."""
-    for secret in sorted({*_known, *_from_environment()}, key=len, reverse=True):
+    return _without(_secrets(), text)
+
+
+def redacted_tree(value: Any) -> Any:
+    """The same of all strings in nested mappings (keys as well), lists and tuples, which become
+    lists; secrets are looked up once for all of them."""
+    return _cleaned(_secrets(), value)
+
+
+def _cleaned(secrets: Sequence[str], value: Any) -> Any:
+    if isinstance(value, str):
+        return _without(secrets, value)
+    if isinstance(value, Mapping):
+        return {_without(secrets, str(k)): _cleaned(secrets, inner) for k, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(secrets, inner) for inner in value]
+    return value
+
+
+def _secrets() -> list[str]:
+    """What is secret whatever it looks like; of two that begin alike the longer one first."""
+    return sorted({*_known, *_from_environment()}, key=len, reverse=True)
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
     if "://" in text:
         text = _USER.sub(_without_user, text)

@@ -37,6 +37,7 @@ from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
+from moesaic.orchestrator.study import JOURNAL
 from moesaic.orchestrator.track import Tracker
 
 if TYPE_CHECKING:
@@ -230,9 +231,11 @@ def tune_recipe(
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
+    # More trials of a study belong to its run, also if that had finished.
+    known = (options.storage or folder / JOURNAL).exists()
     with (
         _started(recipe_file, recipe, folder, "tune"),
-        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune") as tracker,
+        Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune", known) as tracker,
         _pipeline(
             recipe,
             folder,

@@ -26,7 +26,7 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe import Tracking
-from moesaic.orchestrator.redaction import redacted
+from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text
 from moesaic.search.base import Plan
@@ -57,6 +57,7 @@ class Tracker:
         params: what distinguishes this run from others; nested mappings become ``outer.inner``.
         verb: of moesaic that this is a run of, the tag ``moesaic.verb``; another one goes on with
             no run of this one.
+        finished_too: whether a run that has finished is also gone on with, as a study is.
 
     Raises:
         UserError: the recipe names what MLflow cannot have.
@@ -70,6 +71,7 @@ class Tracker:
         output: Path,
         params: Mapping[str, Any],
         verb: str = "run",
+        finished_too: bool = False,
     ) -> None:
         self.place = mlflow_text.place(tracking.uri, output.resolve().parent)
         model = tracking.register_as
@@ -81,7 +83,8 @@ class Tracker:
         self.name = name
         self.output = output
         self.verb = verb
-        self.params, self._long_params = mlflow_text.safe_params(_clean(params))
+        self.finished_too = finished_too
+        self.params, self._long_params = mlflow_text.safe_params(redacted_tree(params))
         self.run_id = ""
         self._experiment_id = ""
         self._client: Any = None
@@ -108,7 +111,7 @@ class Tracker:
             self._client = MlflowClient(self.place.uri)
             self._experiment_id = self._experiment()
         with self._talk():
-            self.run_id = self._unfinished() or self._new_run()
+            self.run_id = self._earlier() or self._new_run()
         memory = json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n"
         write_text(self.output / _MEMORY, memory)
         return self
@@ -171,7 +174,8 @@ class Tracker:
         reason: str = "",
         plan: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """A child run for a trial of a study; nothing if an earlier attempt logged it.
+        """A child run for a trial of a study; nothing if an earlier attempt logged it, with the
+        same params.
 
         Args:
             params: knobs.
@@ -187,6 +191,9 @@ class Tracker:
             if self._known_children is None:
                 self._known_children = self._children()
             earlier = self._known_children.get(name)
+            named = {legal_name(key): value for key, value in params.items()}
+            if earlier is not None and not earlier.data.params.items() <= named.items():
+                earlier = None  # the trial of a study that was begun anew
             if earlier is not None and earlier.info.status in ("FINISHED", "FAILED"):
                 self._trials[name] = str(earlier.info.run_id), _now()
                 return
@@ -200,10 +207,11 @@ class Tracker:
             at = _now()
             points = [Metric(legal_name(key), value, at, 0) for key, value in metrics.items()]
             points += [Metric("kl_so_far", value, at, step) for step, value in steps.items()]
-            pairs = [Param(legal_name(key), value) for key, value in params.items()]
+            pairs = [Param(key, value) for key, value in named.items()]
             self._client.log_batch(child, metrics=points, params=pairs)
             if plan is not None:
-                self._client.log_dict(child, _clean(plan()), "plan.json")
+                # As one text, and not indented: by log_dict it takes ten times as long.
+                self._client.log_text(child, redacted(json.dumps(plan())), "plan.json")
             self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
             self._trials[name] = child, at
 
@@ -213,16 +221,17 @@ class Tracker:
 
         Args:
             metrics: numbers.
-            best: whether it is the plan that is taken, a tag.
+            best: whether it is the plan that is taken, a tag; no other trial has it then.
 
         Returns:
             the model's id.
         """
         child, at = self._trials[name]
-        tags = {"plan": f"runs:/{child}/plan.json", "best": str(best).lower()}
+        tags = {"plan": f"runs:/{child}/plan.json"}
         with self._talk(), _default_place(self.place.uri):
             title = f"{self.name}-{name}".replace(" ", "-")
             model_id = self._external_model(child, title, {}, tags)
+            self._mark(model_id, best)
             self._log(child, dict(metrics), model_id=model_id, at=at)
         return model_id
 
@@ -256,7 +265,7 @@ class Tracker:
         with self._talk():
             self._log(self.run_id, {legal_name(f"events.{kind}"): n for kind, n in counts.items()})
             document = [asdict(event) for event in listed]
-            self._client.log_dict(self.run_id, _clean({"events": document}), "events.json")
+            self._client.log_dict(self.run_id, redacted_tree({"events": document}), "events.json")
 
     def log_stages(self, seconds: Mapping[str, float]) -> None:
         """Wall time of each stage, ``seconds.STAGE``."""
@@ -312,6 +321,19 @@ class Tracker:
             if self.tracking.register_as is not None:
                 self._register(self.tracking.register_as, run_id, model_id, path)
         return model_id
+
+    def _mark(self, model_id: str, best: bool) -> None:
+        """Says of a trial's model whether it is the best one, and of the one before that it is
+        not."""
+        if best:
+            marked = self._client.search_logged_models(
+                [self._experiment_id], filter_string="tags.best = 'true'"
+            )
+            trials = {child for child, _ in self._trials.values()}
+            for model in marked:
+                if model.source_run_id in trials and model.model_id != model_id:
+                    self._client.set_logged_model_tags(model.model_id, {"best": "false"})
+        self._client.set_logged_model_tags(model_id, {"best": str(best).lower()})
 
     def _external_model(
         self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
@@ -413,8 +435,8 @@ class Tracker:
             )
         return str(found.experiment_id)
 
-    def _unfinished(self) -> str | None:
-        """The run that an interrupted attempt at the same has left, running again."""
+    def _earlier(self) -> str | None:
+        """The run that an earlier attempt at the same has left, running again."""
         from mlflow.exceptions import MlflowException
 
         file = self.output / _MEMORY
@@ -434,7 +456,9 @@ class Tracker:
                 return None
             raise
         info = run.info
-        if info.status == "FINISHED" or info.lifecycle_stage != "active":
+        if info.lifecycle_stage != "active":
+            return None
+        if info.status == "FINISHED" and not self.finished_too:
             return None
         if run.data.tags.get(_VERB, "run") != self.verb:
             return None
@@ -459,9 +483,12 @@ class Tracker:
         return run_id
 
     def _children(self) -> dict[str, Any]:
-        """Child runs by name; there are some if an earlier attempt came so far."""
+        """Child runs by name, the last of each; there are some if an earlier attempt came so
+        far."""
         runs = self._client.search_runs(
-            [self._experiment_id], filter_string=f"tags.`{_PARENT}` = '{self.run_id}'"
+            [self._experiment_id],
+            filter_string=f"tags.`{_PARENT}` = '{self.run_id}'",
+            order_by=["attributes.start_time ASC"],
         )
         return {run.info.run_name: run for run in runs}
 
@@ -499,19 +526,6 @@ class Tracker:
         pairs = [Param(name, value) for name, value in (params or {}).items()]
         for low in range(0, len(pairs), _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=pairs[low : low + _PARAMS_PER_BATCH])
-
-
-def _clean(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without secrets, in keys as well."""
-    return {redacted(str(key)): _clean_leaf(leaf) for key, leaf in value.items()}
-
-
-def _clean_leaf(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _clean(value)
-    if isinstance(value, list | tuple):
-        return [_clean_leaf(inner) for inner in value]
-    return redacted(value) if isinstance(value, str) else value
 
 
 def _now() -> int:

@@ -7,7 +7,8 @@ values, the allocation, putting pieces into the model, running all of the text, 
 in MLflow. Nothing is pruned, plans that come out twice count once. Start of Ray, loading the model
 and the dense model's hidden states are left out. Studies of one worker and of two take turns, one
 thread each. The bare evaluation is the same text on one of the workers while nothing changes and
-nothing is kept between blocks.
+nothing is kept between blocks; on all workers at once it shows what the machine allows at most.
+CPU seconds tell what of a plan's cost is the command's own work, and what the workers'.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from common import (
     ROOT,
     add_text_options,
@@ -46,11 +48,23 @@ BARE = 5  # evaluations of which the median is taken
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds per plan of a study, of a bare evaluation, and how many plans there were."""
+    """One study.
+
+    Attributes:
+        seconds: per plan.
+        bare: seconds of a bare evaluation, on one worker.
+        together: of one on each worker, all at once.
+        plans: how many there were.
+        command_cpu, workers_cpu: CPU seconds per plan of this process, and of those that it
+            started.
+    """
 
     seconds: float
     bare: float
+    together: float
     plans: int
+    command_cpu: float
+    workers_cpu: float
 
 
 def recipe_in(folder: Path, arguments: argparse.Namespace, workers: int) -> Recipe:
@@ -87,19 +101,28 @@ def study(measured: Path, folder: Path, arguments: argparse.Namespace, workers: 
             raise SystemExit(f"{pool.size} workers instead of {workers}")
         pipeline = TunedPipeline(experiment, pool, view, options=options, tracker=tracker)
         pipeline.measure()
-        bare = bare_seconds(pipeline)
-        started = time.perf_counter()
+        bare, together = bare_seconds(pipeline)
+        before, started = cpu_seconds(), time.perf_counter()
         pipeline.search()
-        seconds = time.perf_counter() - started
+        seconds, after = time.perf_counter() - started, cpu_seconds()
         if pool.replaced:
             raise SystemExit(f"{pool.replaced} worker(s) died meanwhile")
     assert pipeline.study is not None, "made by the search"
     plans = {trial.attributes["plan"] for trial in pipeline.study.trials}
-    return Run(seconds / len(plans), bare, len(plans))
+    own, others = ((now - then) / len(plans) for now, then in zip(after, before, strict=True))
+    return Run(seconds / len(plans), bare, together, len(plans), own, others)
 
 
-def bare_seconds(pipeline: Pipeline) -> float:
-    """Median of evaluating the dense model's own blocks; every worker has the model afterwards."""
+def cpu_seconds() -> tuple[float, float]:
+    """CPU seconds so far of this process, and of all that it started and that still live."""
+    this = psutil.Process()
+    own, *others = (p.cpu_times() for p in (this, *this.children(recursive=True)))
+    return own.user + own.system, sum(times.user + times.system for times in others)
+
+
+def bare_seconds(pipeline: Pipeline) -> tuple[float, float]:
+    """Medians of evaluating the dense model's own blocks, on one worker and on all at once; every
+    worker has the model afterwards."""
     experiment, pool = pipeline.experiment, pipeline.pool
     judge, (rows,) = experiment.calibration_judge, rungs(experiment)
     remember_dense(pool, pipeline.view, judge, [rows])
@@ -111,15 +134,18 @@ def bare_seconds(pipeline: Pipeline) -> float:
         "total": rows[1],
         "hidden_bytes": 0,
     }
-    times = []
-    for slot in range(pool.size):
-        for turn in range(BARE + 1):
-            started = time.perf_counter()
-            pool.run([Task("resident:evaluate_plan", arguments, "bare", affinity=slot)])
-            if turn:
-                times.append(time.perf_counter() - started)
-        pool.run([Task("resident:release", {}, "release", affinity=slot)])
-    return median(times)
+    slots = range(pool.size)
+
+    def timed(*asked: int) -> float:
+        started = time.perf_counter()
+        pool.run(Task("resident:evaluate_plan", arguments, "bare", affinity=s) for s in asked)
+        return time.perf_counter() - started
+
+    timed(*slots)  # loads the model
+    alone = median([timed(slot) for slot in slots for _ in range(BARE)])
+    together = median([timed(*slots) for _ in range(BARE)])
+    pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
+    return alone, together
 
 
 def main() -> int:
@@ -152,18 +178,25 @@ def main() -> int:
             label,
             str(found[0].plans),
             spread([run.seconds for run in found], 2),
-            spread([run.bare for run in found], 2),
+            *(
+                spread([getattr(run, name) for run in found], 2)
+                for name in ("bare", "together", "command_cpu", "workers_cpu")
+            ),
         ]
         for label, found in runs.items()
     ]
     cost = median([run.seconds / run.bare for run in one])
     faster = median([a.seconds / b.seconds for a, b in zip(one, two, strict=True)])
+    ceiling = median([2 * run.bare / run.together for run in two])
+    headers = ["study by", "plans", "seconds per plan", "bare evaluation, s", "on all at once, s"]
+    headers += ["the command's CPU s per plan", "the workers' CPU s per plan"]
     body = (
         f"{arguments.trials} trials on {arguments.sequences} × {arguments.length} tokens, medians"
         f" (least–largest) of {arguments.runs} runs.\n\n"
-        + table(["study by", "plans", "seconds per plan", "bare evaluation, seconds"], rows)
+        + table(headers, rows)
         + f"\n\nA plan of one worker's study costs {cost:.2f} × the bare evaluation (goal: 1.1)."
-        f" Two workers judge {faster:.2f} × the plans of one in the same time (goal: 1.7)."
+        f" Two workers judge {faster:.2f} × the plans of one in the same time (goal: 1.7); with"
+        f" bare evaluations, which nothing else runs beside, it is {ceiling:.2f} ×."
     )
     report("Trials", body, arguments.write)
     return 0

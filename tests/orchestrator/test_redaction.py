@@ -16,7 +16,7 @@ from moesaic.orchestrator import cli, redaction
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.mlflow_text import place
-from moesaic.orchestrator.redaction import keep_secret, redacted
+from moesaic.orchestrator.redaction import keep_secret, redacted, redacted_tree
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 
@@ -76,6 +76,14 @@ def test_values_of_secret_variables_are_taken_out(
 ) -> None:
     monkeypatch.setenv(name, "correct horse/9")
     assert redacted("it is 'correct horse/9'") == "it is '***'"
+
+
+def test_nested_values_are_cleaned_in_keys_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "correct horse/9")
+    keep_secret("s3://key:battery-staple@bucket")
+    given = {"correct horse/9": [1, ("battery-staple", None)], 3: {"a": f"with {HF}", "b": 0.5}}
+    wanted = {"***": [1, ["***", None]], "3": {"a": "with ***", "b": 0.5}}
+    assert redacted_tree(given) == wanted
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "PWD"])

@@ -64,10 +64,14 @@ def client(database: str) -> MlflowClient:
 @pytest.fixture
 def track(tracking: Tracking, tmp_path: Path) -> Callable[..., Tracker]:
     def make(
-        params: Any = PARAMS, output: str = "small", verb: str = "run", **changes: Any
+        params: Any = PARAMS,
+        output: str = "small",
+        verb: str = "run",
+        finished_too: bool = False,
+        **changes: Any,
     ) -> Tracker:
         changed = tracking.model_copy(update=changes)
-        return Tracker(changed, "small-0.6b", tmp_path / output, params, verb)
+        return Tracker(changed, "small-0.6b", tmp_path / output, params, verb, finished_too)
 
     return make
 
@@ -408,6 +412,44 @@ def test_new_run_begins_when_the_last_one_finished(track: Callable[..., Tracker]
         assert elsewhere.run_id != first.run_id
     with track() as second:
         assert second.run_id != first.run_id
+
+
+def test_a_study_goes_on_in_the_run_that_had_finished(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    def trial(tracker: Tracker, number: int, knob: str, best: bool) -> str:
+        document = {"units": {"a": []}}
+        told = {"kl": 0.5}
+        name = f"trial {number}"
+        tracker.log_trial(name, {"mix": knob}, told, {}, "complete", "", lambda: document)
+        return tracker.log_trial_model(name, told, best)
+
+    with track(verb="tune") as first:
+        before = trial(first, 0, "0.1", True)
+        first.log_scores(SCORES, PLANS)
+    better = {**PLANS, "plan": Plan({"a": (GPTQ,), "b": (GPTQ,), "c": (RTN,)}, 100, 0.1)}
+    with track(verb="tune", finished_too=True) as second:
+        assert second.run_id == first.run_id
+        assert client.get_run(second.run_id).info.status == "RUNNING"
+        assert trial(second, 0, "0.1", False) == before
+        after = trial(second, 1, "0.2", True)
+        second.log_scores(SCORES, better)
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    marks = [client.get_logged_model(model).tags["best"] for model in (before, after)]
+    assert marks == ["false", "true"]
+    # Those of one name: the plan before, and the better one, which is the last.
+    found = client.search_runs(
+        [client.get_run(first.run_id).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{first.run_id}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    names = [run.info.run_name for run in found]
+    assert sorted(names) == ["dense", "plan", "plan", "rtn 3", "trial 0", "trial 1"]
+    with track(verb="tune", finished_too=True) as third:
+        third.log_scores(SCORES, better)  # the same once more
+        other = trial(third, 1, "0.3", True)  # of a study that was begun anew
+        assert other != after
+    assert len(client.search_runs([found[0].info.experiment_id])) == 1 + 6 + 1
 
 
 def test_new_run_begins_when_the_last_one_was_deleted(
