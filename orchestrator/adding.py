@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.orchestrator.damage import damage_removed
-from moesaic.orchestrator.foreign import DTYPES
+from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.statistics import Node, SumsFile, SumShapes
 
