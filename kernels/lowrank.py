@@ -87,6 +87,12 @@ def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     return pack(mosaic.take(left, slices), mosaic.take(right, slices))
 
 
+def joined(banks: Sequence[CompressedTensor]) -> CompressedTensor:
+    """Banks one behind the other; see :func:`mosaic.joined`."""
+    left, right = zip(*map(factors, banks), strict=True)
+    return pack(mosaic.joined(left), mosaic.joined(right))
+
+
 def effective(tensor: CompressedTensor) -> Tensor:
     """``L·R``, ``tensor.shape`` in float32, or in float64 where that is the dtype.
 

@@ -75,6 +75,25 @@ def take(bank: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     return CompressedTensor(bank.format, parts, shape, bank.dtype, bank.params)
 
 
+def joined(banks: Sequence[CompressedTensor]) -> CompressedTensor:
+    """Banks of one format and width, one behind the other, as one bank: the inverse of
+    :func:`take`, of slices in their order.
+
+    A format whose parts do not all have the experts as first dimension defines
+    ``joined(tensors)``.
+    """
+    first = banks[0]
+    if len(banks) == 1:
+        return first
+    own = getattr(format_module(first.format), "joined", joined)
+    if own is not joined:
+        whole: CompressedTensor = own(banks)
+        return whole
+    parts = {name: torch.cat([bank.parts[name] for bank in banks]) for name in first.parts}
+    shape = (sum(bank.shape[0] for bank in banks), *first.shape[1:])
+    return CompressedTensor(first.format, parts, shape, first.dtype, first.params)
+
+
 def groups(tensor: CompressedTensor) -> list[tuple[CompressedTensor, list[int]]]:
     """The groups that :func:`pack` joined; parts are shared, not copied."""
     found = []

@@ -56,6 +56,12 @@ def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     return pack(mosaic.take(base, slices), mosaic.take(correction, slices))
 
 
+def joined(banks: Sequence[CompressedTensor]) -> CompressedTensor:
+    """Banks one behind the other; see :func:`mosaic.joined`."""
+    base, correction = zip(*map(members, banks), strict=True)
+    return pack(mosaic.joined(base), mosaic.joined(correction))
+
+
 def effective(tensor: CompressedTensor) -> Tensor:
     """The sum in float32, or in float64 where that is the dtype."""
     base, correction = members(tensor)

@@ -51,4 +51,5 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
         tokens = int(stats[name]["tokens"].reshape(-1)[expert])
         return diagonal_root((size / tokens) ** options.alpha) if tokens else NO_TOKENS
 
-    return low_rank(weights, options.rank, root)
+    first = next(iter(stats.values())).first
+    return low_rank(weights, options.rank, root, first=first)

@@ -94,10 +94,14 @@ class Stats:
     Everything in ``sums`` adds over shards, batches, workers and members of a merged group.
     ``derived`` remembers what is computed from them (a factorisation, say) for as long as the
     object lives; it is never stored.
+
+    Args:
+        first: number of the first expert, where these are some of a bank's; events count from it.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor]) -> None:
+    def __init__(self, sums: Mapping[str, Tensor], first: int = 0) -> None:
         self.sums = dict(sums)
+        self.first = first
         self._derived: dict[Any, Any] = {}
 
     def __getitem__(self, name: str) -> Tensor:

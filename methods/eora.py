@@ -59,6 +59,7 @@ def repair(
         options.rank,
         lambda name, expert: eigen_root(stats[name], expert),
         lambda name, expert: _matrix(compressed[name], expert).effective(),
+        next(iter(stats.values())).first,
     )
     packed = {
         name: residual.pack(compressed[name], correction)

@@ -50,4 +50,5 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
         importance = total.reshape(-1, total.shape[-1])[expert].double()  # [in]
         return diagonal_root(importance.sqrt()) if importance.any() else NO_GRADIENTS
 
-    return low_rank(weights, options.rank, root)
+    first = next(iter(stats.values())).first
+    return low_rank(weights, options.rank, root, first=first)

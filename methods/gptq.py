@@ -196,11 +196,13 @@ def _events(label: str, stats: Stats, factors: Sequence[Factor], options: Option
     names = (
         [label]
         if stats["hessian"].dim() == 2
-        else [f"{label}: expert {i}" for i in range(len(damp))]
+        else [f"{label}: expert {stats.first + i}" for i in range(len(damp))]
     )
     events = [
         Event(
-            "no_tokens", f"{names[i]}: {tokens[i]} tokens with inputs, rounded to nearest", value=i
+            "no_tokens",
+            f"{names[i]}: {tokens[i]} tokens with inputs, rounded to nearest",
+            value=stats.first + i,
         )
         for i in blind.nonzero().flatten().tolist()
     ]

@@ -158,6 +158,7 @@ def low_rank(
     rank: Rank,
     root: Callable[[str, int], Root],
     base: Callable[[str, int], Tensor] | None = None,
+    first: int = 0,
 ) -> Result:
     """Factors of members ``[*batch, out, in]`` in the format ``lowrank``, expert by expert.
 
@@ -165,6 +166,7 @@ def low_rank(
         root: of a member and one of its experts (0 for a linear).
         base: ``[out, in]`` likewise: what the factors will be added to; None if nothing. Then
             there is an event ``above_break_even`` where they are larger than the weight.
+        first: number of the first expert, for events.
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or there is no such rank.
@@ -196,23 +198,27 @@ def low_rank(
             dense.pack(left.view(*batch, out, columns)),
             dense.pack(right.view(*batch, columns, inputs)),
         )
-        result.events += root_events(name, roots)
+        result.events += root_events(name, roots, first)
     return result
 
 
-def root_events(name: str, roots: Sequence[Root]) -> list[Event]:
-    """One event per kind of note, with the text of the first expert that has it."""
+def root_events(name: str, roots: Sequence[Root], first: int) -> list[Event]:
+    """One event per kind of note, with the text of the first expert that has it.
+
+    Args:
+        first: number of the first expert.
+    """
     found: dict[str, list[int]] = {}
     for expert, root in enumerate(roots):
         if root.note is not None:
             found.setdefault(root.note[0], []).append(expert)
     events = []
     for kind, experts in found.items():
-        first = roots[experts[0]].note
-        assert first is not None
-        text = f"{name}: {first[1]}"
+        note = roots[experts[0]].note
+        assert note is not None
+        text = f"{name}: {note[1]}"
         if len(roots) > 1:
-            text += f" (expert {experts[0]}; {len(experts)} of {len(roots)} in all)"
+            text += f" (expert {first + experts[0]}; {len(experts)} of {len(roots)} in all)"
         events.append(Event(kind, text, value=len(experts)))
     return events
 

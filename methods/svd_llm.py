@@ -64,7 +64,8 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
             return eigen_root(stats[name], expert)
         return cholesky_root(stats[name], expert, options.damp)
 
-    return low_rank(weights, options.rank, root)
+    first = next(iter(stats.values())).first
+    return low_rank(weights, options.rank, root, first=first)
 
 
 def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:

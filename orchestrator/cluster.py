@@ -67,7 +67,7 @@ def _refusal(key: str, error: BaseException) -> str:
             f"runs Ray {ray_there} on Python {python_there}, this process has Ray {ray_here} on"
             f" Python {python_here}: use the same versions on all machines"
         )
-    if isinstance(error, AuthenticationError) or any(w in text.lower() for w in _TOKEN_WORDS):
+    if _is_about_tokens(error):
         return (
             "refuses the token of this process: set RAY_AUTH_MODE=token, and put the cluster's"
             " token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
@@ -77,6 +77,17 @@ def _refusal(key: str, error: BaseException) -> str:
         f"cannot be reached ({reason}): start it (ray start --head), correct {key}, or leave it"
         " out to use this machine alone"
     )
+
+
+def _is_about_tokens(error: BaseException) -> bool:
+    """Whether a failure, or one that it comes from, is that of a token."""
+    found: BaseException | None = error
+    while found is not None:
+        text = " ".join(str(found).split()).lower()
+        if isinstance(found, AuthenticationError) or any(w in text for w in _TOKEN_WORDS):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def cluster_address(compute: Compute) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ it; the errors of all ranks come from one product.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.kernels import dense
+from moesaic.kernels import dense, mosaic
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import Chain, Event, Stats, Unit
+from moesaic.methods.base import Chain, Event, Stats, Unit, chain_text, is_whole
 from moesaic.methods.chains import (
     Family,
     apply_link,
@@ -28,6 +28,7 @@ from moesaic.methods.chains import (
     families,
     rowwise,
 )
+from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pieces import read_piece, write_cut, write_piece
 from moesaic.orchestrator.statistics import SEPARATOR
 from moesaic.orchestrator.store import Entry, Store
@@ -81,6 +82,35 @@ def finished_piece(store: Store, key: str) -> Entry | None:
     return entry if of is None or store.get("pieces", of) is not None else None
 
 
+# Name ``unit|member``, dense weight, what was made of it, and Hessian → errors of every row under
+# one or several cuts, float32 ``[cuts, *batch, out]``.
+Judge = Callable[[str, Tensor, CompressedTensor, Tensor], Tensor]
+
+
+def _errors_of(name: str, weight: Tensor, tensor: CompressedTensor, hessian: Tensor) -> Tensor:
+    return row_errors(weight, tensor.effective(), hessian)[None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a link made of members, which are named ``unit|member``.
+
+    Attributes:
+        members: the compressed tensors.
+        judged: their errors; see :data:`Judge`.
+        seconds: of the link.
+    """
+
+    members: Mapping[str, CompressedTensor]
+    judged: Mapping[str, Tensor]
+    events: list[Event]
+    seconds: float
+
+    def of(self, unit: Unit) -> dict[str, CompressedTensor]:
+        """The members of one unit."""
+        return {m: self.members[f"{unit.name}{SEPARATOR}{m}"] for m in unit.shapes}
+
+
 @dataclass(frozen=True)
 class Bench:
     """Units of one site with all that is known of them.
@@ -94,6 +124,8 @@ class Bench:
         stats: ``unit|member`` → what methods get.
         stages: chain → unit → key, of the shorter chains that others start from.
         device: where the work is done.
+        experts: of a bank that are there at a time, if weights and statistics lie elsewhere; 0
+            where all of them are there.
     """
 
     store: Store
@@ -104,6 +136,7 @@ class Bench:
     stats: Mapping[str, Stats]
     stages: Keys
     device: str
+    experts: int = 0
 
     def run(self, wanted: Keys) -> list[tuple[str, str, float]]:
         """Makes what is wanted, shorter chains first.
@@ -127,17 +160,15 @@ class Bench:
         for chain, keys in level.items():
             todo = [unit for unit in self.units if unit.name in keys]
             for units in filter(None, [todo] if rowwise(chain) else [[unit] for unit in todo]):
-                started = time.monotonic()
-                members, events = self._apply(chain, units)
-                seconds = (time.monotonic() - started) / len(units)
+                made = self._apply(chain, units, _errors_of)
+                seconds = made.seconds / len(units)
                 for unit in units:
-                    own, rows = members[unit.name], self._known_rows(unit)
-                    for member, tensor in own.items():
-                        weight, site = self.weights[unit.name][member], unit.sites[member]
-                        hessian = self.sites[site]["hessian"]
-                        rows[f"error|{member}"] = row_errors(weight, tensor.effective(), hessian)
+                    rows = self._known_rows(unit)
+                    for member in unit.shapes:
+                        errors = made.judged[f"{unit.name}{SEPARATOR}{member}"][0]
+                        rows[f"error|{member}"] = errors
                     key = keys[unit.name]
-                    self._write(unit, key, own, rows, events, seconds)
+                    self._write(unit, key, made.of(unit), rows, made.events, seconds)
                     yield unit.name, key, seconds
 
     def _cut(self, level: Keys) -> Iterator[tuple[str, str, float]]:
@@ -152,17 +183,20 @@ class Bench:
     ) -> Iterator[tuple[str, str, float]]:
         started = time.monotonic()
         largest = family.largest
-        members, events = self._apply(largest, [unit])
-        made = members[unit.name]
         chains = [largest, *(chain for chain in family.ranks if chain != largest)]
-        rows = [self._known_rows(unit) for _ in chains]
-        for member, tensor in made.items():
-            weight = self.weights[unit.name][member]
-            hessian = self.sites[unit.sites[member]]["hessian"]
+
+        def judge(name: str, weight: Tensor, tensor: CompressedTensor, hessian: Tensor) -> Tensor:
+            member = name.rpartition(SEPARATOR)[2]
             ranks = [family.ranks[chain][member] for chain in chains]
-            curves = cut_errors(weight, tensor, hessian, ranks)
+            return cut_errors(weight, tensor, hessian, ranks).float()
+
+        whole = self._apply(largest, [unit], judge)
+        made, events = whole.of(unit), whole.events
+        rows = [self._known_rows(unit) for _ in chains]
+        for member in made:
+            curves = whole.judged[f"{unit.name}{SEPARATOR}{member}"]
             for own, errors in zip(rows, curves, strict=True):
-                own[f"error|{member}"] = errors.float()
+                own[f"error|{member}"] = errors
         seconds = (time.monotonic() - started) / len(chains)
         named = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
         for chain, own in zip(chains, rows, strict=True):
@@ -176,42 +210,103 @@ class Bench:
                 self._write(unit, keys[chain], smaller, own, told, seconds, of)
             yield unit.name, keys[chain], seconds
 
-    def _apply(
-        self, chain: Chain, units: Sequence[Unit]
-    ) -> tuple[dict[str, dict[str, CompressedTensor]], list[Event]]:
+    def _apply(self, chain: Chain, units: Sequence[Unit], judge: Judge) -> Made:
         """Runs the last link on the members of units together; they are named ``unit|member``."""
-        weights: dict[str, Tensor] = {}
+        made: list[dict[str, CompressedTensor]] = []
+        judged: list[dict[str, Tensor]] = []
+        events: list[Event] = []
+        seconds = 0.0
         before: dict[str, CompressedTensor] = {}
-        for unit in units:
-            weights |= {
-                f"{unit.name}{SEPARATOR}{member}": self.weights[unit.name][member]
-                for member in unit.shapes
+        for unit in units if len(chain) > 1 else ():
+            path = self.store.path("pieces", self.stages[chain[:-1]][unit.name])
+            before |= {
+                f"{unit.name}{SEPARATOR}{member}": tensor
+                for member, tensor in read_piece(path).items()
+                if member in unit.shapes
             }
-            if len(chain) > 1:
-                path = self.store.path("pieces", self.stages[chain[:-1]][unit.name])
-                before |= {
-                    f"{unit.name}{SEPARATOR}{member}": tensor.to(self.device)
-                    for member, tensor in read_piece(path).items()
-                    if member in unit.shapes
-                }
-        stats = {name: self.stats[name] for name in weights}
-        result = apply_link(chain, weights, before, stats)
-        members: dict[str, dict[str, CompressedTensor]] = {unit.name: {} for unit in units}
-        for unit in units:
-            for member in unit.shapes:
-                members[unit.name][member] = result.members[f"{unit.name}{SEPARATOR}{member}"]
-        return members, result.events
+        spans = self._spans(units)
+        if len(spans) > 1 and any(is_whole(spec.method) for spec in chain):
+            raise RunError(
+                f"{units[0].name}: {chain_text(chain)} takes all experts together, and they do not"
+                " fit the worker's device: a larger one, or another method"
+            )
+        for span in spans:
+            weights, stats = self._there(units, span)
+            earlier = {
+                name: (tensor if span is None else mosaic.take(tensor, span)).to(self.device)
+                for name, tensor in before.items()
+            }
+            started = time.monotonic()
+            result = apply_link(chain, weights, earlier, stats)
+            seconds += time.monotonic() - started
+            rows = {
+                name: judge(name, weights[name], tensor, stats[name]["hessian"])
+                for name, tensor in result.members.items()
+            }
+            events += result.events
+            if span is None:
+                made.append(dict(result.members))
+                judged.append(rows)
+            else:
+                made.append({name: tensor.to("cpu") for name, tensor in result.members.items()})
+                judged.append({name: value.cpu() for name, value in rows.items()})
+        return Made(
+            {name: mosaic.joined([part[name] for part in made]) for name in made[0]},
+            {name: torch.cat([part[name] for part in judged], dim=1) for name in judged[0]},
+            events,
+            seconds,
+        )
+
+    def _spans(self, units: Sequence[Unit]) -> list[range] | list[None]:
+        """Experts that are there together; None for all that there is."""
+        if not self.experts or units[0].kind != "bank":
+            return [None]
+        (bank,) = units
+        count, step = bank.shapes["gate"][0], self.experts
+        return [range(low, min(low + step, count)) for low in range(0, count, step)]
+
+    def _there(
+        self, units: Sequence[Unit], span: range | None
+    ) -> tuple[dict[str, Tensor], dict[str, Stats]]:
+        """Weights and statistics of members, or of some of their experts, on the device."""
+        weights = {
+            f"{unit.name}{SEPARATOR}{member}": self.weights[unit.name][member]
+            for unit in units
+            for member in unit.shapes
+        }
+        if span is None:
+            return weights, {name: self.stats[name] for name in weights}
+        rows = slice(span[0], span[-1] + 1)
+        shared: dict[int, Stats] = {}  # members of one site share an object, as they did
+        for name in weights:
+            own = self.stats[name]
+            if id(own) not in shared:
+                # What concerns the bank's outputs together has no row for each expert.
+                sums = {n: v[rows].to(self.device) for n, v in own.sums.items()}
+                shared[id(own)] = Stats(sums, span[0])
+        return (
+            {name: weight[rows].to(self.device) for name, weight in weights.items()},
+            {name: shared[id(self.stats[name])] for name in weights},
+        )
 
     def _known_rows(self, unit: Unit) -> Rows:
         """What every ``errors`` entry of the unit has: tokens that each member saw, and the squares
         of its outputs over them."""
         rows = {}
+
+        def outputs(member: str) -> Tensor:
+            name, found = f"{unit.name}{SEPARATOR}{member}", []
+            for span in self._spans([unit]):
+                weights, stats = self._there([unit], span)
+                part = row_errors(weights[name], None, stats[name]["hessian"])
+                found.append(part if span is None else part.cpu())
+            return torch.cat(found) if len(found) > 1 else found[0]
+
         for member, site in unit.sites.items():
-            stats, weight = self.sites[site], self.weights[unit.name][member]
-            outputs = partial(row_errors, weight, None, stats["hessian"])
+            stats = self.sites[site]
             rows[f"tokens{SEPARATOR}{member}"] = stats["tokens"]
             rows[f"norm{SEPARATOR}{member}"] = stats.derived(
-                ("outputs", unit.name, member), outputs
+                ("outputs", unit.name, member), partial(outputs, member)
             )
         return rows
 

@@ -246,6 +246,11 @@ class Loop:
             self._queue(work)
             return
         reason = " ".join(str(cause).split())
+        if _lacked_memory(cause):
+            reason = (
+                f"{reason or 'no memory was left'}, alone on its node; give workers more memory, or"
+                " use fewer (compute.workers); finished work is kept, run the same command again"
+            )
         if task.failed is not None:
             self._settle(work, task.failed(type(cause).__name__, reason))
             return

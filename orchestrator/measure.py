@@ -24,6 +24,7 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.narrowing import block_parts, narrowed_part
+from moesaic.orchestrator.passes import solved_at_a_time
 from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, load_stats
@@ -154,12 +155,14 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         units, weights, side = [bank.unit], {unit.name: bank.members}, bank.side
         stats = bank.merged_inputs(stats)
         slopes = bank.gradients(slopes, unit.name) if slopes else {}
-    weights = {
-        name: {member: value.to(state.device) for member, value in members.items()}
-        for name, members in weights.items()
-    }
-    _move(stats, state.device)
-    _move(slopes, state.device)
+    experts = _experts_at_a_time(state, units, weights, stats)
+    if not experts:
+        weights = {
+            name: {member: value.to(state.device) for member, value in members.items()}
+            for name, members in weights.items()
+        }
+        _move(stats, state.device)
+        _move(slopes, state.device)
     bench = Bench(
         store=open_store(plan.store),
         units=units,
@@ -169,9 +172,22 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         stats=_member_stats(units, stats, slopes),
         stages=_without_reducers(plan.stages),
         device=state.device,
+        experts=experts,
     )
     measured = bench.run(_without_reducers(plan.missing))
     return {"measured": measured, "peak_bytes": peak_memory_bytes()}
+
+
+def _experts_at_a_time(
+    state: WorkerState,
+    units: Sequence[Unit],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    stats: Mapping[str, Stats],
+) -> int:
+    """How many experts of a bank are solved at a time; 0 where all that there is fits."""
+    own = sum(stats[site].nbytes for site in {s for unit in units for s in unit.sites.values()})
+    dense = sum(value.nbytes for members in weights.values() for value in members.values())
+    return solved_at_a_time(units, dense, own, state.device, state.room)
 
 
 def _chain(specs: Iterable[tuple[str, str]]) -> Chain:

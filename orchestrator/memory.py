@@ -7,7 +7,7 @@ layers. For what the allocator keeps of freed memory, a share is added.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from moesaic.methods import gptq
 from moesaic.methods.base import Unit, link_module, reducing
@@ -18,7 +18,7 @@ from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.passes import Passes, bank_of, planned_passes
+from moesaic.orchestrator.passes import Passes, bank_of, planned_passes, solved_at_a_time
 from moesaic.orchestrator.refine import BLOCKS
 from moesaic.orchestrator.resident import HIDDEN_BYTES, WEIGHT_BYTES
 from moesaic.orchestrator.room import (
@@ -96,6 +96,15 @@ class Sizes(BlockSizes):
         spans = ranges(self.walk.shards, self.walkers)
         beside = max(self.beside(self.crew.device, span) for span in spans)
         return planned_passes(self, block, held, self.crew.room, *beside)
+
+    def solved(self, units: Sequence[Unit], weights: int, stats: int) -> int:
+        """How many experts of a bank are compressed at a time; 0 for all, or where none fits."""
+        if self.crew.room is None:
+            return 0
+        try:
+            return solved_at_a_time(units, weights, stats, self.crew.device, self.crew.room)
+        except RunError:
+            return 0
 
     def hidden(self) -> int:
         """Hidden states of the shards that one worker keeps, and two copies of one shard."""
@@ -242,13 +251,26 @@ def _measure(sizes: Sizes, units: list[Unit]) -> Parts:
     own = {site for unit in units for site in unit.sites.values()}
     solving = [_solving(sizes, units, site) for site in stats if site in own]
     judging = [_judging(shape, sizes.item) for unit in units for shape in unit.shapes.values()]
-    return {
-        "weights": sum(experiment.dense_bytes(unit) for unit in units) * (2 if fused else 1)
-        + sizes.outer(),
+    dense = sum(experiment.dense_bytes(unit) for unit in units)
+    inputs = sum(size for site, size in stats.items() if site in own)
+    parts = {
+        "weights": dense * (2 if fused else 1) + sizes.outer(),
         "statistics": sum(stats.values()),
         "factors": sum(_factors(experiment, size) for site, size in stats.items() if site in own),
         "hidden states": sizes.hidden(),
         "working copies": compressed + max(*solving, *judging),
+    }
+    together = sizes.solved(units, dense, inputs)
+    if not together:
+        return parts
+    share = together / units[0].shapes["gate"][0]
+    elsewhere = sizes.crew.device == "cuda"  # the bank itself stays in the processor's memory
+    return {
+        "weights": int(share * dense) + sizes.outer() + (0 if elsewhere else parts["weights"]),
+        "statistics": int(share * inputs),
+        "hidden states": sizes.hidden() + (parts["weights"] if elsewhere else 0) + compressed,
+        "working copies": int(3 * share * dense)
+        + max(slices(*site_shape(units, site), sizes.crew.device)[1] for site in own),
     }
 
 

@@ -6,9 +6,10 @@ is summed for some sites at a time. Both give the same sums, bit by bit: each ex
 sees the same tokens in the same order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from moesaic.methods import gptq
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.block_sizes import BlockSizes
 from moesaic.orchestrator.errors import RunError
@@ -127,6 +128,38 @@ def experts_at_a_time(sizes: BlockSizes, block: int, room: int, beside: int) -> 
     if experts < 1:
         raise _too_large(block, f"one expert of {bank.name}", fixed + each, room)
     return -(-count // -(-count // experts))
+
+
+def solved_at_a_time(
+    units: Sequence[Unit], weights: int, stats: int, device: str, room: int
+) -> int:
+    """How many experts of a bank are compressed at a time; 0 where all that there is fits.
+
+    Args:
+        units: that share their sites.
+        weights, stats: their bytes.
+
+    Raises:
+        RunError: not even a linear, or one expert, fits.
+    """
+    bank = units[0] if units[0].kind == "bank" else None
+    count = 1 if bank is None else int(bank.shapes["gate"][0])
+    # Weights as they are, compressed, and in float32 while errors are computed; codes twice.
+    rest = 4 * weights + stats
+    solving = 0
+    for member, shape in units[0].shapes.items():
+        rows, inputs = int(shape[-2]), int(shape[-1])
+        rows *= len(units) * (2 if member == "gate" else 1)
+        alone = inputs * (20 * inputs + 12 * rows)
+        solving = max(solving, alone, min(gptq.WORK_BYTES[device], count * alone))
+    factors = 0 if stats > gptq.KEEP_BYTES else 2 * stats
+    if rest + solving + factors <= room:
+        return 0
+    experts = (room - solving) * count // rest
+    if experts < 1 or bank is None:
+        what = units[0].name if bank is None else f"one expert of {bank.name}"
+        raise _too_large(units[0].block, what, solving + rest // count, room)
+    return -(-count // -(-count // min(count, experts)))
 
 
 def _too_large(block: int, what: str, need: int, room: int) -> RunError:

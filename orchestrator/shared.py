@@ -385,6 +385,17 @@ class RemoteStore(Store):
         """Whether another one is at the same URL, whatever caches they have."""
         return self.where == other.where
 
+    def _now(self) -> float:
+        """The time by the clock of whoever keeps the files at the URL."""
+        name = f"clock-{uuid.uuid4().hex}"
+        self.mirror.objects.write(name, b"")
+        try:
+            info = self.mirror.objects.info(name)
+            assert info is not None, "it was just written"
+            return self.mirror.objects.modified(name, info)
+        finally:
+            self.mirror.objects.remove(name)
+
     def holds_anything(self) -> bool:
         """Whether there is a store at the URL."""
         try:
@@ -395,7 +406,7 @@ class RemoteStore(Store):
     def gc(self, used: Iterable[Path], minimum_age_seconds: float = 3600.0) -> tuple[int, int]:
         """As :meth:`Store.gc`, at the URL; copies on nodes leave when room is needed."""
         keep = {str(path.relative_to(self.root)) for path in used}
-        newest = time.time() - minimum_age_seconds
+        newest = self._now() - minimum_age_seconds
         wanted, size = [], 0
         for name, info in self.mirror.objects.listing().items():
             kind, _, rest = name.partition("/")

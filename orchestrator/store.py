@@ -396,7 +396,7 @@ class Store:
             (number of files removed, bytes freed).
         """
         keep = {path.resolve() for path in used}
-        newest = time.time() - minimum_age_seconds
+        newest = self._now() - minimum_age_seconds
         removed = freed = 0
         for path in self._files():
             owner = path.with_name(path.name.removesuffix(SEAL))
@@ -414,6 +414,16 @@ class Store:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         return removed, freed
+
+    def _now(self) -> float:
+        """The time by the clock that the files' own times are of, which need not be this node's."""
+        probe = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        with disk_errors(probe):
+            probe.touch()
+            try:
+                return probe.stat().st_mtime
+            finally:
+                probe.unlink()
 
     def _folders(self) -> Iterator[Path]:
         """Folders that hold files of the store."""

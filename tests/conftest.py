@@ -2,9 +2,9 @@
 
 import pytest
 
-# What takes longest comes first, so that nothing waits for it in the end; the third file with a
-# real Ray comes last, so that there are two at a time at most.
-ORDER = {"test_end_to_end.py": 0, "test_chaos.py": 0, "test_pool.py": 2}
+# What takes longest comes first, so that nothing waits for it in the end; the other files with a
+# real Ray come last, so that there are two at a time at most.
+ORDER = {"test_end_to_end.py": 0, "test_chaos.py": 0, "test_pool.py": 2, "test_nodes.py": 2}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import resource
 import signal
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.worker import WorkerState
@@ -61,3 +64,23 @@ def fail(state: WorkerState) -> None:
 def environment(state: WorkerState, name: str) -> str | None:
     """An environment variable of the worker."""
     return os.environ.get(name)
+
+
+def gorge(state: WorkerState, file: str, more_bytes: int) -> None:
+    """Fills memory that it may not have: beyond a limit that is set for its process."""
+    with Path(file).open("a", encoding="utf-8") as stream:
+        stream.write(f"{os.getpid()}\n")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + more_bytes // 2, before[1]))
+    try:
+        bytearray(more_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def host(state: WorkerState, seconds: float) -> str:
+    """The node that the worker is on."""
+    time.sleep(seconds)
+    node: str = ray.get_runtime_context().get_node_id()
+    return node

@@ -12,16 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.methods.base import Unit
 from moesaic.methods.reduction import EXPERT_STATISTICS
-from moesaic.orchestrator import calibrate, gradients, parted, statistics
+from moesaic.orchestrator import calibrate, gradients, measure, parted, statistics
 from moesaic.orchestrator.bank_slices import BankSlices
 from moesaic.orchestrator.block_sizes import BlockSizes
 from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.passes import Passes, bank_of, planned_passes
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.passes import Passes, bank_of, planned_passes, solved_at_a_time
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import covered, held_sums, ranges
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import MakeWalk
+from tests.orchestrator.inline import InlinePool
+from tests.orchestrator.projects import make_model_folder, make_recipe
 
 SEQUENCES, LENGTH, SHARDS = 7, 9, 5
 WALK: dict[str, Any] = {"shards": SHARDS, "needs": ("abs", "hessian", "tokens"), "gradients": 0}
@@ -249,3 +256,70 @@ def test_a_block_of_which_parts_were_lost_is_walked_again(
         calibrate.forward(state, asdict(walk), 0, (0, SHARDS))
     assert not list(Path(walk.store).rglob("*.tmp*"))
     assert walked(walk, room)[0] == whole
+
+
+LARGE: dict[str, Any] = {"budget": {"bits_per_weight": 11.0}, "baselines": {}}
+CHAINS: dict[str, Any] = {
+    "rtn": [{"method": "rtn", "bits": [3, 8], "group_size": 16}],
+    "gptq": [{"method": "gptq", "bits": 4, "group_size": 16}],
+    "low rank": [
+        {"method": "svd_llm", "rank": [0.25, 0.5]},
+        [{"method": "svd_llm", "rank": 0.5}, {"method": "rtn", "bits": 4, "group_size": 4}],
+        [{"method": "rtn", "bits": 3, "group_size": 16}, {"method": "eora", "rank": [2, 4]}],
+    ],
+    "sparse": [
+        {"method": "wanda", "density": 0.5},
+        {"method": "sparse_lowrank", "rank": 2, "steps": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_banks_that_are_solved_in_slices_leave_the_same_pieces(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    left: list[dict[str, bytes]] = []
+    for slices in (0, 3):
+        monkeypatch.setattr(
+            measure,
+            "solved_at_a_time",
+            lambda units, *_, n=slices: n if units[0].kind == "bank" else 0,
+        )
+        folder = tmp_path / f"solved{slices}"
+        recipe = load_recipe(make_recipe(folder, model, candidates=CHAINS[name], **LARGE))
+        experiment = Experiment(recipe, folder / "run")
+        Calibration(experiment, InlinePool(1), View(), experiment.offers).run()
+        files = [p for k in ("pieces", "errors") for p in (folder / "store").glob(f"{k}/*/*.s*")]
+        left.append({p.name: p.read_bytes() for p in files if p.suffix == ".safetensors"})
+    assert left[0] == left[1] and len(left[0]) >= 4
+
+
+def test_what_takes_all_experts_together_is_refused_where_they_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    monkeypatch.setattr(measure, "solved_at_a_time", lambda units, *_: int(units[0].kind == "bank"))
+    candidates = [
+        {"method": "rtn", "bits": 8, "group_size": 16},
+        {"method": "delta_moe", "rank": 2},
+    ]
+    recipe = load_recipe(make_recipe(tmp_path / "delta", model, candidates=candidates, **LARGE))
+    experiment = Experiment(recipe, tmp_path / "run")
+    with pytest.raises(RunError, match=r"experts: delta_moe.* takes all experts together"):
+        Calibration(experiment, InlinePool(1), View(), experiment.offers).run()
+
+
+@pytest.mark.parametrize("kind", ["linear", "bank"])
+def test_slices_that_are_solved_follow_from_bytes(kind: str) -> None:
+    batch = (12,) if kind == "bank" else ()
+    unit = Unit("layer", kind, 3, "mlp", {"gate": (*batch, 64, 32)}, {"gate": "site"})
+    weights, stats = 12 * 64 * 32 * 4, 12 * 32 * 32 * 4
+    room = 10**9
+    assert solved_at_a_time([unit], weights, stats, "cpu", room) == 0
+    solving = 32 * (20 * 32 + 2 * 12 * 64) * (12 if kind == "bank" else 1)  # gate and up
+    if kind == "bank":
+        tight = solving + (4 * weights + stats) * 5 // 12 + 12
+        assert solved_at_a_time([unit], weights, stats, "cpu", tight) == 4  # three of one size
+    with pytest.raises(RunError, match=r"^block 3: (one expert of )?layer takes .* MB"):
+        solved_at_a_time([unit], weights, stats, "cpu", solving)

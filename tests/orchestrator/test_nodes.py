@@ -1,0 +1,175 @@
+"""A real cluster of several nodes: who joins, who lacks memory, who does not belong to it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
+
+from moesaic.orchestrator import placing, store
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.store import Store
+from tests.chaos import environment
+
+TASKS = "tests.orchestrator.pool_tasks"
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One node with one core; tests add others."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": ROOT,
+    }
+    with environment(variables), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
+        head = {"num_cpus": 1, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def test_a_worker_without_memory_is_tried_alone_and_then_told_of(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "tries"
+    task = Task(f"{TASKS}:gorge", {"file": str(file), "more_bytes": 1 << 30}, "experts 7")
+    with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
+        pool.run([task])
+    text = str(error.value)
+    assert text.startswith("experts 7: MemoryError: no memory was left, alone on its node")
+    assert "compute.workers" in text and "run the same command again" in text and "\n" not in text
+    assert len(file.read_text().split()) == 2  # beside others, and alone
+
+
+def test_nodes_with_other_sources_are_refused(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = placing.installed()
+    monkeypatch.setattr(placing, "installed", lambda: {**real, "code": "0" * 40})
+    with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
+        _ = pool.size
+    text = str(error.value)
+    assert f"(digest {real['code'][:8]}) than this process (00000000)" in text
+    monkeypatch.setattr(placing, "installed", lambda: {**real, "moesaic": "9.9"})
+    with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
+        _ = pool.size
+    assert f"has moesaic {real['moesaic']}, this process has 9.9" in str(error.value)
+
+
+def test_a_node_that_joins_is_used(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(placing, "_GROW_SECONDS", 0.5)
+    hosts: set[str] = set()
+    joined: list[Any] = []
+    until = time.monotonic() + 90
+
+    def done(node: str) -> list[Task]:
+        hosts.add(node)
+        if not joined:
+            joined.append(cluster.add_node(num_cpus=1))
+        assert time.monotonic() < until, "the new node got no work"
+        return [] if len(hosts) == 2 else [task(), task()]
+
+    def task() -> Task:
+        return Task(f"{TASKS}:host", {"seconds": 0.2}, "host", done=done)
+
+    with Pool(Compute(address=cluster.address)) as pool:
+        assert pool.size == 1
+        pool.run([task()])
+        assert pool.size == 2
+    assert joined[0].node_id in hosts
+    assert "nodes have joined: 1 more worker(s)" in capsys.readouterr().err
+
+
+def test_a_wrong_token_is_told_as_such() -> None:
+    """A cluster with a token of its own, and a driver that has another one."""
+    with tempfile.TemporaryDirectory(prefix="tk", dir="/tmp", ignore_cleanup_errors=True) as name:
+        own = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a" * 64,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": name,
+        }
+        head = subprocess.Popen(
+            [sys.executable, "-c", _START],
+            env=own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            assert head.stdout is not None
+            address = head.stdout.readline().strip()
+            found = {
+                token: subprocess.run(
+                    [sys.executable, "-c", _JOIN, address],
+                    env={**own, "RAY_AUTH_TOKEN": token},
+                    capture_output=True,
+                    text=True,
+                    timeout=90,
+                ).stdout
+                for token in ("b" * 64, "a" * 64)
+            }
+        finally:
+            head.communicate(timeout=60)  # the end of its input is its end
+    assert found["a" * 64] == "joined\n"
+    refused = found["b" * 64]
+    assert refused.startswith(f"compute.address: the Ray cluster at {address} refuses the token")
+    assert "RAY_AUTH_TOKEN" in refused and refused.count("\n") == 1
+
+
+_START = """
+import sys
+from ray.cluster_utils import Cluster
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(made.address, flush=True)
+sys.stdin.read()
+made.shutdown()
+"""
+_JOIN = """
+import sys
+from moesaic.orchestrator.cluster import connect
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.recipe import Compute
+try:
+    connect(Compute(address=sys.argv[1]))
+    print("joined")
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_garbage_is_told_by_the_clock_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """This node's clock is hours before or behind that of whoever keeps the files."""
+    found = Store(tmp_path / "store")
+    found.put_json("scores", "ab" * 20, {"new": 1})
+    old = found.put_json("scores", "cd" * 20, {"old": 1}).path
+    for path in old.parent.iterdir():
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    real = time.time
+    monkeypatch.setattr(store.time, "time", lambda: real() + 3600 * hours)
+    assert found.gc([])[0] == 2
+    assert found.get_json("scores", "ab" * 20) == {"new": 1} and not old.exists()
