@@ -299,7 +299,7 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
         def shard_stats(shard: int) -> SiteStats:
             with _collecting(plan, model, block, shard, module) as (stats, influence):
-                _advance(state, plan, block, shard, module, influence)
+                advance_shard(state, plan, block, shard, module, influence)
             return stats
 
         sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -318,7 +318,8 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _hidden(state, plan, block, shard)
-            save_tensor(hidden_path(plan, block, shard), hidden)
+            if not exists(path := hidden_path(plan, block, shard)):
+                save_tensor(path, hidden)
             with _collecting(plan, model, block, shard, module) as (stats, influence):
                 for part in _batches(plan, hidden):
                     x = part.to(model.device)
@@ -340,7 +341,7 @@ def advance(
         model = opened(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
-            _advance(state, plan, block, shard, module)
+            advance_shard(state, plan, block, shard, module)
     return _finished(plan, block, span, started)
 
 
@@ -393,7 +394,7 @@ def _passed(
     return torch.cat(after)
 
 
-def _advance(
+def advance_shard(
     state: WorkerState,
     walk: Walk,
     block: int,

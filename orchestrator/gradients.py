@@ -34,6 +34,7 @@ from moesaic.orchestrator.calibrate import (
 from moesaic.orchestrator.embeddings import noise_gradients
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
+from moesaic.orchestrator.readahead import read_ahead
 from moesaic.orchestrator.shared import exists, remove
 from moesaic.orchestrator.statistics import GradientObserver, Node, SiteStats, covered
 from moesaic.orchestrator.streaming import StreamedModel
@@ -126,6 +127,7 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     if not (returned and all(exists(node_path(plan, "gradients", block, n)) for n in nodes)):
         model = opened(state, plan)
         module = model.load_block(block).requires_grad_(False)
+        read_ahead(model, block - 1)
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)

@@ -102,7 +102,11 @@ class Sizes:
         self.walk = experiment.walk
         self.length: int = experiment.recipe.calibration.length
         self.item: int = self.model.dtype.itemsize
-        self.walkers = experiment.recipe.compute.walking(crew.workers)
+        compute = experiment.recipe.compute
+        self.walkers = compute.walking(crew.workers)
+        self.ahead = compute.ahead(crew.workers, self.walk.shards)
+        # Workers that sum the statistics of one block.
+        self.summing = 1 if self.ahead else self.walkers
 
     def block_units(self, block: int) -> list[Unit]:
         """All units of a block, those that the recipe keeps included: calibration sees them all."""
@@ -292,7 +296,7 @@ def _largest(candidates: Iterable[Parts]) -> Parts:
 
 def _calibrate(sizes: Sizes, block: int) -> Parts:
     one = sizes.sums(block)
-    shards, workers = sizes.walk.shards, sizes.walkers
+    shards, workers = sizes.walk.shards, sizes.summing
     outer = sizes.outer() if block == 0 else 0  # the embedding goes when block 1 is loaded
     walking = {
         "weights": sizes.weights(block) + outer,
@@ -448,6 +452,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     pairs = [(unit, chain) for unit in experiment.units for chain in experiment.offers[unit.name]]
     token = sizes.model.hidden_size * sizes.item
     states = walk.sequences * sizes.length * token
+    waiting = min(sizes.model.blocks, sizes.crew.workers + 1) if sizes.ahead else 2
     kept = experiment.gradient_tokens() * token * (sizes.model.blocks + 1)
     sliced = {} if experiment.cut is None else {"sliced": sizes.model.checkpoint.total_bytes}
     return {
@@ -456,7 +461,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
         "errors": sum(error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),
         "gradients": sum(gradients),
-        "scratch": 2 * states + kept + max(stats) * held_adding(walk.shards, sizes.walkers),
+        "scratch": waiting * states + kept + max(stats) * held_adding(walk.shards, sizes.summing),
     }
 
 
