@@ -311,7 +311,7 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
             def shard_stats(shard: int) -> SiteStats:
                 with _collecting(plan, model, block, shard, module) as (stats, influence):
-                    _advance(state, plan, block, shard, module, influence)
+                    advance_shard(state, plan, block, shard, module, influence)
                 return stats
 
             sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -326,25 +326,34 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     plan = Walk(**walk)
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
+    told = ""
     if not all(exists(node_path(plan, "stats", block, node)) for node in nodes):
         model = opened(state, plan)
         passes = _passes(state, plan, model, block, span)
-        if passes is not None:
-            _walk_in_parts(state, plan, block, nodes, passes, go_on=False)
-            return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
-        module = model.load_block(block)
+        if passes is None:
+            module = model.load_block(block)
 
-        def shard_stats(shard: int) -> SiteStats:
-            hidden = _hidden(state, plan, block, shard)
-            save_tensor(hidden_path(plan, block, shard), hidden)
-            with _collecting(plan, model, block, shard, module) as (stats, influence):
-                for part in _batches(plan, hidden):
-                    x = part.to(model.device)
-                    influence.add(x, model.run_block(block, module, x))
-            return stats
+            def shard_stats(shard: int) -> SiteStats:
+                hidden = _kept_hidden(state, plan, block, shard)
+                with _collecting(plan, model, block, shard, module) as (stats, influence):
+                    for part in _batches(plan, hidden):
+                        x = part.to(model.device)
+                        influence.add(x, model.run_block(block, module, x))
+                return stats
 
-        sum_nodes(plan, "stats", block, nodes, shard_stats)
-    return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
+            sum_nodes(plan, "stats", block, nodes, shard_stats)
+        else:
+            told = _walk_in_parts(state, plan, block, nodes, passes, go_on=False)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "peak_bytes": peak_memory_bytes(), "parted": told}
+
+
+def _kept_hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
+    """Hidden states before a block, which are left as a file for others."""
+    hidden = _hidden(state, walk, block, shard)
+    if not exists(path := hidden_path(walk, block, shard)):
+        save_tensor(path, hidden)
+    return hidden
 
 
 @torch.no_grad()
@@ -358,7 +367,7 @@ def advance(
         model = opened(state, plan)
         module = model.load_block(block, replaced=dense_members(pieces))
         for shard in range(*span):
-            _advance(state, plan, block, shard, module)
+            advance_shard(state, plan, block, shard, module)
     return _finished(plan, block, span, started)
 
 
@@ -416,11 +425,11 @@ def _walk_in_parts(
         return found
 
     def batches(shard: int) -> Sequence[Tensor]:
-        hidden = _hidden(state, walk, block, shard)
         if go_on:
+            hidden = _hidden(state, walk, block, shard)
             _keep_boundary(walk, block, shard, hidden)
         else:
-            save_tensor(hidden_path(walk, block, shard), hidden)
+            hidden = _kept_hidden(state, walk, block, shard)
         return list(_batches(walk, hidden))
 
     def leave(shard: int, after: list[Tensor]) -> None:
@@ -496,7 +505,7 @@ def _passed(
     return torch.cat(after)
 
 
-def _advance(
+def advance_shard(
     state: WorkerState,
     walk: Walk,
     block: int,

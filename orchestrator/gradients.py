@@ -36,6 +36,7 @@ from moesaic.orchestrator.calibrate import (
 from moesaic.orchestrator.embeddings import noise_gradients
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
+from moesaic.orchestrator.readahead import read_ahead
 from moesaic.orchestrator.shared import exists, remove
 from moesaic.orchestrator.statistics import GradientObserver, Node, SiteStats, covered
 from moesaic.orchestrator.streaming import StreamedModel
@@ -129,6 +130,7 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
         model = opened(state, plan)
         experts = reversed_experts(state, plan, model, block, span)
         module = model.load_block(block, experts=experts).requires_grad_(False)
+        read_ahead(model, block - 1)
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)

@@ -82,7 +82,11 @@ class Sizes(BlockSizes):
         super().__init__(experiment.model, experiment.walk, experiment.recipe.calibration.length)
         self.experiment = experiment
         self.crew = crew
-        self.walkers = experiment.recipe.compute.walking(crew.workers)
+        compute = experiment.recipe.compute
+        self.walkers = compute.walking(crew.workers)
+        self.ahead = compute.ahead(crew.workers, self.walk.shards)
+        # Workers that sum the statistics of one block.
+        self.summing = 1 if self.ahead else self.walkers
 
     def passes(self, block: int) -> Passes | None:
         """How a block is walked where it does not fit the device of a worker.
@@ -92,8 +96,8 @@ class Sizes(BlockSizes):
         """
         if self.crew.room is None:
             return None
-        held = held_walking(self.walk.shards, self.walkers)
-        spans = ranges(self.walk.shards, self.walkers)
+        held = held_walking(self.walk.shards, self.summing)
+        spans = ranges(self.walk.shards, self.summing)
         beside = max(self.beside(self.crew.device, span) for span in spans)
         return planned_passes(self, block, held, self.crew.room, *beside)
 
@@ -193,7 +197,7 @@ def _largest(candidates: Iterable[Parts]) -> Parts:
 
 def _calibrate(sizes: Sizes, block: int) -> Parts:
     one = sizes.sums(block)
-    shards, workers = sizes.walk.shards, sizes.walkers
+    shards, workers = sizes.walk.shards, sizes.summing
     outer = sizes.outer() if block == 0 else 0  # the embedding goes when block 1 is loaded
     activations = sizes.activations(block, sizes.batch_tokens()) + sizes.outputs(block)
     walking = {
@@ -378,6 +382,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     pairs = [(unit, chain) for unit in experiment.units for chain in experiment.offers[unit.name]]
     token = sizes.model.hidden_size * sizes.item
     states = walk.sequences * sizes.length * token
+    waiting = min(sizes.model.blocks, sizes.crew.workers + 1) if sizes.ahead else 2
     kept = experiment.gradient_tokens() * token * (sizes.model.blocks + 1)
     sliced = {} if experiment.cut is None else {"sliced": sizes.model.checkpoint.total_bytes}
     return {
@@ -386,7 +391,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
         "errors": sum(error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),
         "gradients": sum(gradients),
-        "scratch": 2 * states + kept + max(stats) * held_adding(walk.shards, sizes.walkers),
+        "scratch": waiting * states + kept + max(stats) * held_adding(walk.shards, sizes.summing),
     }
 
 

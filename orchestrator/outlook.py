@@ -71,6 +71,14 @@ class TaskCosts:
         key = (self._shapes[block], self._rows(span), self._nodes([span]))
         return key, lambda: self.clock.forward(block, span)
 
+    def _pass_block(self, given: Mapping[str, Any]) -> Any:
+        block, span = given["block"], given["span"]
+        key = (self._shapes[block], self._rows(span))
+        return key, lambda: self.clock.passing(block, span)
+
+    def _collect(self, given: Mapping[str, Any]) -> Any:
+        return (self._shapes[given["block"]],), lambda: self.clock.collecting(given["block"])
+
     def _reverse(self, given: Mapping[str, Any]) -> Any:
         block, span = given["block"], given["span"]
         last = block == self.clock.model.blocks - 1
@@ -78,7 +86,8 @@ class TaskCosts:
         return key, lambda: self.clock.reverse(block, span)
 
     def _reduce(self, given: Mapping[str, Any]) -> Any:
-        block, what, spans = given["block"], given["what"], self.clock.spans
+        block, what = given["block"], given["what"]
+        spans = self.clock.summed(what)
         return (self._shapes[block], what), lambda: self.clock.reduce(what, block, spans)
 
     def _compress_job(self, given: Mapping[str, Any]) -> Any:
@@ -271,6 +280,8 @@ def outlook(
 def _stages(found: Outcome) -> dict[str, dict[str, float]]:
     names = {
         "calibrate:forward": "forward",
+        "walk_ahead:pass_block": "forward",
+        "calibrate:collect": "statistics",
         "calibrate:reduce": "sums",
         "gradients:reverse": "reverse",
         "measure:compress_job": "measure",

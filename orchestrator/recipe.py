@@ -290,12 +290,22 @@ class Calibration(Texts):
     gradient_sequences: int = Field(default=16, ge=0, le=10**6)
 
 
+# Workers per shard from which on the walk goes ahead by itself; docs/benchmarks/simulation.md.
+_AHEAD = 4
+
+
 class Compute(Section):
-    """How many workers, what each one takes, and how many share the walk over the blocks."""
+    """How many workers, what each one takes, and how many share the walk over the blocks.
+
+    Attributes:
+        walk: whether a block's statistics are summed by who walks, or behind the walk; see
+            :mod:`moesaic.orchestrator.walk_ahead`. By default the number of workers decides.
+    """
 
     address: Text | None = None
     workers: int | None = Field(default=None, ge=1, le=10**5)
     walkers: int | None = Field(default=None, ge=1, le=10**5)
+    walk: Literal["joint", "ahead"] | None = None
     cpus_per_worker: int = Field(default=1, ge=1, le=10**4)
     gpus_per_worker: Annotated[float, AfterValidator(_share_of_a_gpu)] | None = Field(
         default=None, ge=0, le=1000
@@ -306,6 +316,12 @@ class Compute(Section):
     def walking(self, workers: int) -> int:
         """How many of so many workers share the walk, where there are shards enough."""
         return min(workers, self.walkers or workers)
+
+    def ahead(self, workers: int, shards: int) -> bool:
+        """Whether the walk of so many workers goes ahead of the statistics."""
+        if self.walk is not None:
+            return self.walk == "ahead"
+        return workers >= _AHEAD * shards
 
 
 def _publish(url: str) -> str:

@@ -16,9 +16,10 @@ from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, digest
+from moesaic.orchestrator.walk_ahead import Ahead
 
 EVALUATION_PARTS = 4
-_REDUCE, _FORWARD, _REVERSE, _MEASURE = range(4)
+_REDUCE, _FORWARD, _REVERSE, _REDUCE_BESIDE, _COLLECT, _MEASURE = range(6)
 
 
 def finished_entries(experiment: Experiment, kind: str, keys: Iterable[str]) -> dict[str, Entry]:
@@ -77,9 +78,12 @@ class Calibration:
             self.pool.run(tasks, self.view.tick)
             remove_unfinished(walk.scratch)
             return
-        walkers = self.experiment.recipe.compute.walking(self.pool.size)
-        self.ranges = ranges(self.walk.shards, walkers)
-        if start < self.blocks:
+        compute, workers = self.experiment.recipe.compute, self.pool.size
+        self.ranges = ranges(self.walk.shards, compute.walking(workers))
+        self.ahead = compute.ahead(workers, self.walk.shards)
+        if start < self.blocks and self.ahead:
+            tasks += Ahead(self, (_FORWARD, _COLLECT)).start(start)
+        elif start < self.blocks:
             tasks += [self._forward(start, w, span) for w, span in enumerate(self.ranges)]
         else:
             tasks += self._start_reverse()
@@ -138,17 +142,14 @@ class Calibration:
     def _forward(self, block: int, worker: int, span: Node) -> Task:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.passed[block] += 1
-            told = result.get("parted", "")
-            if told and told not in self.told:  # blocks of one shape are told of once
-                self.told.add(told)
-                self.view.line(f"calibrate: block {block} {told}")
+            self.tell(block, result)
             new = []
             if block + 1 < self.blocks:
                 self.held.append(self._forward(block + 1, worker, span))
             if self.passed[block] == len(self.ranges):
                 self.floor = block + 1
                 if block not in self.stats:
-                    new.append(self._reduce("stats", block))
+                    new.append(self.add_up("stats", block))
                 if block + 1 == self.blocks and len(self.gradients) < self.blocks:
                     new += self._start_reverse()
             ready = [t for t in self.held if t.arguments["block"] <= self.floor + LEAD]
@@ -159,7 +160,16 @@ class Calibration:
         label = f"forward {block}"
         return Task("calibrate:forward", arguments, label, (_FORWARD, block), worker, done)
 
-    def _reduce(self, what: str, block: int) -> Task:
+    def tell(self, block: int, result: Mapping[str, Any]) -> None:
+        """Says how a block was walked in parts; of blocks of one shape once."""
+        told = result.get("parted", "")
+        if told and told not in self.told:
+            self.told.add(told)
+            self.view.line(f"calibrate: block {block} {told}")
+
+    def add_up(self, what: str, block: int) -> Task:
+        """The sums of a block, which are there, as one entry; what waits for it follows."""
+
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             (self.stats if what == "stats" else self.gradients).add(block)
             stage = "calibrate" if what == "stats" else "gradients"
@@ -167,7 +177,15 @@ class Calibration:
             return self._released()
 
         arguments = {"walk": plain(self.walk), "what": what, "block": block}
-        return Task("calibrate:reduce", arguments, f"sum {block}", (_REDUCE, block), None, done)
+        # Where there are others who add, who walks back goes on.
+        beside = what == "gradients" and self.ahead
+        priority = (_REDUCE_BESIDE if beside else _REDUCE, block)
+        return Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)
+
+    def after_walk(self, worker: int, span: Node) -> list[Task]:
+        """What a walker begins with when it has passed all blocks."""
+        lacking = len(self.gradients) < self.blocks
+        return [self._reverse(self.top, worker, span)] if lacking else []
 
     def _start_reverse(self) -> list[Task]:
         return [self._reverse(self.top, w, span) for w, span in enumerate(self.ranges)]
@@ -179,7 +197,7 @@ class Calibration:
             if block > 0:
                 new.append(self._reverse(block - 1, worker, span))
             if self.reversed[block] == len(self.ranges) and block not in self.gradients:
-                new.append(self._reduce("gradients", block))
+                new.append(self.add_up("gradients", block))
             return new
 
         arguments = {"walk": plain(self.walk), "block": block, "span": span}

@@ -182,6 +182,34 @@ class Clock:
         moved = 2 * slices * self.sizes.calls_of(span)
         return again * 2 * tokens * linears / self.speeds.matmul + moved / self.speeds.copy
 
+    def read_ahead(self, cost: Cost) -> Cost:
+        """A cost whose weights a GPU's worker reads while it is busy with the block before: what
+        it computes takes only what it takes longer than reading does alone."""
+        if self.crew.device == "cpu":
+            return cost
+        return replace(cost, seconds=max(0.0, cost.seconds - cost.read / self.speeds.read))
+
+    def passing(self, block: int, span: Node) -> Cost:
+        """Some shards through a block of a walk that goes ahead."""
+        walk, sizes = self.experiment.walk, self.sizes
+        rows = [high - low for low, high in map(walk.shard_rows, range(*span))]
+        tokens = sum(rows) * sizes.length
+        states = tokens * self.token_bytes
+        kept = sum(min(walk.gradients, count) for count in rows) * sizes.length * self.token_bytes
+        batches = sum(math.ceil(count / walk.batch) for count in rows)
+        seconds = self.linears(block, tokens) + self.calls(block, batches)
+        seconds += 2 * states / self.speeds.copy
+        seconds += len(rows) * (1 + bool(walk.gradients)) * self.speeds.write
+        return self.read_ahead(self.load(block) + Cost(seconds, written=states + kept))
+
+    def collecting(self, block: int) -> Cost:
+        """Statistics of all shards behind such a walk: as forward, but states are read."""
+        walk, sizes = self.experiment.walk, self.sizes
+        states = walk.sequences * sizes.length * self.token_bytes
+        whole = self.forward(block, (0, walk.shards))
+        sums = self.nodes([(0, walk.shards)]) * sizes.sums(block)
+        return Cost(whole.seconds, whole.read + states, sums)
+
     def reduce(self, what: str, block: int, spans: Sequence[Node]) -> Cost:
         """The sums that all ranges of shards left, as one entry."""
         sizes, nodes = self.sizes, self.nodes(spans)
@@ -208,16 +236,39 @@ class Clock:
         seconds += ((3 + 2 * again) * states + nodes * size) / self.speeds.copy
         seconds += (len(rows) + nodes) * self.speeds.write
         written = (1 + again) * states + nodes * size
-        return self.load(block) + Cost(seconds, (2 + again) * states, written)
+        read = self.read_ahead(self.load(block) + Cost(seconds))
+        return read + Cost(0.0, (2 + again) * states, written)
 
     def calibrate(self, blocks: list[int]) -> float:
         """Forward through the blocks from the first that lacks, with statistics and their sums."""
+        walked = range(min(blocks), self.model.blocks) if blocks else ()
+        if self.sizes.ahead:
+            return sum(
+                sum(self.taken(self.passing(block, span)) for span in self.spans)
+                + self.taken(self.collecting(block))
+                + self.taken(self.reduce("stats", block, self.summed("stats")))
+                for block in walked
+            )
         parts = self.spans
         return sum(
             sum(self.taken(self.forward(block, span)) for span in parts)
             + self.taken(self.reduce("stats", block, parts))
-            for block in (range(min(blocks), self.model.blocks) if blocks else ())
+            for block in walked
         )
+
+    def walked(self, blocks: list[int]) -> float:
+        """Seconds of :meth:`calibrate`, shared by the workers that can."""
+        work = self.calibrate(blocks)
+        if not self.sizes.ahead:
+            return work / self.walkers
+        walked = range(min(blocks), self.model.blocks) if blocks else ()
+        chain = sum(max(self.taken(self.passing(b, s)) for s in self.spans) for b in walked)
+        return max(chain, work / self.crew.workers)
+
+    def summed(self, what: str) -> list[Node]:
+        """Ranges of shards that leave sums, of statistics or gradients, to be added."""
+        ahead = what == "stats" and self.sizes.ahead
+        return [(0, self.experiment.walk.shards)] if ahead else self.spans
 
     @property
     def spans(self) -> list[Node]:
@@ -331,7 +382,7 @@ def predict_seconds(
     jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
     found = {
         "start": START_SECONDS,
-        "calibrate": clock.calibrate(left.blocks) / clock.walkers,
+        "calibrate": clock.walked(left.blocks),
         "gradients": clock.gradients(left.gradients) / clock.walkers,
         "measure": clock.measure(left.pairs) / max(1, min(crew.workers, jobs)),
         "evaluate": clock.evaluate() / clock.evaluators(),
@@ -345,6 +396,6 @@ def _propagate(clock: Clock) -> float:
     """Every plan solved again from front to back: two passes per block, one chain per unit."""
     experiment = clock.experiment
     plans = len(experiment.recipe.baselines) + len(experiment.recipe.budget.each)
-    passes = 2 * clock.calibrate(list(range(experiment.model.blocks))) / clock.walkers
+    passes = 2 * clock.walked(list(range(experiment.model.blocks)))
     first = {name: chains[:1] for name, chains in experiment.offers.items()}
     return plans * (passes + clock.measure(first) / clock.crew.workers)
