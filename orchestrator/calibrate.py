@@ -287,6 +287,15 @@ def _tokens(walk: Walk, shard: int) -> Tokens:
     )
 
 
+def _overflow(walk: Walk, block: int, site: str, statistic: str) -> str:
+    """What to say of sums that are not finite."""
+    where = "its hidden states" if site == BLOCK else f"{statistic} of {site}"
+    advice = "look at the weights before it for values that are far too large"
+    if walk.dtype != "float32":
+        advice = "try compute.dtype: float32"
+    return f"{walk.model}: block {block}: {where} overflow: {advice}"
+
+
 @torch.no_grad()
 def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
     """Takes the shards of ``span`` through a dense block: statistics and hidden states out.
@@ -570,7 +579,7 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     def finite(name: str, value: Tensor) -> None:
         if not torch.isfinite(value).all():
             site, _, statistic = name.rpartition(SEPARATOR)
-            raise RunError(f"{site}: its {statistic} is not finite; try compute.dtype: float32")
+            raise RunError(_overflow(plan, block, site, statistic))
 
     if known():
         return {"peak_bytes": peak_memory_bytes()}

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
-from moesaic.orchestrator.console import score_table, stderr
+from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.process import collect_rarely, leave
 from moesaic.orchestrator.redaction import redacted
@@ -150,7 +150,7 @@ def run(
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate", "assemble", "report"), register)
-        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
+        show_scores(result["scores"], result.get("plans", ("plan",)))
         _print_places(result)
         return result
 
@@ -187,7 +187,7 @@ def tune(
 
             options = StudyOptions(trials, timeout, jobs, storage, resume)
             result = tune_recipe(recipe, output, options, register, pool)
-        stderr.print(score_table(result["scores"]))
+        show_scores(result["scores"])
         _print_places(result)
         stderr.print(f"study       optuna-dashboard {result['study']['journal']}", markup=False)
         return result
@@ -275,7 +275,7 @@ def evaluate(
 
     def work() -> Mapping[str, Any]:
         result = _run_stages(recipe, output, ("evaluate",))
-        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
+        show_scores(result["scores"], result.get("plans", ("plan",)))
         return result
 
     _answer(work, as_json, debug)
@@ -397,7 +397,7 @@ def show(
         from moesaic.orchestrator.listing import read_run
 
         result = read_run(run_folder)
-        stderr.print(score_table(result["scores"], result.get("plans", ("plan",))))
+        show_scores(result["scores"], result.get("plans", ("plan",)))
         for name in result.get("plans", [""]):
             if name:
                 stderr.print(name, markup=False, style="bold")

@@ -38,6 +38,7 @@ class Lines(Console):
 
 stderr = Lines(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
+_LOG_WIDTH = 200
 # Rates and times left are those of the last minutes: a stage may have waited for another one.
 _RATE_SECONDS = 120.0
 
@@ -153,6 +154,14 @@ class View:
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
 
 
+def show_scores(
+    scores: Mapping[str, Mapping[str, Any]], searched: Iterable[str] = ("plan",)
+) -> None:
+    """Prints :func:`score_table`, whole where it goes into a file: a log has no width."""
+    width = None if stderr.is_terminal else _LOG_WIDTH
+    stderr.print(score_table(scores, searched), width=width)
+
+
 def score_table(
     scores: Mapping[str, Mapping[str, Any]], searched: Iterable[str] = ("plan",)
 ) -> Table:
@@ -167,7 +176,7 @@ def score_table(
     first = next(iter(scores.values()), None)
     figures = (LANGUAGE if first is None else yardstick_of(first)).everything
     for name in ("", "bytes", "bits/weight", *(figure.heading for figure in figures)):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     trained = any("before_router_calibration" in score for score in scores.values())
     kl = LANGUAGE.loss
     if trained:

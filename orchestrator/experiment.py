@@ -437,6 +437,8 @@ class Experiment:
     def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
         """Bytes of the unit under a chain, before any work."""
         prefix, rest = reducing(chain)
+        if not self.shaping.meant(unit, prefix):
+            prefix = ()
         size = self.shaping.side_bytes(unit, prefix) if prefix else 0
         shapes, dtype = self.shaping.reduced(unit, prefix).shapes, self.model.stored_dtype(unit)
         if not rest:

@@ -143,6 +143,7 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
     peak = max(parts["total"] for parts in stages.values())
     _, events = expert_load(experiment, experiment.walk)
     events += _expected_events(experiment, left.blocks)
+    events += _larger_than_dense(experiment)
     events += _tokenizer_events(experiment)
     events += _slicing_events(experiment)
     events += parted_events(sizes)
@@ -267,6 +268,17 @@ def _expected_events(experiment: Experiment, blocks: list[int]) -> Iterator[Even
                 unit.name,
                 expected,
             )
+
+
+def _larger_than_dense(experiment: Experiment) -> Iterator[Event]:
+    """What is offered and takes more bytes than what it is to compress."""
+    for unit in experiment.units:
+        dense = experiment.dense_bytes(unit)
+        for chain in experiment.offers[unit.name]:
+            size = experiment.predicted_bytes(unit, chain)
+            if size > dense:
+                text = f"{chain_text(chain)} takes {size:,} bytes, the dense weights take {dense:,}"
+                yield Event("larger_than_dense", text, unit.name, size / dense)
 
 
 def _tokenizer_events(experiment: Experiment) -> Iterator[Event]:

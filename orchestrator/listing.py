@@ -1,6 +1,7 @@
 """What there is: plug-ins by kind, and the results of a finished run."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ from moesaic.orchestrator.yardsticks import yardstick_of
 _SIZES = ("bytes", "bits_per_weight")
 
 
-def _first_line(module: Any) -> str:
-    return (module.__doc__ or "").strip().split("\n")[0]
+def _first_sentence(module: Any) -> str:
+    paragraph = " ".join((module.__doc__ or "").strip().split("\n\n")[0].split())
+    # Not behind an abbreviation, nor within brackets.
+    for place in re.finditer(r"\.(?= |$)", paragraph):
+        before = paragraph[: place.start()]
+        if before.count("(") == before.count(")") and not before.endswith(("al", "e.g", "i.e")):
+            return before
+    return paragraph
 
 
 def _described(package: str, marker: str) -> dict[str, str]:
-    return {name: _first_line(module) for name, module in plugins(package, (marker,)).items()}
+    return {name: _first_sentence(module) for name, module in plugins(package, (marker,)).items()}
 
 
 def _methods() -> dict[str, str]:
@@ -30,7 +37,7 @@ def _methods() -> dict[str, str]:
         options = ", ".join(
             f"{key}={field.default}" for key, field in module.Options.model_fields.items()
         )
-        found[name] = f"{_first_line(module)} ({options})"
+        found[name] = f"{_first_sentence(module)} ({options})"
     return found
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from moesaic.orchestrator.front_pictures import Evaluated, bytes_and_loss
 from moesaic.orchestrator.store import write_atomically
@@ -93,8 +93,8 @@ def plan_map(summary: RunSummary) -> Figure:
     ticks = [t for t in _BIT_TICKS if least <= t <= most]
     ticks = ticks if len(ticks) > 1 else [least, most]
     bar.locator, bar.formatter = FixedLocator(ticks), FixedFormatter([f"{t:.3g}" for t in ticks])
-    bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.update_ticks()
+    bar.ax.minorticks_off()
     bar.set_label("bits per weight")
     bar.outline.set_visible(False)
     return figure

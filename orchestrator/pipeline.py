@@ -438,6 +438,7 @@ class Pipeline:
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         if scores is None:
             scores = self._sized(stages.known_scores(experiment, self.judged()) or {})
+        self.view.events(self._plan_events())
         self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
         with VerifierProcess() as verifier:
@@ -518,8 +519,14 @@ class Pipeline:
 
     def events(self) -> list[Event]:
         """What happened in calibration and to the pieces of the plan."""
-        cut = self.experiment.cut
-        events = [*(slicing_events(cut) if cut is not None else ()), *self.table.events]
+        cut, trained = self.experiment.cut, self.trained.get("plan")
+        before = [*(slicing_events(cut) if cut is not None else ()), *self.table.events]
+        after = trained.events if trained is not None else []
+        return [*before, *self._plan_events(), *after]
+
+    def _plan_events(self) -> list[Event]:
+        """What happened to the pieces of the plan."""
+        events: list[Event] = []
         experiment, chosen = self.experiment, self.plans["plan"].units
         for unit in experiment.units:
             for chain in filter(None, chains_of(unit, chosen)):
@@ -534,5 +541,4 @@ class Pipeline:
             entry = experiment.store.get("reductions", key)
             if entry is not None:
                 events += [Event(**event) for event in entry.metadata["events"]]
-        trained = self.trained.get("plan")
-        return events + (trained.events if trained is not None else [])
+        return events

@@ -418,6 +418,25 @@ def test_values_that_overflow_are_told_with_the_block(walk: Walk, tmp_path: Path
         calibrate.forward(WorkerState(1), asdict(loud), 0, (0, 1))
 
 
+def test_sums_that_overflow_are_told_with_the_block_and_what_helps(
+    walk: Walk, tmp_path: Path
+) -> None:
+    folder = tmp_path / "large"
+    model = full_model(Path(walk.model))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(1e22)
+    model.save_pretrained(folder)
+    large = replace(walk, model=str(folder), shards=1)
+    state = WorkerState(1)
+    calibrate.forward(state, asdict(large), 0, (0, 1))
+    told = r"large: block 0: hessian of \S+self_attn:out overflow: look at the weights before it"
+    with pytest.raises(RunError, match=told):
+        calibrate.reduce(state, asdict(large), "stats", 0)
+    assert "try compute.dtype: float32" in calibrate._overflow(
+        replace(large, dtype="bfloat16"), 0, calibrate.BLOCK, "turn"
+    )
+
+
 def test_weights_that_are_not_finite_are_told_with_the_tensor(walk: Walk, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     model = full_model(Path(walk.model))

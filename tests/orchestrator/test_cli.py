@@ -644,3 +644,31 @@ def test_what_fails_is_one_json_object_too(monkeypatch: pytest.MonkeyPatch) -> N
         assert ask("list", kind).stdout == ""
     debugged = ask("list", "run", "--json", "--debug")
     assert debugged.exit_code == 1 and "Traceback" in debugged.stderr
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [file.name for file in sorted(RECIPES.glob("*.yaml")) if "builtin:demo" in file.read_text()],
+)
+def test_every_recipe_for_the_bundled_model_is_forecast(recipe: str, tmp_path: Path) -> None:
+    result = ask("check", RECIPES / recipe, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["bytes"]
+
+
+def test_check_names_what_would_grow(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        model,
+        budget={"bits_per_weight": 14.0},
+        candidates=[{"method": "svd", "rank": [0.5, 30]}],
+    )
+    result = ask("check", recipe, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    events = json.loads(result.stdout)["events"]
+    large = [event for event in events if event["kind"] == "larger_than_dense"]
+    assert large and all("svd(rank=30) takes" in event["message"] for event in large)
+    assert all(event["value"] > 1 for event in large)
