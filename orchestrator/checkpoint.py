@@ -260,6 +260,12 @@ def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
                 f"{folder}: weights in pickle files ({pickled[0]}) are refused, because loading "
                 "one can run any code; convert them to safetensors"
             )
+        packed = sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")
+        if packed:
+            raise UserError(
+                f"{folder}: only GGUF weights ({packed[0]}): load them with transformers"
+                " (from_pretrained, gguf_file=…) and save_pretrained them as safetensors"
+            )
         raise UserError(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
     index = folder / INDEX
     weight_map = _read_json(index).get("weight_map")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ from moesaic.orchestrator.texts import (
 )
 from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
 
+# Folders that the Makefile fills.
+_MADE = ("smollm2", "minilm")
+
 
 def find_model(name: str, place: CachePlace) -> Path:
     """A local folder as it is; for a URL the folder that takes copies of what is read; any other
@@ -78,7 +82,9 @@ def find_model(name: str, place: CachePlace) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise RecipeError(f"model: no folder {name}")
+        made = path.parent.name == "build" and path.name in _MADE
+        advice = f": `make {path.name}` makes it" if made else ""
+        raise RecipeError(f"model: there is no folder {path.resolve()}{advice}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -86,9 +92,10 @@ def find_model(name: str, place: CachePlace) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(str(error), 160, placeholder=" …").rstrip(".")
         raise RecipeError(
-            f"model: {name} is no folder and cannot be downloaded: {reason}"
+            f"model: {name} is no folder and cannot be downloaded: {reason}; check the name, or the"
+            " network (HF_TOKEN for models that need a login), or give a folder"
         ) from None
 
 

@@ -79,7 +79,8 @@ def crew(compute: Compute) -> Crew:
     per_worker = compute.gpus_per_worker
     if per_worker is None:
         per_worker = 1.0 if gpus else 0.0
-    fitting = len(os.sched_getaffinity(0)) // compute.cpus_per_worker
+    cpus = len(os.sched_getaffinity(0))
+    fitting = cpus // compute.cpus_per_worker
     if per_worker:
         fitting = min(fitting, shares(gpus, per_worker))
     count = compute.workers or max(fitting, 1)
@@ -95,7 +96,8 @@ def crew(compute: Compute) -> Crew:
     if not team.cluster and team.workers > fitting:
         raise RecipeError(
             f"compute: {team.workers} worker(s) of {team.cpus} CPU and {per_worker:g} GPU do not"
-            f" fit this machine (at most {fitting})"
+            f" fit this machine, which has {cpus} CPU and {gpus} GPU (at most {fitting}): lower"
+            " compute.workers, compute.cpus_per_worker or compute.gpus_per_worker"
         )
     return team
 

@@ -1,12 +1,16 @@
 """A wheel built from the tree, installed in a clean environment, works without the checkout."""
 
+import ast
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,3 +141,31 @@ def test_installed_demo_model_is_found_without_the_checkout(installed: Installed
     model = Path(call(installed.bin / "python", "-c", code, cwd=installed.empty).strip())
     assert model.is_relative_to(installed.site)
     assert (model / "config.json").is_file()
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Names of the top-level modules that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).split(".")[0]
+
+
+def canonical(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["datasets"], *extras["gguf"], *extras["s3"]]
+    declared = {canonical(re.split(r"[^\w-]", text)[0]) for text in wanted}
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    names = {name for file in files for name in imported(file)}
+    known = importlib.metadata.packages_distributions()
+    own = {*sys.stdlib_module_names, "moesaic"}
+    brought = {name: set(map(canonical, known.get(name, ()))) for name in names - own}
+    assert not {name for name, found in brought.items() if not found & declared}
+    for name in declared:
+        assert importlib.metadata.version(name)

@@ -121,7 +121,7 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
     [
         ({"budget": {"bits_per_weight": 1}}, "budget: .* too few: the smallest plan .* bytes"),
         ({"budget": {"bits_per_weight": 30}}, "budget: .* hold the whole dense model"),
-        ({"model": "./nothing"}, "model: no folder ./nothing"),
+        ({"model": "./nothing"}, r"model: there is no folder /\S+/nothing"),
         (
             {"candidates": [{"method": "rtn", "bits": 4, "group_size": 40}]},
             "group_size 40 does not divide the 48 inputs",
@@ -143,7 +143,7 @@ def test_check_prints_one_json_object_when_the_recipe_is_right(model: Path, tmp_
         ),
         (
             {"compute": {"workers": 1000}},
-            r"compute: 1000 worker\(s\) of 1 CPU and 0 GPU do not fit this machine \(at most",
+            r"compute: 1000 worker\(s\) of 1 CPU and 0 GPU do not fit this machine, which has",
         ),
         ({"compute": {"address": "nonsense"}}, "compute.address: 'nonsense' is no address: write"),
         ({"compute": {"address": "127.0.0.1:1"}}, "compute.address: no Ray cluster answers at"),
