@@ -49,6 +49,7 @@ class Pace:
         unwritable: how long writes fail.
         straggler, deadline, first, grace: what takes the place of the pool's own bounds.
         slow: of every write.
+        cut: how long a node is off the network, at most.
     """
 
     between: float = 2.0
@@ -59,6 +60,7 @@ class Pace:
     first: float = 20.0
     grace: float = 4.0
     slow: float = 0.05
+    cut: float = 20.0
 
 
 @dataclass
@@ -80,10 +82,15 @@ class Outcome:
         return Counter(kind for _, kind, _ in self.faults)
 
 
-def faults_of(seed: int, count: int) -> list[str]:
-    """Kinds of faults in their order; every kind has its share, whatever the seed."""
+def faults_of(seed: int, count: int, more: Mapping[str, int] | None = None) -> list[str]:
+    """Kinds of faults in their order; every kind has its share, whatever the seed.
+
+    Args:
+        more: shares of other kinds.
+    """
     generator = random.Random(seed)
-    bag = [kind for kind, share in SHARES.items() for _ in range(share)]
+    shares = {**SHARES, **(more or {})}
+    bag = [kind for kind, share in shares.items() for _ in range(share)]
     order: list[str] = []
     while len(order) < count:
         generator.shuffle(bag)
@@ -130,7 +137,12 @@ class Chaos:
         folder: for logs and Ray's files; its path must be short (Ray's sockets lie below it).
         store: of the recipe.
         seed: of the faults.
+
+    Attributes:
+        head_address: of the first node; empty for whatever Ray takes.
     """
+
+    head_address = ""
 
     def __init__(self, folder: Path, store: Path, seed: int, pace: Pace) -> None:
         self.folder, self.store, self.pace = folder, store, pace
@@ -165,6 +177,8 @@ class Chaos:
         self.cluster: Any = None
         try:
             head = {"num_cpus": 1, "include_dashboard": False}
+            if self.head_address:
+                head["node_ip_address"] = self.head_address
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
             for _ in range(NODES - 1):
                 self._add_node()
@@ -276,6 +290,7 @@ class Chaos:
             "file removed": self._remove,
             "writes fail": self._fail_writes,
             "driver killed": self._kill_driver,
+            "node cut off": self._cut,
         }[kind]()
         if happened:
             seconds = time.monotonic() - started
@@ -286,14 +301,26 @@ class Chaos:
     def _workers(self) -> list[psutil.Process]:
         """Processes of actors, on all nodes."""
         found = []
+        for raylet in self._raylets():
+            with contextlib.suppress(psutil.Error):
+                for child in raylet.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if " ".join(child.cmdline()).startswith("ray::Worker"):
+                            found.append(child)
+        return sorted(found, key=lambda process: process.pid)
+
+    def _raylets(self) -> list[psutil.Process]:
+        """Ray's own processes, one for every node."""
+        found = []
         for node in (self.cluster.head_node, *self.cluster.worker_nodes):
             for raylet in node.all_processes.get("raylet", ()):
                 with contextlib.suppress(psutil.Error):
-                    for child in psutil.Process(raylet.process.pid).children(recursive=True):
-                        with contextlib.suppress(psutil.Error):
-                            if " ".join(child.cmdline()).startswith("ray::Worker"):
-                                found.append(child)
-        return sorted(found, key=lambda process: process.pid)
+                    found.append(psutil.Process(raylet.process.pid))
+        return found
+
+    def _cut(self) -> str:
+        """Needs nodes in namespaces: see :mod:`tests.namespaces`."""
+        raise NotImplementedError
 
     def _awake(self) -> psutil.Process | None:
         found = [process for process in self._workers() if process not in self.asleep]

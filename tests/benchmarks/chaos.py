@@ -5,8 +5,9 @@
 Three local nodes with a worker of one thread each; workers, nodes and the driver are killed,
 workers suspended, files of the store truncated and removed, writes fail (``tests/chaos.py``).
 Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
-makes larger ones. Cutting a node off by the network needs network namespaces and is not among the
-faults; a suspended worker is as silent.
+makes larger ones. With ``--cut`` two of the nodes are in network namespaces and are cut off by the
+network as well, for up to so many seconds, and come back (``tests/namespaces.py``); that needs root
+and ``ip``.
 """
 
 import argparse
@@ -28,8 +29,10 @@ from common import (
 sys.path.insert(0, str(ROOT))
 
 from tests.chaos import SHARES, Chaos, Outcome, Pace, faults_of  # noqa: E402
+from tests.namespaces import NettedChaos  # noqa: E402
 from tests.orchestrator.projects import make_model_folder, make_recipe  # noqa: E402
 
+CUT = "node cut off"
 MOESAIC = [sys.executable, "-m", "moesaic.orchestrator.cli"]
 # Bounds of stragglers and deadlines follow the size of the tasks: those of a large model take long.
 LARGE = Pace(suspended=30.0, unwritable=5.0, straggler=10.0, deadline=120.0, first=600.0, slow=0.0)
@@ -46,13 +49,24 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=3600.0, help="seconds for all of it (default 3600)"
     )
+    parser.add_argument(
+        "--cut",
+        type=float,
+        default=0.0,
+        help="seconds that a node is cut off, at most (default: never)",
+    )
+    parser.add_argument(
+        "--memory-per-worker", help="compute.memory_per_worker of both runs, such as '3 GB'"
+    )
     return parser.parse_args()
 
 
-def recipe(folder: Path, model: Path, large: bool, **compute: Any) -> Path:
+def recipe(folder: Path, model: Path, arguments: argparse.Namespace, **compute: Any) -> Path:
     """The same work in a folder of its own."""
     changes: dict[str, Any] = {"compute": {"workers": None, "cpus_per_worker": 1, **compute}}
-    if large:
+    if arguments.memory_per_worker:
+        changes["compute"]["memory_per_worker"] = arguments.memory_per_worker
+    if arguments.model:
         changes["calibration"] = {"sequences": 24, "length": 64, "gradient_sequences": 2}
         changes["compute"]["dtype"] = "auto"
     return make_recipe(folder, model, **changes)
@@ -66,14 +80,16 @@ def checkpoint(folder: Path) -> dict[str, bytes]:
 
 def disturbed(folder: Path, model: Path, arguments: argparse.Namespace) -> Outcome:
     pace = LARGE if arguments.model else Pace()
-    pace = Pace(**{**vars(pace), "between": arguments.between})
+    pace = Pace(**{**vars(pace), "between": arguments.between, "cut": arguments.cut})
+    kind, more = (NettedChaos, {CUT: 4}) if arguments.cut else (Chaos, {})
     with (
         tempfile.TemporaryDirectory(prefix="ch", dir="/tmp", ignore_cleanup_errors=True) as short,
-        Chaos(Path(short), folder / "store", arguments.seed, pace) as chaos,
+        kind(Path(short), folder / "store", arguments.seed, pace) as chaos,
     ):
-        file = recipe(folder, model, bool(arguments.model), address=chaos.address)
+        file = recipe(folder, model, arguments, address=chaos.address)
         command = ["assemble", str(file), "--output", str(folder / "run")]
-        return chaos.run([command], faults_of(arguments.seed, arguments.faults), arguments.limit)
+        faults = faults_of(arguments.seed, arguments.faults, more)
+        return chaos.run([command], faults, arguments.limit)
 
 
 def main() -> int:
@@ -84,14 +100,14 @@ def main() -> int:
         if model is None:
             model = make_model_folder(folder / "tiny", "qwen3_moe")
         progress("undisturbed")
-        file = recipe(folder / "whole", model.resolve(), bool(arguments.model))
+        file = recipe(folder / "whole", model.resolve(), arguments)
         command = [*MOESAIC, "assemble", str(file), "--output", str(folder / "whole" / "run")]
         usage = watch(command, folder / "whole.log")
         progress(f"disturbed, {arguments.faults} faults")
         outcome = disturbed(folder / "disturbed", model.resolve(), arguments)
         same = checkpoint(folder / "whole") == checkpoint(folder / "disturbed")
     counts = outcome.counts()
-    rows = [[kind, counts[kind]] for kind in SHARES]
+    rows = [[kind, counts[kind]] for kind in (*SHARES, *([CUT] if arguments.cut else []))]
     killed = outcome.endings.count("killed")
     stopped = [line for line in outcome.endings if line != "killed"]
     text = (

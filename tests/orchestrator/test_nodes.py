@@ -108,6 +108,7 @@ def test_a_wrong_token_is_told_as_such() -> None:
             "RAY_AUTH_TOKEN": "a" * 64,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": name,
+            "RAY_NUM_REDIS_GET_RETRIES": "2",  # which would be twenty, a second each
         }
         head = subprocess.Popen(
             [sys.executable, "-c", _START],
