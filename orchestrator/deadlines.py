@@ -1,11 +1,11 @@
-"""How long a task may take, from how long tasks of the same function took.
+"""How long a task may take, from how long tasks like it took: of the same function and kind.
 
 Three bounds, each a multiple of the upper quantile of the measured seconds and never below a floor:
 what takes longer than the first is a *straggler*, of which an idle worker runs a second copy (Dean
 & Ghemawat, MapReduce, 2004, section 3.6, "backup tasks"); what takes longer than the second has
 missed its *deadline* and is given to another worker whatever else waits; at twice the deadline its
-worker is taken for lost and killed. The upper quantile, not the median, because tasks of one
-function differ: a bank of experts takes many times as long as a single linear.
+worker is taken for lost and killed. The upper quantile, not the median, because even those differ:
+a linear of the MLP takes longer than one of the attention.
 """
 
 import bisect

@@ -219,7 +219,7 @@ class Loop:
         else:
             if _open(copy.work):
                 seconds = self.pool._now() - copy.started
-                self.pool.durations.add(copy.work.task.function, seconds)
+                self.pool.durations.add(copy.work.task.like, seconds)
                 self._settle(copy.work, copy.work.task.done(result))
 
     def _settle(self, work: _Work, following: Iterable["Task"]) -> None:
@@ -295,7 +295,7 @@ class Loop:
         durations = self.pool.durations
         idle = self._not_reserved(self.pool._alive() - self.at.keys())
         for handle, copy in list(self.running.items()):
-            work, function = copy.work, copy.work.task.function
+            work, function = copy.work, copy.work.task.like
             seconds, deadline = now - copy.started, durations.deadline(function)
             if work.over_since is not None:
                 if now - work.over_since > durations.patience(function):

@@ -84,7 +84,7 @@ class Sizes(BlockSizes):
         self.crew = crew
         compute = experiment.recipe.compute
         self.walkers = compute.walking(crew.workers)
-        self.ahead = compute.ahead(crew.workers, self.walk.shards)
+        self.ahead = compute.ahead(crew.workers)
         # Workers that sum the statistics of one block.
         self.summing = 1 if self.ahead else self.walkers
 

@@ -35,6 +35,8 @@ class Task:
         affinity: worker that holds what the task needs in memory, if it matters. Where that worker
             is gone or does not answer, another one gets the task, and makes again what it lacks.
         done: called in the driver with the result; returns the tasks that can start now.
+        kind: tells tasks apart whose function is the same and whose times are not: how long one may
+            take follows from those of its kind.
         failed: called instead of ending everything, with the kind of error and the reason, when the
             task failed or killed its worker repeatedly.
     """
@@ -46,6 +48,12 @@ class Task:
     affinity: int | None = None
     done: Callable[[Any], Iterable["Task"]] = lambda result: ()
     failed: Callable[[str, str], Iterable["Task"]] | None = None
+    kind: str = ""
+
+    @property
+    def like(self) -> str:
+        """What it has in common with those that take about as long."""
+        return f"{self.function} {self.kind}"
 
 
 class Pool:

@@ -152,7 +152,7 @@ class Propagation:
             arguments = {"walk": plain(self.walk), "what": "stats", "block": block}
             self.pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], self.view.tick)
         jobs = measuring_jobs(self.experiment, self.walk, self._missing(block))
-        tasks = [measure_task(job, (0,), lambda result: ()) for job in jobs]
+        tasks = [measure_task(self.experiment, job, (0,), lambda result: ()) for job in jobs]
         self.pool.run(tasks, self.view.tick)
 
     def _advance(self, block: int) -> None:

@@ -290,8 +290,8 @@ class Calibration(Texts):
     gradient_sequences: int = Field(default=16, ge=0, le=10**6)
 
 
-# Workers per shard from which on the walk goes ahead by itself; docs/benchmarks/simulation.md.
-_AHEAD = 4
+# Workers from which on the walk goes ahead by itself; see docs/benchmarks/simulation.md.
+_AHEAD = 8
 
 
 class Compute(Section):
@@ -317,11 +317,11 @@ class Compute(Section):
         """How many of so many workers share the walk, where there are shards enough."""
         return min(workers, self.walkers or workers)
 
-    def ahead(self, workers: int, shards: int) -> bool:
+    def ahead(self, workers: int) -> bool:
         """Whether the walk of so many workers goes ahead of the statistics."""
         if self.walk is not None:
             return self.walk == "ahead"
-        return workers >= _AHEAD * shards
+        return workers >= _AHEAD
 
 
 def _publish(url: str) -> str:

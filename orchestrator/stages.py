@@ -80,7 +80,7 @@ class Calibration:
             return
         compute, workers = self.experiment.recipe.compute, self.pool.size
         self.ranges = ranges(self.walk.shards, compute.walking(workers))
-        self.ahead = compute.ahead(workers, self.walk.shards)
+        self.ahead = compute.ahead(workers)
         if start < self.blocks and self.ahead:
             tasks += Ahead(self, (_FORWARD, _COLLECT)).start(start)
         elif start < self.blocks:
@@ -118,7 +118,7 @@ class Calibration:
             self.view.advance("measure", steps, result["peak_bytes"])
             return ()
 
-        return measure_task(job, (_MEASURE, job.block), done)
+        return measure_task(self.experiment, job, (_MEASURE, job.block), done)
 
     def _forward_start(self) -> int:
         """First block that must be walked: its statistics, or states for the reverse pass, lack."""
@@ -277,10 +277,12 @@ def measuring_jobs(
         )
 
 
-def measure_task(job: Job, priority: tuple[int, ...], done: Any) -> Task:
-    """A job as a task."""
+def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], done: Any) -> Task:
+    """A job as a task; a bank takes many times as long as a linear."""
+    kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
-    return Task("measure:compress_job", {"job": plain(job)}, label, priority, None, done)
+    arguments = {"job": plain(job)}
+    return Task("measure:compress_job", arguments, label, priority, None, done, kind=kind)
 
 
 def _judge(experiment: Experiment, name: str) -> Judge:

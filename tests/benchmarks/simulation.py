@@ -22,7 +22,7 @@ from moesaic.orchestrator.datasheet import Host, sheet_speeds
 from moesaic.orchestrator.fleet import STORE_BYTES, Cluster, Group, read_cluster
 from moesaic.orchestrator.memory import Sizes, predict_memory
 from moesaic.orchestrator.outlook import CALL_SECONDS, planned, simulated
-from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe import Compute, load_recipe
 from moesaic.orchestrator.simulate import Outcome
 from moesaic.orchestrator.timing import Clock, SpeedSource
 
@@ -47,6 +47,7 @@ class Case:
 
     Attributes:
         walkers: workers that share the walk; None: all, if there are shards enough.
+        walk: joint or ahead; None: as the number of workers decides.
         bits, groups: candidates.
     """
 
@@ -55,6 +56,7 @@ class Case:
     shards: int
     source: SpeedSource
     walkers: int | None = None
+    walk: str | None = None
     store: int = STORE_BYTES
     bits: tuple[int, ...] = (2, 3, 4, 8)
     groups: tuple[int, ...] = (64, 128)
@@ -86,7 +88,7 @@ def run(case: Case, arguments: argparse.Namespace, folder: Path) -> tuple[Outcom
     progress(f"{case.model}, {case.gpus} GPU(s), {case.shards} shards, {case.walkers} walkers")
     alike = Case(case.model, 1, case.shards, case.source, bits=case.bits, groups=case.groups)
     same = experiment_of(alike, arguments.gpu, arguments.sequences, folder)
-    compute = same.recipe.compute.model_copy(update={"walkers": case.walkers})
+    compute = same.recipe.compute.model_copy(update={"walkers": case.walkers, "walk": case.walk})
     recipe = same.recipe.model_copy(update={"compute": compute})
     experiment, cluster = same.under(recipe, same.output), nodes(case, arguments.gpu)
     crew = cluster.crew(compute)
@@ -114,6 +116,7 @@ def row(case: Case, found: Outcome, alone: float, memory: Any, there: int) -> li
         case.model,
         str(case.gpus),
         str(case.walkers or min(case.gpus, case.shards)),
+        "ahead" if Compute(walk=case.walk).ahead(case.gpus) else "joint",
         hours(found.makespan),
         f"{alone / (case.gpus * found.makespan):.0%}",
         hours(found.critical),
@@ -139,7 +142,7 @@ def main() -> None:
         found = read_bench(arguments.bench)
         device = next(d for n, d in found["devices"].items() if arguments.gpu in n)
         source, told = bench_speeds(found, device, str(arguments.bench)), str(arguments.bench)
-    head = ["model", "GPUs", "walkers", "time", "efficiency", "longest chain", "limit"]
+    head = ["model", "GPUs", "walkers", "walk", "time", "efficiency", "longest chain", "limit"]
     head += ["busy", "store full", "driver", "moved", "GPU memory"]
     rows, studied = [], []
     with scratch("simulation") as name:
@@ -161,7 +164,8 @@ def main() -> None:
             "2 shards": {"shards": 2},
             "4 shards": {"shards": 4},
             "16 shards": {"shards": 16},
-            "64 shards": {"shards": 64},
+            "joint walk": {"walk": "joint"},
+            "joint walk, 4 walkers": {"walk": "joint", "walkers": 4},
             "18 candidates instead of 8": {"bits": (2, 3, 4, 5, 6, 8), "groups": (32, 64, 128)},
             "files four times as fast": {"source": sheet_speeds(arguments.gpu, FAST)},
             "and a store of 80 GB/s, 16 shards": {

@@ -120,3 +120,12 @@ def test_a_loop_that_waits_for_nobody_is_a_mistake() -> None:
     pool = SimulatedPool([0], FREE, lambda task: Cost(1.0))
     with pytest.raises(RuntimeError, match="all workers are idle"):
         pool._wait([], 1.0)
+
+
+@pytest.mark.parametrize(("kind", "begun_again"), [("bank", False), ("linear", True)])
+def test_a_long_kind_is_not_taken_for_lost_among_short_ones(kind: str, begun_again: bool) -> None:
+    tasks = [task("work", Cost(1.0), priority=(0,), kind="linear") for _ in range(20)]
+    tasks += [task("work", Cost(2000.0), priority=(1,), kind=kind)]
+    # Whoever is not at it goes on with short ones, and so there is something to look at.
+    tasks += [task("work", Cost(1.0), priority=(2,), kind="linear") for _ in range(2100)]
+    assert (run(tasks, [0, 0]).tasks > len(tasks)) == begun_again
