@@ -29,6 +29,7 @@ from moesaic.methods.chains import (
     rowwise,
 )
 from moesaic.orchestrator.pieces import read_piece, write_cut, write_piece
+from moesaic.orchestrator.source_statistics import error_name, source_errors
 from moesaic.orchestrator.statistics import SEPARATOR
 from moesaic.orchestrator.store import Entry, Store
 
@@ -134,8 +135,10 @@ class Bench:
                     own, rows = members[unit.name], self._known_rows(unit)
                     for member, tensor in own.items():
                         weight, site = self.weights[unit.name][member], unit.sites[member]
-                        hessian = self.sites[site]["hessian"]
-                        rows[f"error|{member}"] = row_errors(weight, tensor.effective(), hessian)
+                        errors = partial(row_errors, weight, tensor.effective())
+                        rows[f"error|{member}"] = errors(self.sites[site]["hessian"])
+                        for source, apart in enumerate(source_errors(self.sites[site], errors)):
+                            rows[error_name(member, source)] = apart
                     key = keys[unit.name]
                     self._write(unit, key, own, rows, events, seconds)
                     yield unit.name, key, seconds
@@ -158,15 +161,19 @@ class Bench:
         rows = [self._known_rows(unit) for _ in chains]
         for member, tensor in made.items():
             weight = self.weights[unit.name][member]
-            hessian = self.sites[unit.sites[member]]["hessian"]
+            stats = self.sites[unit.sites[member]]
             ranks = [family.ranks[chain][member] for chain in chains]
-            curves = cut_errors(weight, tensor, hessian, ranks)
-            for own, errors in zip(rows, curves, strict=True):
-                own[f"error|{member}"] = errors.float()
+            curves = partial(cut_errors, weight, tensor, ranks=ranks)
+            named = {f"error|{member}": curves(stats["hessian"])}
+            for source, apart in enumerate(source_errors(stats, curves)):
+                named[error_name(member, source)] = apart
+            for name, curve in named.items():
+                for own, errors in zip(rows, curve, strict=True):
+                    own[name] = errors.float()
         seconds = (time.monotonic() - started) / len(chains)
-        named = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
+        shapes = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
         for chain, own in zip(chains, rows, strict=True):
-            told = cut_events(events, chain, named)
+            told = cut_events(events, chain, shapes)
             if chain == largest:
                 self._write(unit, keys[chain], made, own, told, seconds)
             else:

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moesaic.methods.base import Unit
 from moesaic.orchestrator import results
 from moesaic.orchestrator.choices import choices
@@ -42,6 +44,7 @@ from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Asked, Study, Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
+from moesaic.search._sources import SOURCE
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Layer, Plan, search_module
 from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, Value, narrowed
@@ -140,13 +143,22 @@ def check_tune(experiment: Experiment) -> None:
     members = [(unit, member) for unit in experiment.units for member in unit.shapes]
     places = {f"{unit.name}.{member}": _place(experiment, unit) for unit, member in members}
     layers = {f"{u.name}.{member}": Layer(math.prod(u.shapes[member])) for u, member in members}
-    _knobs(experiment, Allocator(replace(given, layers=layers), places, recipe.search))
+    given = replace(given, layers=layers)
+    _knobs(experiment, Allocator(given, places, recipe.search, _sources(experiment)))
 
 
 def _place(experiment: Experiment, unit: Unit) -> Place:
     groups = section(experiment).groups
     inside = tuple(name for name, pattern in groups.items() if re.search(pattern, unit.name))
     return Place(unit.part, unit.block / max(experiment.model.blocks - 1, 1), inside)
+
+
+def _sources(experiment: Experiment) -> dict[str, int]:
+    """Text source → sequences of it, where measurements tell sources apart."""
+    if not experiment.recipe.calibration.per_source:
+        return {}
+    counts = np.bincount(experiment.calibration.source).tolist()
+    return dict(zip(experiment.calibration.labels, counts, strict=False))
 
 
 def _knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
@@ -162,6 +174,11 @@ def _knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
         low = math.ceil(smallest * 1000) / 1000
         meaning = "the budget: stored bits per weight"
         knobs.append(Knob(BITS, meaning, max(wanted, low), low, max(min(2 * wanted, dense), low)))
+    sources = [name for name in tune.knobs if name.startswith(SOURCE)]
+    if sources and not experiment.recipe.calibration.per_source:
+        raise RecipeError(
+            f"tune.knobs.{sources[0]}: texts are told apart with calibration.per_source: true only"
+        )
     try:
         return narrowed(knobs, tune.knobs)
     except ValueError as error:
@@ -243,7 +260,7 @@ class TunedPipeline(Pipeline):
             for choice in choices(unit)
         }
         given = self.rated(results.problem(experiment, self.table))
-        return Allocator(given, places, experiment.recipe.search)
+        return Allocator(given, places, experiment.recipe.search, _sources(experiment))
 
     def _starts(self, allocator: Allocator, knobs: list[Knob]) -> dict[str, Mapping[str, Value]]:
         """Values to try first; where the budget is a knob, those as predicted at other sizes."""
