@@ -48,8 +48,9 @@ from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.study import JOURNAL
+from moesaic.orchestrator.study_terms import check_tune
 from moesaic.orchestrator.track import Tracker
-from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline, check_tune
+from moesaic.orchestrator.tune import STUDY_FILES, StudyOptions, TunedPipeline
 
 # What a run leaves besides the checkpoint; see pipeline.py.
 _FILES = (
