@@ -50,6 +50,13 @@ SITE_STATISTICS: Mapping[str, str] = {
     "hessian": "sum of x xᵀ, float32 [*batch, in, in]",
     "abs": "sum of |x|, float32 [*batch, in]",
 }
+
+
+def of_source(source: int) -> str:
+    """Name of the ``hessian`` of one text source, where calibration keeps them apart as well."""
+    return f"hessian/{source}"
+
+
 # What the reverse pass can keep of a member's output gradient g = d(negative log-likelihood)/dy.
 # The labels are drawn from the model's own distribution, for ``fisher`` they are the next tokens of
 # the text; that one is collected only where a method needs it.

@@ -107,7 +107,7 @@ class Narrowed:
             return stats
         sums = {}
         for name, value in stats.sums.items():
-            if name == "hessian":
+            if name.split("/")[0] == "hessian":  # of all text, or of a source
                 sums[name] = self._narrow_hessian(value)
             elif name == "abs" and self.inputs is None:
                 assert self.columns is not None

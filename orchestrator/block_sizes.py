@@ -52,6 +52,9 @@ class BlockSizes:
         """Site → bytes of its statistics."""
         stats = StatisticsObserver(units, self.walk.needs, _META).stats
         found = {site: entry.nbytes for site, entry in stats.items()}
+        kinds = 1 + max(self.walk.by_source, default=-1)
+        for site, entry in stats.items() if kinds else ():
+            found[site] += kinds * (entry["hessian"].nbytes if "hessian" in entry else 0)
         for unit in units if self.walk.sources else ():
             if unit.kind == "bank":
                 sums = self.layer_sums(unit).values()

@@ -40,6 +40,7 @@ from moesaic.orchestrator.parted import PartedBlock, parted_nodes
 from moesaic.orchestrator.passes import Passes, bank_of, experts_at_a_time, planned_passes
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
+from moesaic.orchestrator.source_statistics import SourceObserver, batches, in_order
 from moesaic.orchestrator.statistics import (
     BLOCK,
     SEPARATOR,
@@ -84,6 +85,7 @@ class Walk:
             for a language model.
         sampled: tokens that every expert is run on, where ``needs`` name expert statistics.
         sources: text source of every sequence; empty where no expert statistics are wanted.
+        by_source: the same, where second moments are kept apart by source; else empty.
         store: root of the store.
         prefixes: with ``propagate``, for every block the digest of what the plan made of the blocks
             before it, "" where that is nothing; empty where inputs come from the dense model.
@@ -105,6 +107,7 @@ class Walk:
     store: str
     sampled: int = 0
     sources: tuple[int, ...] = ()
+    by_source: tuple[int, ...] = ()
     prefixes: tuple[str, ...] = ()
     fisher: bool = False
     pooling: str = ""
@@ -120,6 +123,7 @@ class Walk:
             "needs": sorted(self.needs),
             "experts": self.experts,
             "layers": [self.sampled, self.sources],
+            **({"by source": self.by_source} if self.by_source else {}),
             "code": code_digest(
                 "orchestrator/calibrate.py",
                 "orchestrator/parted.py",
@@ -128,6 +132,7 @@ class Walk:
                 "orchestrator/gradients.py",
                 "orchestrator/embeddings.py",
                 "orchestrator/statistics.py",
+                "orchestrator/source_statistics.py",
                 "orchestrator/expert_statistics.py",
                 "orchestrator/streaming.py",
                 "orchestrator/experts.py",
@@ -214,8 +219,16 @@ def opened(state: WorkerState, walk: Walk) -> StreamedModel:
     return model
 
 
-def _batches(walk: Walk, hidden: Tensor) -> Iterator[Tensor]:
-    yield from hidden.split(walk.batch)
+def _batches(walk: Walk, shard: int, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Source, places and hidden states of sequences that run together; the source is 0 where
+    sources do not matter."""
+    if walk.by_source:
+        low, high = walk.shard_rows(shard)
+        yield from batches(walk.by_source[low:high], walk.batch, hidden)
+        return
+    order = torch.arange(len(hidden)).split(walk.batch)
+    for places, part in zip(order, hidden.split(walk.batch), strict=True):
+        yield 0, places, part
 
 
 @torch.no_grad()
@@ -244,28 +257,43 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
     for index in range(start, block):
         experts = loaded_experts(state, walk, model, index, (shard, shard + 1))
         module = model.load_block(index, experts=experts)
-        hidden = _passed(walk, model, index, module, hidden)
+        hidden = _passed(walk, model, index, shard, module, hidden)
     return hidden
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Who is told of every batch: of its source before, of what a block made of it afterwards."""
+
+    influence: InfluenceObserver
+    begin: Callable[[int], None] = lambda source: None
 
 
 @contextmanager
 def _collecting(
     walk: Walk, model: StreamedModel, block: int, shard: int, module: torch.nn.Module
-) -> Iterator[tuple[SiteStats, InfluenceObserver]]:
+) -> Iterator[tuple[SiteStats, "_Told"]]:
     """While this is open the block is run on a shard; what is given is filled when it ends.
 
-    What the block makes of hidden states is told to the second thing given.
+    What is run, and what the block makes of it, is told to the second thing given.
     """
     units = block_units(model, block)
     bank = next((unit for unit in units if unit.kind == "bank"), None)
     layer = None
     if bank is not None and walk.sources:
         layer = ExpertStatistics(bank, walk.needs, _tokens(walk, shard), model.device)
-    observer = StatisticsObserver(units, walk.needs, model.device)
+    observer: StatisticsObserver | SourceObserver
     influence = InfluenceObserver(model.device)
+    if walk.by_source:
+        kinds = 1 + max(walk.by_source)
+        observer = apart = SourceObserver(units, walk.needs, model.device, kinds)
+        told = _Told(influence, apart.begin)
+    else:
+        observer = StatisticsObserver(units, walk.needs, model.device)
+        told = _Told(influence)
     stats: SiteStats = {}
     with observing(model, block, module, observer, experts=walk.experts, layer=layer):
-        yield stats, influence
+        yield stats, told
     stats.update(observer.finish())
     stats[BLOCK] = Stats(influence.sums)
     if bank is not None and layer is not None:
@@ -319,8 +347,8 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
             module = model.load_block(block)
 
             def shard_stats(shard: int) -> SiteStats:
-                with _collecting(plan, model, block, shard, module) as (stats, influence):
-                    advance_shard(state, plan, block, shard, module, influence)
+                with _collecting(plan, model, block, shard, module) as (stats, watchers):
+                    advance_shard(state, plan, block, shard, module, watchers)
                 return stats
 
             sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -344,10 +372,8 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
 
             def shard_stats(shard: int) -> SiteStats:
                 hidden = _kept_hidden(state, plan, block, shard)
-                with _collecting(plan, model, block, shard, module) as (stats, influence):
-                    for part in _batches(plan, hidden):
-                        x = part.to(model.device)
-                        influence.add(x, model.run_block(block, module, x))
+                with _collecting(plan, model, block, shard, module) as (stats, watchers):
+                    _passed(plan, model, block, shard, module, hidden, watchers)
                 return stats
 
             sum_nodes(plan, "stats", block, nodes, shard_stats)
@@ -439,7 +465,7 @@ def _walk_in_parts(
             _keep_boundary(walk, block, shard, hidden)
         else:
             hidden = _kept_hidden(state, walk, block, shard)
-        return list(_batches(walk, hidden))
+        return [part for _, _, part in _batches(walk, shard, hidden)]
 
     def leave(shard: int, after: list[Tensor]) -> None:
         if go_on:
@@ -499,19 +525,23 @@ def _passed(
     walk: Walk,
     model: StreamedModel,
     block: int,
+    shard: int,
     module: torch.nn.Module,
     hidden: Tensor,
-    influence: InfluenceObserver | None = None,
+    told: _Told | None = None,
 ) -> Tensor:
     """Hidden states after a block, like ``hidden`` ``[sequences, length, hidden]`` on the CPU."""
-    after = []
-    for part in _batches(walk, hidden):
+    after, order = [], []
+    for source, places, part in _batches(walk, shard, hidden):
         x = part.to(model.device)
+        if told is not None:
+            told.begin(source)
         y = model.run_block(block, module, x)
-        if influence is not None:
-            influence.add(x, y)
+        if told is not None:
+            told.influence.add(x, y)
         after.append(y.cpu())
-    return torch.cat(after)
+        order.append(places)
+    return in_order(after, order) if walk.by_source else torch.cat(after)
 
 
 def advance_shard(
@@ -520,13 +550,13 @@ def advance_shard(
     block: int,
     shard: int,
     module: torch.nn.Module,
-    influence: InfluenceObserver | None = None,
+    told: _Told | None = None,
 ) -> None:
     """Runs a block on a shard's hidden states and keeps what comes out, in memory and as a file."""
     model = opened(state, walk)
     hidden = _hidden(state, walk, block, shard)
     _keep_boundary(walk, block, shard, hidden)
-    _leave(state, walk, block, shard, _passed(walk, model, block, module, hidden, influence))
+    _leave(state, walk, block, shard, _passed(walk, model, block, shard, module, hidden, told))
 
 
 def _leave(state: WorkerState, walk: Walk, block: int, shard: int, after: Tensor) -> None:

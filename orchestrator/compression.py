@@ -30,6 +30,7 @@ from moesaic.methods.chains import (
 )
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pieces import read_piece, write_cut, write_piece
+from moesaic.orchestrator.source_statistics import error_name, source_errors
 from moesaic.orchestrator.statistics import SEPARATOR
 from moesaic.orchestrator.store import Entry, Store
 
@@ -97,18 +98,28 @@ class Made:
 
     Attributes:
         members: the compressed tensors.
-        judged: their errors; see :data:`Judge`.
+        judged: name → under every Hessian of its site, over all text and then of each source, the
+            errors; see :data:`Judge`.
         seconds: of the link.
     """
 
     members: Mapping[str, CompressedTensor]
-    judged: Mapping[str, Tensor]
+    judged: Mapping[str, Sequence[Tensor]]
     events: list[Event]
     seconds: float
 
     def of(self, unit: Unit) -> dict[str, CompressedTensor]:
         """The members of one unit."""
         return {m: self.members[f"{unit.name}{SEPARATOR}{m}"] for m in unit.shapes}
+
+    def errors_of(self, unit: Unit) -> Rows:
+        """The errors of one unit by their names in an ``errors`` entry."""
+        found = {}
+        for member in unit.shapes:
+            errors, *apart = self.judged[f"{unit.name}{SEPARATOR}{member}"]
+            found[f"error|{member}"] = errors
+            found |= {error_name(member, k): own for k, own in enumerate(apart)}
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,9 +175,8 @@ class Bench:
                 seconds = made.seconds / len(units)
                 for unit in units:
                     rows = self._known_rows(unit)
-                    for member in unit.shapes:
-                        errors = made.judged[f"{unit.name}{SEPARATOR}{member}"][0]
-                        rows[f"error|{member}"] = errors
+                    for name, errors in made.errors_of(unit).items():
+                        rows[name] = errors[0]
                     key = keys[unit.name]
                     self._write(unit, key, made.of(unit), rows, made.events, seconds)
                     yield unit.name, key, seconds
@@ -193,14 +203,13 @@ class Bench:
         whole = self._apply(largest, [unit], judge)
         made, events = whole.of(unit), whole.events
         rows = [self._known_rows(unit) for _ in chains]
-        for member in made:
-            curves = whole.judged[f"{unit.name}{SEPARATOR}{member}"]
+        for name, curves in whole.errors_of(unit).items():
             for own, errors in zip(rows, curves, strict=True):
-                own[f"error|{member}"] = errors
+                own[name] = errors
         seconds = (time.monotonic() - started) / len(chains)
-        named = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
+        shapes = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
         for chain, own in zip(chains, rows, strict=True):
-            told = cut_events(events, chain, named)
+            told = cut_events(events, chain, shapes)
             if chain == largest:
                 self._write(unit, keys[chain], made, own, told, seconds)
             else:
@@ -213,7 +222,7 @@ class Bench:
     def _apply(self, chain: Chain, units: Sequence[Unit], judge: Judge) -> Made:
         """Runs the last link on the members of units together; they are named ``unit|member``."""
         made: list[dict[str, CompressedTensor]] = []
-        judged: list[dict[str, Tensor]] = []
+        judged: list[dict[str, list[Tensor]]] = []
         events: list[Event] = []
         seconds = 0.0
         before: dict[str, CompressedTensor] = {}
@@ -239,20 +248,24 @@ class Bench:
             started = time.monotonic()
             result = apply_link(chain, weights, earlier, stats)
             seconds += time.monotonic() - started
-            rows = {
-                name: judge(name, weights[name], tensor, stats[name]["hessian"])
-                for name, tensor in result.members.items()
-            }
+            rows = {}
+            for name, tensor in result.members.items():
+                under = partial(judge, name, weights[name], tensor)
+                apart = source_errors(stats[name], under)
+                rows[name] = [under(stats[name]["hessian"]), *apart]
             events += result.events
             if span is None:
                 made.append(dict(result.members))
                 judged.append(rows)
             else:
                 made.append({name: tensor.to("cpu") for name, tensor in result.members.items()})
-                judged.append({name: value.cpu() for name, value in rows.items()})
+                judged.append({name: [e.cpu() for e in errors] for name, errors in rows.items()})
         return Made(
             {name: mosaic.joined([part[name] for part in made]) for name in made[0]},
-            {name: torch.cat([part[name] for part in judged], dim=1) for name in judged[0]},
+            {
+                name: [torch.cat(own, 1) for own in zip(*(p[name] for p in judged), strict=True)]
+                for name in judged[0]
+            },
             events,
             seconds,
         )

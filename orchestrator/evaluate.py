@@ -28,8 +28,9 @@ from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, yardstick_of
 
 # Natural logarithm of what is still a perplexity (1.8e308 is the largest float).
 _LARGEST_LOG = 700.0
-# Rows of logits in float32 at a time.
-_LOGIT_ROWS = 512
+# Rows of logits in float32 at a time. On a processor fewer are faster: for small vocabularies they
+# stay in a core's own cache, where the other workers do not reach.
+_LOGIT_ROWS, _LOGIT_ROWS_ON_CPU = 512, 64
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,9 @@ def sequence_sums(
     nll = kl = 0.0
     correct = 0
     targets = ids[1:].to(hidden.device)
-    for start in range(0, len(targets), _LOGIT_ROWS):
-        stop = min(start + _LOGIT_ROWS, len(targets))
+    rows = _LOGIT_ROWS_ON_CPU if hidden.device.type == "cpu" else _LOGIT_ROWS
+    for start in range(0, len(targets), rows):
+        stop = min(start + rows, len(targets))
         log_q = model.logits(model.final_norm(hidden[None, start:stop]))[0].float().log_softmax(-1)
         wanted = targets[start:stop, None]
         nll -= float(log_q.gather(1, wanted).double().sum())

@@ -592,6 +592,7 @@ class Experiment:
             store=str(self.store.root),
             sampled=section.expert_tokens if reduced else 0,
             sources=tuple(self.calibration.source.tolist()) if reduced else (),
+            by_source=tuple(self.calibration.source.tolist()) if section.per_source else (),
             fisher=any("fisher" in reverse_needs(chain) for chain in self.recipe.chains()),
             pooling=self.pooling,
         )

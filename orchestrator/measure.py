@@ -27,6 +27,7 @@ from moesaic.orchestrator.narrowing import block_parts, narrowed_part
 from moesaic.orchestrator.passes import solved_at_a_time
 from moesaic.orchestrator.reductions import ReducedBank, reduced_bank
 from moesaic.orchestrator.shared import fetched, open_store
+from moesaic.orchestrator.source_statistics import loss_shares
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, load_stats
 from moesaic.orchestrator.store import Entry, code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
@@ -286,6 +287,7 @@ def to_measurements(
     Events are told with the first choice, so that their sum is right.
     """
     losses = predicted_losses(errors.path, gradients, unit, all_tokens)
+    shares = loss_shares(errors.path, gradients, unit)
     counts: dict[str, int] = {}
     for event in piece.metadata["events"]:
         counts[event["kind"]] = counts.get(event["kind"], 0) + 1
@@ -307,6 +309,7 @@ def to_measurements(
                 seconds=float(piece.metadata["seconds"]) / len(wanted),
                 events={} if found else counts,
                 norm=float(norm[index]),
+                shares=tuple(shares[choice.member][index].tolist()) if shares else (),
             )
         )
     return found

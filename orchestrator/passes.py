@@ -71,6 +71,10 @@ def planned_passes(
     whole = fixed + sizes.weights(block) + held * sizes.sums(block)
     if whole <= room:
         return None
+    if sizes.walk.by_source:
+        raise _too_large(
+            block, "all of it, with sums for every text (calibration.per_source),", whole, room
+        )
     bank, sums = bank_of(units), sizes.statistics(units)
     fixed += sizes.weights_but_bank(block)
     experts, slices = 0, 0

@@ -288,6 +288,13 @@ class Calibration(Texts):
     experts: Literal["routed", "all"] = "routed"
     expert_tokens: int = Field(default=2048, ge=1, le=10**6)
     gradient_sequences: int = Field(default=16, ge=0, le=10**6)
+    per_source: bool = False
+
+    @model_validator(mode="after")
+    def _several(self) -> "Calibration":
+        if self.per_source and len(self.texts) < 2:
+            raise ValueError("per_source: there is one text, and nothing to tell apart: false")
+        return self
 
 
 # Workers from which on the walk goes ahead by itself; see docs/benchmarks/simulation.md.

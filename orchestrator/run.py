@@ -37,7 +37,6 @@ from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
-from moesaic.orchestrator.study import JOURNAL
 from moesaic.orchestrator.track import Tracker
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def check_recipe(
         UserError: naming every mistake at once; the places that the recipe names are asked, too.
     """
     from moesaic.orchestrator.forecast import forecast
-    from moesaic.orchestrator.tune import check_tune
+    from moesaic.orchestrator.study_terms import check_tune
 
     recipe = load_recipe(recipe_file)
     folder = _output(recipe, output)
@@ -224,7 +223,9 @@ def tune_recipe(
     Returns:
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
-    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline, check_tune
+    from moesaic.orchestrator.study import JOURNAL
+    from moesaic.orchestrator.study_terms import check_tune
+    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline
 
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)

@@ -26,6 +26,7 @@ class Measurement:
         seconds: time that the compression took.
         events: how often each kind of event happened.
         norm: ‖WX‖² over the calibration tokens, of which ``error`` is a part; None if not known.
+        shares: what part of the loss is each text source's; empty where they are not told apart.
     """
 
     unit: str
@@ -36,6 +37,7 @@ class Measurement:
     seconds: float
     events: Mapping[str, int] = field(default_factory=dict)
     norm: float | None = None
+    shares: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:

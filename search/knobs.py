@@ -16,6 +16,8 @@ part and of the groups that u belongs to, g_u is the geometric mean of the unit'
 g the mean of that over all units, and s makes losses and errors equally large on the whole. All
 knobs at their defaults leave L as it is. With an exponent of 0 all weights of the model are equally
 sensitive, whatever was measured: that is the uniform plan, or as near to it as the budget allows.
+Where measurements tell sources of text apart, L' is also a weighted mean over them
+(:mod:`moesaic.search._sources`).
 
 Knobs that are no numbers leave some candidates out: of ``gptq.act_order`` the value ``true`` leaves
 all chains out in which gptq has another one. A unit that would be left with nothing keeps all.
@@ -29,6 +31,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from moesaic.methods.base import Chain, is_repair
+from moesaic.search._sources import SOURCE, SourceWeights, varied
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Measurement, Plan, Problem
 
@@ -154,6 +157,7 @@ class Allocator:
         problem: measurements, ties, budget.
         places: of every choice, those of banks included.
         strategy: name of a search strategy that adds up losses.
+        sources: of the text, name → sequences, where measurements tell them apart.
 
     Attributes:
         knobs: all there are, in a fixed order.
@@ -165,11 +169,16 @@ class Allocator:
     """
 
     def __init__(
-        self, problem: Problem, places: Mapping[str, Place], strategy: str = "knapsack"
+        self,
+        problem: Problem,
+        places: Mapping[str, Place],
+        strategy: str = "knapsack",
+        sources: Mapping[str, int] | None = None,
     ) -> None:
         self.problem = problem
         self.places = places
         self.strategy = strategy
+        self.sources = sources or {}
         self.knobs = [*self._numbers(), *self._options()]
 
     def plan(self, values: Values) -> Plan:
@@ -215,7 +224,9 @@ class Allocator:
             found += [[name, str(a.prefix), a.bytes, a.loss] for a in alternatives]
         for choices in self._tables():
             for name, offers in choices.items():
-                found += [[name, str(m.chain), m.bytes, m.error, m.score] for m in offers]
+                found += [
+                    [name, str(m.chain), m.bytes, m.error, m.score, *m.shares] for m in offers
+                ]
         return found
 
     # What there is to turn
@@ -241,6 +252,8 @@ class Allocator:
                 yield _weight(kind, f"how much more {kind} matters than {largest}, as measured")
         for group in dict.fromkeys(g for place in self.places.values() for g in place.groups):
             yield _weight(group, f"how much more the units of the group {group} matter")
+        for source in varied(self.sources):
+            yield _factor_knob(SOURCE + source, f"how much more the text {source} counts")
         if any(a.prefix for found in self.problem.banks.values() for a in found):
             meaning = "factor on what reductions are predicted to lose"
             yield Knob(CHARGE, meaning, 1.0, 0.25, 16.0, log=True, widest=_FACTORS)
@@ -321,6 +334,7 @@ class _Weighing:
         self.values = values
         self.charge = float(values.get(CHARGE, 1.0))
         self.mix = float(values.get(MIX, 0.0))
+        self.sources = SourceWeights(allocator.sources, values)
         self.rules = list(self._rules())
 
     def _rules(self) -> Iterator[Callable[[Chain], bool]]:
@@ -347,11 +361,12 @@ class _Weighing:
     def _weighed(self, name: str, measured: Sequence[Measurement]) -> list[Measurement]:
         factor, (loss, error) = self._factor(name), self.allocator.level
         scale = math.exp(loss - error)
-        if self.mix == 0:
-            return [replace(m, score=factor * m.loss) for m in measured]
+        mix, own = self.mix, [factor * self.sources.factor(m.shares) for m in measured]
+        if mix == 0:
+            return [replace(m, score=f * m.loss) for m, f in zip(measured, own, strict=True)]
         return [
-            replace(m, score=factor * m.loss ** (1 - self.mix) * (scale * m.error) ** self.mix)
-            for m in measured
+            replace(m, score=f * m.loss ** (1 - mix) * (scale * m.error) ** mix)
+            for m, f in zip(measured, own, strict=True)
         ]
 
     def _factor(self, name: str) -> float:
@@ -374,4 +389,8 @@ def _keeps_to(method: str, option: str, value: str, chain: Chain) -> bool:
 
 
 def _weight(name: str, meaning: str) -> Knob:
-    return Knob(WEIGHT + name, meaning, 1.0, 0.125, 8.0, log=True, widest=_FACTORS)
+    return _factor_knob(WEIGHT + name, meaning)
+
+
+def _factor_knob(name: str, meaning: str) -> Knob:
+    return Knob(name, meaning, 1.0, 0.125, 8.0, log=True, widest=_FACTORS)

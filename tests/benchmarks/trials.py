@@ -39,8 +39,9 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.stages import remember_dense
+from moesaic.orchestrator.study_terms import rungs
 from moesaic.orchestrator.track import Tracker
-from moesaic.orchestrator.tune import StudyOptions, TunedPipeline, rungs
+from moesaic.orchestrator.tune import StudyOptions, TunedPipeline
 
 CANDIDATES = [{"method": "gptq", "bits": [2, 3, 4, 5], "group_size": -1}]
 BARE = 5  # evaluations of which the median is taken

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import pipeline, run, score_table
+from moesaic.orchestrator import pipeline, report, run, score_table
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.score_table import ScoreOptions
@@ -157,7 +157,7 @@ class Project:
         self.patch.setattr(run, "Pool", lambda compute: pool)
         self.patch.setattr(run, "Tracker", lambda *about: InlineTracker(self.tracked))
         self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
-        self.patch.setattr(pipeline, "write_report", self._report)
+        self.patch.setattr(report, "write_report", self._report)
         if not assemble:
             self.patch.setattr(Pipeline, "assemble", lambda this, scores: self.output / "model")
         study = StudyOptions(trials, **options)

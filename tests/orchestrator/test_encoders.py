@@ -39,8 +39,8 @@ from moesaic.orchestrator.recipe import Source, Texts, load_recipe
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.study_terms import check_tune
 from moesaic.orchestrator.texts import draw, framed_windows, sentences
-from moesaic.orchestrator.tune import check_tune
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Project
 from tests.orchestrator.planning import grouped, make_pieces

@@ -92,7 +92,9 @@ def part(experiment: Experiment, rows: tuple[int, int], pieces: Mapping[str, str
 def test_sums_are_those_of_transformers_logits(
     experiment: Experiment, model: Path, pieces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_LOGIT_ROWS", 7)  # several steps per sequence, the last shorter
+    monkeypatch.setattr(
+        evaluate, "_LOGIT_ROWS_ON_CPU", 7
+    )  # several steps per sequence, the last shorter
     ids = torch.from_numpy(experiment.evaluation.ids).long()
     dense = logits(model, ids)
     part(experiment, (0, SEQUENCES), {})

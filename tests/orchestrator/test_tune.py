@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moesaic.orchestrator import latency, resident, tune
+from moesaic.orchestrator import latency, resident, study_terms
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
@@ -365,8 +365,8 @@ def test_rungs_grow_to_all_sequences(make: Make) -> None:
     project = make()
     file = project.folder / "recipe.yaml"
     experiment = open_experiment(file, project.output)
-    assert tune.rungs(experiment) == [(0, 2), (2, 3), (3, 6), (6, 12)]
+    assert study_terms.rungs(experiment) == [(0, 2), (2, 3), (3, 6), (6, 12)]
     make(tune={"sequences": 3})
-    assert tune.rungs(open_experiment(file, project.output)) == [(0, 1), (1, 2), (2, 3)]
+    assert study_terms.rungs(open_experiment(file, project.output)) == [(0, 1), (1, 2), (2, 3)]
     make(tune={"objectives": ["kl", "bytes"]})
-    assert tune.rungs(open_experiment(file, project.output)) == [(0, 12)]
+    assert study_terms.rungs(open_experiment(file, project.output)) == [(0, 12)]

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -285,3 +286,32 @@ def test_samplers_are_refused_by_name() -> None:
     assert "cmaes cannot do 2 objectives" in (refusal("cmaes", 2) or "")
     with pytest.raises(ValueError, match="known are tpe"):
         samplers.make_sampler("grid", 0)
+
+
+def test_weights_of_sources_weigh_each_loss_by_its_parts() -> None:
+    """Against losses of every source added up with its weight, and every plan tried."""
+    draw, counts = random.Random(4), {"code": 3, "prose": 5, "chat": 2}
+    given = layers_problem([math.exp(draw.gauss(0, 1)) for _ in range(7)], 3.3)
+    choices = {}
+    for name, offers in given.choices.items():
+        parts = [draw.random() ** 3 for _ in counts]
+        shares = tuple(part / sum(parts) for part in parts)
+        choices[name] = [replace(m, shares=shares) for m in offers]
+    given = replace(given, choices=choices)
+    allocator = Allocator(given, placed(given), sources=counts)
+    assert [k.name for k in allocator.knobs if "source" in k.name] == ["source.code", "source.chat"]
+    assert allocator.plan({}).units == search(given).units
+    untouched = allocator.reweighted({"source.code": 1.0}).choices
+    assert [m.loss for o in untouched.values() for m in o] == [
+        m.loss for o in given.choices.values() for m in o
+    ]
+    weights = (100.0, 1.0, 0.01)
+    values = {"source.code": weights[0], "source.chat": weights[2]}
+    mean = (3 * weights[0] + 5 * weights[1] + 2 * weights[2]) / 10
+    for name, offers in allocator.reweighted(values).choices.items():
+        for new, old in zip(offers, given.choices[name], strict=True):
+            parts = [
+                weight * old.loss * share for weight, share in zip(weights, old.shares, strict=True)
+            ]
+            assert new.loss == pytest.approx(sum(parts) / mean, rel=1e-12)
+    assert allocator.plan(values).units != search(given).units

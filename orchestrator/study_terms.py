@@ -1,0 +1,140 @@
+"""What a study is about: the knobs of a recipe, what trials must keep to, the text they see."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from moesaic.methods.base import Unit
+from moesaic.orchestrator.errors import RecipeError
+from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.recipe import Tune
+from moesaic.orchestrator.resident import Rows
+from moesaic.orchestrator.scoring import is_predicted
+from moesaic.search._sources import SOURCE
+from moesaic.search.base import Layer, search_module
+from moesaic.search.knobs import Allocator, Knob, Place, narrowed
+
+# The budget where that is an objective.
+BITS = "bits_per_weight"
+# Shares of the text after which trials are compared.
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+def section(experiment: Experiment) -> Tune:
+    """The recipe's section ``tune``, or its defaults."""
+    return experiment.recipe.tune or Tune()
+
+
+def check_tune(experiment: Experiment) -> None:
+    """Finds out before any work whether a recipe can be tuned, and has the knobs that it names.
+
+    Raises:
+        RecipeError: naming what is wrong.
+    """
+    recipe = experiment.recipe
+    if recipe.budget.several:
+        raise RecipeError(
+            "budget: a study is made under one budget: give one, or explore all of them with"
+            " tune.objectives: [bytes, kl]"
+        )
+    strategy = search_module(recipe.search)
+    if hasattr(strategy, "smallest_bytes") or hasattr(strategy, "SHARES_OUT"):
+        raise RecipeError(
+            f"search: {recipe.search} does not add up losses, so there is nothing to tune: take"
+            " knapsack"
+        )
+    if not recipe.candidates:
+        raise RecipeError("candidates: there are none, so there is nothing to tune")
+    if experiment.model.family.is_encoder:
+        raise RecipeError(
+            f"model: {experiment.model.family.model_type} is an encoder, and studies compare KL:"
+            " moesaic run searches its plans by predicted distance"
+        )
+    scored = is_predicted(recipe)
+    given = experiment.sized_problem(experiment.size.fixed_bytes)
+    if scored:
+        offers = {n: [replace(m, score=0.0) for m in ms] for n, ms in given.choices.items()}
+        banks = {
+            bank: [
+                replace(
+                    a,
+                    choices={n: [replace(m, score=0.0) for m in ms] for n, ms in a.choices.items()},
+                )
+                for a in found
+            ]
+            for bank, found in given.banks.items()
+        }
+        given = replace(given, choices=offers, banks=banks)
+    if section(experiment).timed and recipe.serve != "moesaic":
+        raise RecipeError(
+            f"tune: latency is measured with the modules of serve: moesaic, and says nothing of"
+            f" {recipe.serve}: leave it out, or change serve"
+        )
+    groups = section(experiment).groups
+    for name, pattern in groups.items():
+        if not any(re.search(pattern, unit.name) for unit in experiment.units):
+            raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
+    members = [(unit, member) for unit in experiment.units for member in unit.shapes]
+    places = {f"{unit.name}.{member}": place(experiment, unit) for unit, member in members}
+    layers = {f"{u.name}.{member}": Layer(math.prod(u.shapes[member])) for u, member in members}
+    given = replace(given, layers=layers)
+    knobs_of(experiment, Allocator(given, places, recipe.search, sources(experiment)))
+
+
+def place(experiment: Experiment, unit: Unit) -> Place:
+    """Where a unit stands, and which of the recipe's groups it belongs to."""
+    groups = section(experiment).groups
+    inside = tuple(name for name, pattern in groups.items() if re.search(pattern, unit.name))
+    return Place(unit.part, unit.block / max(experiment.model.blocks - 1, 1), inside)
+
+
+def sources(experiment: Experiment) -> dict[str, int]:
+    """Text source → sequences of it, where measurements tell sources apart."""
+    if not experiment.recipe.calibration.per_source:
+        return {}
+    counts = np.bincount(experiment.calibration.source).tolist()
+    return dict(zip(experiment.calibration.labels, counts, strict=False))
+
+
+def knobs_of(experiment: Experiment, allocator: Allocator) -> list[Knob]:
+    """What the study varies, as the recipe wants it."""
+    tune = section(experiment)
+    knobs = list(allocator.knobs)
+    if "bytes" in tune.objectives:
+        size = experiment.size
+        wanted, smallest, dense = (
+            (total - size.fixed_bytes) * 8 / size.weights
+            for total in (experiment.budget.total_bytes, size.smallest_bytes, size.dense_bytes)
+        )
+        low = math.ceil(smallest * 1000) / 1000
+        meaning = "the budget: stored bits per weight"
+        knobs.append(Knob(BITS, meaning, max(wanted, low), low, max(min(2 * wanted, dense), low)))
+    wished = [name for name in tune.knobs if name.startswith(SOURCE)]
+    if wished and not experiment.recipe.calibration.per_source:
+        raise RecipeError(
+            f"tune.knobs.{wished[0]}: texts are told apart with calibration.per_source: true only"
+        )
+    try:
+        return narrowed(knobs, tune.knobs)
+    except ValueError as error:
+        raise RecipeError(*(f"tune.knobs.{part}" for part in str(error).split("; "))) from None
+
+
+def limits(experiment: Experiment) -> Limits:
+    """What trials must keep to."""
+    tune = section(experiment)
+    return Limits(tune.objectives, {str(name): most for name, most in tune.constraints.items()})
+
+
+def rungs(experiment: Experiment) -> list[Rows]:
+    """Rows of the calibration text, one range after the other."""
+    tune = section(experiment)
+    total = min(tune.sequences, len(experiment.calibration.ids))
+    # Whether a trial keeps to its constraints is known when it is done.
+    if not tune.prune or len(tune.objectives) > 1 or tune.constraints:
+        return [(0, total)]
+    ends = sorted({math.ceil(total * share) for share in _RUNGS})
+    return list(zip([0, *ends], ends, strict=False))

@@ -1,0 +1,77 @@
+"""Trials put on record in MLflow, each with its plan, when no worker waits for that."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.study import Told
+from moesaic.orchestrator.track import Tracker
+from moesaic.search.base import Plan
+
+# A plan, and unit → file of its piece.
+Made = tuple[Plan, Mapping[str, str]]
+
+
+def trial_name(number: int) -> str:
+    """What a trial is called on record."""
+    return f"trial {number}"
+
+
+class TrialRecord:
+    """What was told and is not on record yet.
+
+    Args:
+        tracker: where to.
+        store: that pieces are named in.
+        made: makes the plan of a trial again, where it is not given.
+    """
+
+    def __init__(self, tracker: Tracker, store: Store, made: Callable[[Told], Made]) -> None:
+        self._tracker = tracker
+        self._store = store
+        self._made = made
+        self._waiting: list[tuple[Told, Made | None]] = []
+
+    def add(self, told: Told, made: Made | None = None) -> None:
+        """A finished trial, which waits."""
+        self._waiting.append((told, made))
+
+    def write(self) -> None:
+        """Puts all that wait on record.
+
+        Raises:
+            RunError: that could not be done; those that were not put there wait on.
+        """
+        while self._waiting:
+            self._log(*self._waiting[0])
+            del self._waiting[0]
+
+    def _log(self, told: Told, made: Made | None) -> None:
+        notes = told.attributes
+        metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
+        if told.kl is not None:
+            metrics["kl"] = told.kl
+        params = {name: str(value) for name, value in told.values.items()}
+        params |= {name: str(notes[name]) for name in ("plan", "start") if name in notes}
+        self._tracker.log_trial(
+            trial_name(told.number),
+            params,
+            metrics,
+            told.steps,
+            told.state,
+            str(notes.get("reason", "")),
+            partial(self._document, told, made) if told.state == "complete" else None,
+        )
+
+    def _document(self, told: Told, made: Made | None) -> dict[str, Any]:
+        """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
+        plan, pieces = made or self._made(told)
+        root = self._store.root
+        return {
+            **plan.to_json(),
+            "file_bytes": told.attributes["bytes"],
+            "store": self._store.where,
+            "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
+        }

@@ -1,0 +1,388 @@
+"""The loop of a study: asks for values, has workers judge the plans that come of them, tells.
+
+As many trials are in flight as there are workers; each sees more and more of the text, and one that
+has fallen behind the others is given up before it has seen all (not with several objectives). While
+workers are busy the next plan is made, and what was told is put on record.
+
+Different values often lead to the same plan. It is judged once: its KL is in the store under what
+it consists of, and a trial whose plan another one is just being judged with waits for that.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.loop import WORKER_DIED
+from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.resident import Rows, trial_key
+from moesaic.orchestrator.stages import remember_dense
+from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.study import Asked, Study, Told
+from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
+from moesaic.orchestrator.trial_record import Made, TrialRecord
+from moesaic.search.alternatives import solve
+from moesaic.search.base import Budget, Infeasible, Plan
+from moesaic.search.knobs import GREEDY, Allocator, Value
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.tune import TunedPipeline
+
+# Failures of one kind, one after another, that end a study.
+_STREAK = 3
+_NO_PLAN = "no plan"
+_ADVICE = {
+    WORKER_DIED: "it probably ran out of memory: fewer workers (compute.workers), or fewer"
+    " sequences (calibration.length, tune.sequences)",
+    "MemoryError": "fewer workers (compute.workers), or fewer sequences (tune.sequences)",
+    "OutOfMemoryError": "fewer workers per GPU, or fewer sequences (tune.sequences)",
+    "not finite": "the budget ruins the model: give more, or fix a knob (tune.knobs)",
+}
+
+
+def _key(pieces: Mapping[str, str]) -> str:
+    """Names what a plan consists of; ``pieces`` is unit → file."""
+    return digest({unit: Path(path).stem for unit, path in pieces.items()})
+
+
+def _shown(told: Told) -> str:
+    """A complete trial in a few words."""
+    start = told.attributes.get("start")
+    figures = told.figures
+    timed = f", {figures['latency']:.4g} ms/token" if "latency" in figures else ""
+    name = f" ({start})" if start else ""
+    size = int(figures["bytes"])
+    return f"trial {told.number}{name}: KL {told.kl:.4g}, {size:,} bytes{timed}"
+
+
+@dataclass
+class _Job:
+    """A trial with its plan, while it is judged.
+
+    Attributes:
+        kl: of the sequences seen so far, nats each.
+        latency: milliseconds per token, once it was timed.
+        followers: trials with the same plan, told what this one is told.
+    """
+
+    asked: Asked
+    plan: Plan
+    pieces: Mapping[str, str]
+    size: int
+    key: str
+    started: float = 0.0
+    kl: list[float] = field(default_factory=list)
+    latency: float | None = None
+    followers: list[Asked] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Asked]:
+        return [self.asked, *self.followers]
+
+
+class Trials:
+    """The loop of a study: asks, lets workers judge, tells."""
+
+    def __init__(self, pipeline: "TunedPipeline", study: Study, allocator: Allocator) -> None:
+        self.pipeline = pipeline
+        self.experiment = pipeline.experiment
+        self.options = pipeline.options
+        self.view = pipeline.view
+        self.study = study
+        self.allocator = allocator
+        self.rungs = rungs(self.experiment)
+        self.tokens = self.experiment.calibration.ids.shape[1] - 1
+        self.flying: dict[str, _Job] = {}
+        # The trial that the next idle worker takes.
+        self.prepared: _Job | None = None
+        self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
+        self.finished = self.failed = self.front = 0
+        self.reasons: Counter[str] = Counter()
+        self.streak: list[str] = []
+        self.timed = section(self.experiment).timed
+        self.limits = limits(self.experiment)
+        self.best: Told | None = None
+        # Of plans that were timed before, by what they consist of.
+        self.latencies: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Trials until there are as many as wanted, or time is up."""
+        known = self.study.told()
+        for trial in known:
+            self.record.add(trial)
+            self._rank(trial)
+        self.record.write()
+        self.begun = len(known)
+        self.view.stage("trials", self.options.trials, self.begun)
+        if self.begun >= self.options.trials:
+            return
+        pool, judge = self.pipeline.pool, self.experiment.calibration_judge
+        remember_dense(pool, self.view, judge, self.rungs)
+        slots = range(min(self.options.jobs or pool.size, pool.size))
+        self.started = time.monotonic()
+        tasks = [task for slot in slots for task in self._next(slot)]
+        try:
+            pool.run(tasks, self._tick, self._meanwhile)
+        except BaseException:
+            with suppress(RunError):  # of the record: what came first is what is told
+                self.record.write()
+            raise
+        self.record.write()
+        self.view.finish("trials")
+        pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
+        shown = "" if self.best is None else f", best {_shown(self.best)}"
+        self.view.line(f"trials: {self._pace()}{shown}")
+        for reason, count in self.reasons.most_common():
+            self.view.line(f"failed ×{count}: {reason}")
+
+    def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
+        """The plan of some values, by the recipe's strategy unless the trial is the greedy start.
+
+        Raises:
+            RecipeError, Infeasible, ValueError: there is none.
+        """
+        given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
+        search = GREEDY if start == GREEDY else self.experiment.recipe.search
+        if BITS not in values:
+            return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
+        size = self.experiment.size
+        total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
+        given = replace(given, budget=Budget(total, size.fixed_bytes))
+        found = solve(given, search)
+        return self.allocator.problem.plan(found.units)
+
+    def plan_of(self, told: Told) -> Plan:
+        """The plan of a finished trial, made again."""
+        return self.plan(told.values, told.attributes.get("start"))
+
+    def _made(self, told: Told) -> Made:
+        plan = self.plan_of(told)
+        return plan, self._pieces(plan)
+
+    def key(self, plan: Plan) -> str:
+        """Names what a plan consists of."""
+        return _key(self._pieces(plan))
+
+    def _pieces(self, plan: Plan) -> dict[str, str]:
+        """Unit → file of its piece."""
+        return plan_pieces(self.experiment, self.experiment.walk, plan.units)
+
+    # From trial to trial
+
+    def _next(self, slot: int) -> Iterable[Task]:
+        """The first task of the next trial that needs one; nothing when there are enough."""
+        while (job := self._prepared()) is not None:
+            self.prepared = None
+            job.started = time.monotonic()
+            if job.key in self.flying:
+                self.flying[job.key].followers.append(job.asked)
+                continue
+            self.flying[job.key] = job
+            task = self._go_on(job, slot)
+            if task is not None:
+                return [task]
+        return ()
+
+    def _prepared(self) -> _Job | None:
+        """The next trial, asked and with its plan; None when there are enough, or time is up."""
+        if self._late():
+            return None
+        while self.prepared is None and self.begun < self.options.trials:
+            asked = self.study.ask()
+            self.begun += 1
+            try:
+                plan = self.plan(asked.values, asked.start)
+            except (RecipeError, Infeasible, ValueError) as error:
+                self._fail([asked], _NO_PLAN, str(error))
+                continue
+            pieces = self._pieces(plan)
+            key, size = _key(pieces), self.pipeline.piece_bytes(pieces)
+            notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
+            self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
+            self.prepared = _Job(asked, plan, pieces, size, key)
+        return self.prepared
+
+    def _meanwhile(self) -> None:
+        """What no worker waits for: the next trial's plan, and the record of finished ones."""
+        self._prepared()
+        self.record.write()
+
+    def _late(self) -> bool:
+        limit = self.options.timeout
+        return limit is not None and time.monotonic() - self.started >= limit
+
+    def _go_on(self, job: _Job, slot: int) -> Task | None:
+        """The next piece of work of a trial; None once it is told."""
+        store, judge = self.experiment.store, self.experiment.calibration_judge
+        for rows in self.rungs:
+            if rows[1] <= len(job.kl):
+                continue
+            known = store.get_json("scores", trial_key(judge, rows, job.pieces))
+            if known is None:
+                return self._task(job, rows, slot)
+            if self._seen(job, rows, known):
+                return None
+        job.latency = self.latencies.get(job.key)
+        if job.latency is None:
+            return self._timing_task(job, slot)
+        self._finish(job, self._mean(job), pruned=False)
+        return None
+
+    def _timing_task(self, job: _Job, slot: int) -> Task:
+        """What is left to do of a plan whose KL is known."""
+
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.view.advance("trials", 0, result["peak_bytes"])
+            job.latency = self.latencies[job.key] = result["milliseconds"]
+            self._finish(job, self._mean(job), pruned=False)
+            return self._next(slot)
+
+        arguments = {
+            "judge": plain(self.experiment.calibration_judge),
+            "pieces": dict(job.pieces),
+        }
+        label = f"timing of trial {job.asked.number}"
+        return Task(
+            "latency:measure_plan",
+            arguments,
+            label,
+            affinity=slot,
+            done=done,
+            failed=partial(self._failed, job, slot),
+        )
+
+    def _task(self, job: _Job, rows: Rows, slot: int) -> Task:
+        judge = self.experiment.calibration_judge
+
+        def done(result: Mapping[str, Any]) -> Iterable[Task]:
+            self.view.advance("trials", 0, result["peak_bytes"])
+            key = trial_key(judge, rows, job.pieces)
+            self.experiment.store.put_json("scores", key, result["kl"])
+            task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
+            return self._next(slot) if task is None else [task]
+
+        arguments = {
+            "judge": plain(judge),
+            "rows": rows,
+            "pieces": dict(job.pieces),
+            "total": self.rungs[-1][1],
+        }
+        label = f"trial {job.asked.number}"
+        return Task(
+            "resident:evaluate_plan",
+            arguments,
+            label,
+            affinity=slot,
+            done=done,
+            failed=partial(self._failed, job, slot),
+        )
+
+    def _failed(self, job: _Job, slot: int, kind: str, reason: str) -> Iterable[Task]:
+        del self.flying[job.key]
+        self._fail(job.members, kind, reason)
+        return self._next(slot)
+
+    def _mean(self, job: _Job) -> float:
+        """KL in nats per token, of what was seen."""
+        return math.fsum(job.kl) / int(len(job.kl) * self.tokens)
+
+    def _seen(self, job: _Job, rows: Rows, kl: list[float]) -> bool:
+        """Takes the KL of some more sequences; whether the trial has come to its end."""
+        job.kl += kl
+        mean = self._mean(job)
+        last = rows == self.rungs[-1]
+        if not math.isfinite(mean):
+            del self.flying[job.key]
+            self._fail(job.members, "not finite", f"its KL is {mean}")
+            return True
+        pruned = False
+        if len(self.rungs) > 1:
+            pruned = self.study.behind(job.asked, len(job.kl), mean) and not last
+        if not pruned and (not last or self.timed):
+            return False
+        self._finish(job, mean, pruned)
+        return True
+
+    def _finish(self, job: _Job, mean: float, pruned: bool) -> None:
+        """Tells a trial, and those with the same plan."""
+        del self.flying[job.key]
+        figures = {"kl": mean, "bytes": float(job.size)}
+        if job.latency is not None:
+            figures["latency"] = job.latency
+        notes = {
+            **({} if job.latency is None else {"latency": job.latency}),
+            "sequences": len(job.kl),
+            "seconds": round(time.monotonic() - job.started, 3),
+        }
+        for asked in job.members:
+            same = {} if asked is job.asked else {"same_as": job.asked.number}
+            if same and len(self.rungs) > 1:
+                self.study.behind(asked, len(job.kl), mean)
+            self.study.note(asked, {**notes, **same})
+            if pruned:
+                self.study.tell_pruned(asked)
+            else:
+                self.study.tell(asked, figures, self.limits.excess(figures))
+            self._count(asked, job)
+
+    def _fail(self, failing: list[Asked], kind: str, reason: str) -> None:
+        """Puts failures on record.
+
+        Raises:
+            RunError: there were several of the same kind one after another.
+        """
+        text = " ".join(f"{kind}: {reason}".split())[:500]
+        for asked in failing:
+            self.study.tell_failed(asked, text)
+            self.failed += 1
+            self.reasons[text] += 1
+            self.view.line(f"trial {asked.number} failed: {text}")
+            self._count(asked, None)
+        if kind == _NO_PLAN:
+            return
+        self.streak = [*(k for k in self.streak if k == kind), kind]
+        if len(self.streak) >= _STREAK:
+            advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
+            raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
+
+    def _count(self, asked: Asked, job: _Job | None) -> None:
+        """A trial was told; one that failed without its job."""
+        self.finished += 1
+        self.streak = self.streak if job is None else []
+        self.view.advance("trials")
+        told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
+        if told.state == "complete" and len(self.study.objectives) > 1:
+            self.front = len(self.study.front())
+        self.record.add(told, None if job is None else (job.plan, job.pieces))
+        if self._rank(told):
+            self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
+
+    def _rank(self, told: Told) -> bool:
+        """Whether a trial is the best so far, within the recipe's budget."""
+        if "latency" in told.attributes:
+            self.latencies.setdefault(told.attributes["plan"], told.attributes["latency"])
+        if not self.limits.better(told, self.best):
+            return False
+        self.best = told
+        return True
+
+    # What people see
+
+    def _pace(self) -> str:
+        minutes = (time.monotonic() - self.started) / 60
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
+
+    def _tick(self, running: list[str]) -> None:
+        told = [] if self.best is None else [f"best {self.best.kl:.4g} (trial {self.best.number})"]
+        if len(self.study.objectives) > 1:
+            told.append(f"front {self.front}")
+        self.view.tick([*told, self._pace()])
