@@ -254,10 +254,9 @@ class Chaos:
 
     def _start(self, command: Sequence[str]) -> None:
         self.log = self.folder / f"driver-{len(self.outcome.endings)}.log"
-        self.driver = FORKED.Process(
-            target=_drive, args=(command, self.log, self.pace, self.variables)
-        )
-        self.driver.start()
+        driver = FORKED.Process(target=_drive, args=(command, self.log, self.pace, self.variables))
+        driver.start()
+        self.driver = driver
 
     def _said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""

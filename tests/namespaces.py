@@ -145,10 +145,12 @@ class NettedChaos(Chaos):
             _ip("link", "del", self._name(node.number))
 
     def _end(self) -> None:
-        for node in list(self.nodes):
-            self._forget(node)
-        super()._end()
-        self._remove_links()
+        try:
+            for node in list(self.nodes):
+                self._forget(node)
+            super()._end()
+        finally:
+            self._remove_links()
 
     def _remove_links(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):

@@ -44,7 +44,10 @@ from moesaic.orchestrator.pool import Pool  # noqa: E402
 from moesaic.orchestrator.recipe import load_recipe  # noqa: E402
 from moesaic.orchestrator.stages import Calibration  # noqa: E402
 
-CANDIDATES = [{"method": "gptq", "bits": [3, 4], "group_size": -1}, {"method": "rtn", "bits": 8}]
+CANDIDATES = [
+    {"method": "gptq", "bits": [3, 4], "group_size": -1},
+    {"method": "rtn", "bits": 8, "group_size": -1},
+]
 GOALS = {2: 1.7, 3: 2.5}
 
 
