@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from moesaic.kernels.discovery import plugins
+from moesaic.kernels.discovery import plugin, plugins
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 from moesaic.methods.base import Spec, method_module, methods, reducers
 from moesaic.methods.reduction import mixture, reducer_module
@@ -54,12 +54,14 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
         added.append(f"{package.__name__}.{file.stem}")
         plugins.cache_clear()
+        plugin.cache_clear()
         return file
 
     yield put
     for name in added:
         sys.modules.pop(name, None)
     plugins.cache_clear()
+    plugin.cache_clear()
 
 
 def test_page_has_one_example_of_each_kind() -> None:

@@ -24,8 +24,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (folder / "_private.py").write_text("raise RuntimeError('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     plugins.cache_clear()
+    plugin.cache_clear()
     yield "shelf"
     plugins.cache_clear()
+    plugin.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "shelf"]:
         del sys.modules[name]
 
