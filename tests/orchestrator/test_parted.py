@@ -224,6 +224,15 @@ def test_what_does_not_fit_even_alone_is_named(make_walk: MakeWalk) -> None:
         assert "compute.workers" in text and "\n" not in text
 
 
+def test_sums_for_every_text_need_the_whole_block(make_walk: MakeWalk) -> None:
+    walk = make_walk(by_source=tuple(n % 2 for n in range(SEQUENCES)))
+    sizes = sizes_of(walk)
+    assert sizes.sums(0) > sizes_of(make_walk()).sums(0)
+    assert planned_passes(sizes, 0, 1, 10**12, 0, 0) is None
+    with pytest.raises(RunError, match=r"block 0: all of it, with sums .*calibration\.per_source"):
+        planned_passes(sizes, 0, 1, sizes.weights(0), 0, 0)
+
+
 def test_what_was_collected_in_parts_is_the_same(make_walk: MakeWalk, tmp_path: Path) -> None:
     """The walk that stays before a block, as a plan that is solved front to back needs it."""
     left = []
