@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -144,6 +145,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield f"http://{USER}:{PASSWORD}@127.0.0.1:{listening.server_port}", database
     listening.shutdown()
+    mlflow.set_tracking_uri(None)  # the server made its database the default of the process
     monkeypatch.setattr(handlers, "_tracking_store", None)
     monkeypatch.setattr(handlers, "_model_registry_store", None)
 
