@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from moesaic.orchestrator.checkpoint import Checkpoint
     from moesaic.orchestrator.targets import Serve
 
-# glibc returns what was as large as this when it is freed, instead of keeping it for itself; what it
-# keeps is shared by all threads.
+# glibc returns what was as large as this when it is freed, instead of keeping it for itself; what
+# it keeps is shared by all threads.
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}
 
 
