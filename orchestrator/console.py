@@ -158,8 +158,8 @@ def show_scores(
     scores: Mapping[str, Mapping[str, Any]], searched: Iterable[str] = ("plan",)
 ) -> None:
     """Prints :func:`score_table`, whole where it goes into a file: a log has no width."""
-    width = None if stderr.is_terminal else _LOG_WIDTH
-    stderr.print(score_table(scores, searched), width=width)
+    wide = Console(file=stderr.file, width=_LOG_WIDTH, highlight=False)
+    (stderr if stderr.is_terminal else wide).print(score_table(scores, searched))
 
 
 def score_table(
