@@ -49,7 +49,7 @@ from moesaic.orchestrator.statistics import (
     SiteStats,
     StatisticsObserver,
     covered,
-    held_sums,
+    held_by_walker,
     save_stats,
     tree_sum,
 )
@@ -425,8 +425,7 @@ def reversed_experts(
     state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
 ) -> int:
     """How many experts are on the device at a time on the way back; 0 for all."""
-    sizes, nodes = _sizes(walk, model), covered((0, walk.shards), span)
-    held = max(held_sums(node) + (place > 0) for place, node in enumerate(nodes))
+    sizes, held = _sizes(walk, model), held_by_walker(walk.shards, span)
     running = sizes.activations(block, sizes.length, keep_all=True) + sizes.squares(block)
     beside = sizes.beside(state.device, span)[0] + running + held * sizes.gradients(block)
     return experts_at_a_time(sizes, block, state.room, beside)
@@ -436,8 +435,7 @@ def _passes(
     state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
 ) -> Passes | None:
     """How a block is walked where it does not fit the worker's device."""
-    sizes, nodes = _sizes(walk, model), covered((0, walk.shards), span)
-    held = max(held_sums(node) + (place > 0) for place, node in enumerate(nodes))
+    sizes, held = _sizes(walk, model), held_by_walker(walk.shards, span)
     return planned_passes(sizes, block, held, state.room, *sizes.beside(state.device, span))
 
 

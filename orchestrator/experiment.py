@@ -137,7 +137,7 @@ class Experiment:
         mistakes = Mistakes()
         if (url := recipe.publish) is not None:
             mistakes.attempt(lambda: check_publish(url))
-        where = recipe.store or str(output.parent / "store")
+        where = recipe.store_beside(output)
         store = mistakes.attempt(lambda: make_store(where, recipe.cache.place))
         self.folder = (
             mistakes.attempt(lambda: find_model(recipe.model, recipe.cache.place), "model")

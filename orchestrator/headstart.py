@@ -47,7 +47,7 @@ def head_start(recipe_file: Path, output: Path | None, driver: str) -> Iterator[
 
 
 def _all_is_to_do(recipe: Recipe, output: Path | None) -> bool:
-    store = recipe.store or str((output or Path("runs") / recipe.name).parent / "store")
+    store = recipe.store_beside(recipe.folder(output))
     if is_url(store) or cluster_address(recipe.compute)[1] is not None:
         return False
     try:

@@ -30,6 +30,7 @@ from moesaic.orchestrator.room import (
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import (
     covered,
+    held_by_walker,
     held_sums,
     ranges,
 )
@@ -61,12 +62,8 @@ def sites(units: list[Unit]) -> dict[tuple[str, ...], list[Unit]]:
 
 
 def held_walking(shards: int, workers: int) -> int:
-    """Sums that the busiest worker holds: a finished node stays until the next one is done."""
-    return max(
-        held_sums(node) + (place > 0)
-        for span in ranges(shards, workers)
-        for place, node in enumerate(covered((0, shards), span))
-    )
+    """Sums that the busiest worker holds."""
+    return max(held_by_walker(shards, span) for span in ranges(shards, workers))
 
 
 def held_adding(shards: int, workers: int) -> int:

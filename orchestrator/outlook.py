@@ -126,7 +126,7 @@ def predict_on(
     """
     recipe, nodes = load_recipe(recipe_file), read_cluster(cluster)
     try:
-        experiment = planned(recipe, output or Path("runs") / recipe.name, nodes)
+        experiment = planned(recipe, recipe.folder(output), nodes)
     except RecipeError as error:
         raise UserError("\n".join(f"{recipe_file}: {text}" for text in error.args)) from None
     source, call, told = cluster_speeds(experiment, nodes, bench)

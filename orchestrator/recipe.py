@@ -613,6 +613,14 @@ class Recipe(Section):
     cache: CacheSection = CacheSection()
     publish: Annotated[Text, AfterValidator(_publish)] | None = None
 
+    def folder(self, output: Path | None) -> Path:
+        """Where a run leaves its files, if ``--output`` does not say."""
+        return output or Path("runs") / self.name
+
+    def store_beside(self, folder: Path) -> str:
+        """Folder or URL of the store of a run that leaves its files in ``folder``."""
+        return self.store or str(folder.parent / "store")
+
     @field_validator("candidates")
     @classmethod
     def _something_to_do(cls, candidates: list[Chain], known: ValidationInfo) -> list[Chain]:

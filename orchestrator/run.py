@@ -127,7 +127,7 @@ def _started(recipe_file: Path, recipe: Recipe, folder: Path, verb: str) -> Iter
 
 
 def _output(recipe: Recipe, output: Path | None) -> Path:
-    folder = (output or Path("runs") / recipe.name).resolve()
+    folder = recipe.folder(output).resolve()
     _check_stays("--output", folder)
     if recipe.store is not None:
         _check_stays("store", Path(recipe.store))

@@ -64,6 +64,13 @@ def held_sums(node: Node, leaves: frozenset[Node] = frozenset()) -> int:
     return max(held_sums((low, middle), leaves), 1 + held_sums((middle, high), leaves))
 
 
+def held_by_walker(shards: int, span: Node) -> int:
+    """Sums of a block that the worker of some shards holds: a finished node stays until the next
+    one is done."""
+    nodes = covered((0, shards), span)
+    return max(held_sums(node) + (place > 0) for place, node in enumerate(nodes))
+
+
 # Name in a file → dtype and shape.
 SumShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
