@@ -3,7 +3,8 @@
 Without its reducers a chain is a compression and what comes after it:
 
 - a method with ``compress``, which takes dense weights;
-- after one that leaves factors of low rank, a quantizer, which rounds the factors;
+- after one that leaves factors of low rank, a quantizer, which rounds the factors, and the base
+  that a bank's experts may share;
 - last, a method with ``repair``, which adds a correction of low rank to whatever is there.
 
 Each link takes what the chain before it left, which is a result of its own and made once. Chains
@@ -28,6 +29,7 @@ from moesaic.methods.base import (
     is_ranked,
     is_reducer,
     is_repair,
+    is_whole,
     link_module,
     method_module,
     options_of,
@@ -39,7 +41,9 @@ from moesaic.methods.factors import (
     factor_problem,
     is_factoring,
     is_quantizer,
+    leaves_factors,
     quantize_factors,
+    quantize_shared,
 )
 from moesaic.methods.low_rank import (
     ABOVE_BREAK_EVEN,
@@ -77,7 +81,7 @@ def _rounds_factors(chain: Chain) -> bool:
     """Whether the last link of a chain is a quantizer of the factors that the one before left."""
     if len(chain) < 2 or not is_quantizer(chain[-1].method):
         return False
-    return is_factoring(chain[-2].method)
+    return leaves_factors(chain[-2].method)
 
 
 def rowwise(chain: Chain) -> bool:
@@ -90,10 +94,12 @@ def needs(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(link_module(spec.method).NEEDS for spec in chain))
 
 
-def for_banks(chain: Chain) -> bool:
-    """Whether a chain that reduces nothing has a link that works on banks alone."""
+def for_banks(chain: Chain) -> list[str]:
+    """Methods that work on banks alone in a chain that reduces nothing."""
     rest = reducing(chain)[1]
-    return rest == chain and any({"bank"} == link_module(s.method).SCOPE for s in rest)
+    if rest != chain:
+        return []
+    return [s.method for s in rest if {"bank"} == link_module(s.method).SCOPE]
 
 
 def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
@@ -103,8 +109,10 @@ def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
         if kind not in module.SCOPE:
             return f"{spec.method} does not work on a {kind}"
         if _rounds_factors(chain[: index + 1]):
-            rank = _rank(chain[index - 1])
-            reason = factor_problem(shapes, rank, spec.method, spec.parsed())
+            before = chain[index - 1]
+            reason = factor_problem(
+                shapes, _rank(before), is_whole(before.method), spec.method, spec.parsed()
+            )
         else:
             reason = module.problem(shapes, spec.parsed())
         if reason is not None:
@@ -122,8 +130,10 @@ def predict_bytes(shapes: Shapes, dtype: torch.dtype, chain: Chain) -> int:
     size = 0
     for index, spec in enumerate(chain):
         if _rounds_factors(chain[: index + 1]):
-            rank = _rank(chain[index - 1])
-            size = factor_bytes(shapes, rank, dtype, spec.method, spec.parsed())
+            before = chain[index - 1]
+            size = factor_bytes(
+                shapes, _rank(before), is_whole(before.method), dtype, spec.method, spec.parsed()
+            )
         else:
             size += link_module(spec.method).predict_bytes(shapes, dtype, spec.parsed())
     return size
@@ -157,6 +167,8 @@ def apply_link(
     if is_repair(spec.method):
         return repair_module(spec.method).repair(weights, before, stats, options)
     if _rounds_factors(chain):
+        if is_whole(chain[-2].method):
+            return quantize_shared(spec.method, weights, before, stats, options)
         return quantize_factors(spec.method, before, stats, options)
     return method_module(spec.method).compress(weights, stats, options)
 

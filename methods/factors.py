@@ -4,6 +4,9 @@ A weight L·R gets codes for both factors. R ``[rank, in]`` reads the inputs of 
 quantized with their statistics. L ``[out, rank]`` reads R̂x, of which H becomes R̂ H R̂ᵀ. Before that,
 L is refitted to the rounded R̂ by least squares, L' = L R H R̂ᵀ (R̂ H R̂ᵀ)⁺, so that it makes up for
 what can be made up for.
+
+Where the experts of a bank share a base, the base is rounded first, for the inputs of all of them,
+and each expert's factors are made anew for what the rounded base leaves of its weight.
 """
 
 from collections.abc import Mapping
@@ -11,10 +14,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moesaic.kernels import lowrank
+from moesaic.kernels import delta, lowrank
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import MethodOptions, Result, Stats, method_module, methods
-from moesaic.methods.low_rank import LowRankOptions, Rank, experts_hessian, factor_shapes
+from moesaic.methods.base import MethodOptions, Result, Stats, is_whole, method_module, methods
+from moesaic.methods.low_rank import (
+    LowRankOptions,
+    Rank,
+    eigen_root,
+    experts_hessian,
+    factor_shapes,
+    low_rank,
+)
 from moesaic.methods.sparsity import SparseOptions
 
 # Statistics that can be told of R̂x.
@@ -28,6 +38,12 @@ def is_factoring(name: str) -> bool:
     return name in methods() and issubclass(method_module(name).Options, LowRankOptions)
 
 
+def leaves_factors(name: str) -> bool:
+    """Whether a quantizer may round what the method called ``name`` leaves: factors alone, or with
+    a base that a bank's experts share."""
+    return name in methods() and (is_factoring(name) or is_whole(name))
+
+
 def is_quantizer(name: str) -> bool:
     """Whether the method called ``name`` can round factors: it needs no more than H and tokens,
     and leaves neither factors nor gaps."""
@@ -36,6 +52,51 @@ def is_quantizer(name: str) -> bool:
     module = method_module(name)
     others = "rank" in module.Options.model_fields or issubclass(module.Options, SparseOptions)
     return not others and module.NEEDS <= _NEEDS
+
+
+def quantize_shared(
+    method: str,
+    weights: Mapping[str, Tensor],
+    members: Mapping[str, CompressedTensor],
+    stats: Mapping[str, Stats],
+    options: MethodOptions,
+) -> Result:
+    """Quantizes ``members``, ``[experts, out, in]`` in the format ``delta``: bases, then factors.
+
+    Args:
+        method: name of a quantizer.
+        weights: the dense members, which the factors are fitted to.
+        stats: of the experts' inputs, with ``hessian`` and ``tokens``.
+
+    Raises:
+        ValueError: a member cannot be quantized so.
+    """
+    bases, pooled, ranks = {}, {}, {}
+    for name, tensor in members.items():
+        base, deltas = delta.members(tensor)
+        bases[_base(name)] = base.dense()
+        pooled[_base(name)] = Stats(
+            {key: stats[name][key].sum(0, dtype=stats[name][key].dtype) for key in _NEEDS}
+        )
+        ranks[name] = lowrank.factors(deltas)[0].shape[-1]
+    first = method_module(method).compress(bases, pooled, options)
+    exact = Result({})
+    for name, rank in ranks.items():
+        rounded = first.members[_base(name)].effective()
+        one = low_rank(
+            {name: weights[name]},
+            rank,
+            lambda name, expert: eigen_root(stats[name], expert),
+            lambda name, expert, base=rounded: base,  # type: ignore[misc]
+        )
+        exact.members.update(one.members)
+        exact.events.extend(one.events)
+    second = quantize_factors(method, exact.members, stats, options)
+    packed = {
+        name: delta.pack(first.members[_base(name)], deltas)
+        for name, deltas in second.members.items()
+    }
+    return Result(packed, first.events + exact.events + second.events)
 
 
 def quantize_factors(
@@ -75,6 +136,10 @@ def quantize_factors(
     return Result(packed, first.events + second.events)
 
 
+def _base(name: str) -> str:
+    return f"{name} (base)"
+
+
 def _left(name: str) -> str:
     return f"{name} (left factor)"
 
@@ -107,20 +172,33 @@ def _seen_by_left(
     return fitted.view(left.shape), Stats(sums)
 
 
-def factor_problem(shapes: Shapes, rank: Rank, method: str, options: MethodOptions) -> str | None:
-    """Why the factors of members of these shapes cannot be quantized so; None if they can."""
-    return method_module(method).problem(_factor_shapes(shapes, rank), options)
+def factor_problem(
+    shapes: Shapes, rank: Rank, based: bool, method: str, options: MethodOptions
+) -> str | None:
+    """Why the factors of members of these shapes cannot be quantized so; None if they can.
+
+    Args:
+        based: with a base that all experts share.
+    """
+    return method_module(method).problem(_factor_shapes(shapes, rank, based), options)
 
 
 def factor_bytes(
-    shapes: Shapes, rank: Rank, dtype: torch.dtype, method: str, options: MethodOptions
+    shapes: Shapes,
+    rank: Rank,
+    based: bool,
+    dtype: torch.dtype,
+    method: str,
+    options: MethodOptions,
 ) -> int:
-    """Bytes of the quantized factors, exactly."""
-    return method_module(method).predict_bytes(_factor_shapes(shapes, rank), dtype, options)
+    """Bytes of the quantized factors, and bases, exactly."""
+    return method_module(method).predict_bytes(_factor_shapes(shapes, rank, based), dtype, options)
 
 
-def _factor_shapes(shapes: Shapes, rank: Rank) -> dict[str, tuple[int, ...]]:
+def _factor_shapes(shapes: Shapes, rank: Rank, based: bool) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, shape in shapes.items():
         found[_left(name)], found[_right(name)] = factor_shapes(shape, rank)
+        if based:
+            found[_base(name)] = shape[-2:]
     return found

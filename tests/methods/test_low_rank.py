@@ -25,7 +25,13 @@ from moesaic.methods.base import (
     repair_module,
     repairs,
 )
-from moesaic.methods.factors import factor_bytes, factor_problem, is_factoring, quantize_factors
+from moesaic.methods.factors import (
+    factor_bytes,
+    factor_problem,
+    is_factoring,
+    quantize_factors,
+    quantize_shared,
+)
 
 FACTORING = [name for name in methods() if is_factoring(name)]
 WHITENING = ["svd_llm", "eora"]
@@ -461,11 +467,11 @@ def test_quantized_factors_are_near_and_have_the_bytes_predicted(method, experts
     previous = None
     for bits in (3, 5, 8):
         options = options_of(method)(bits=bits, group_size=8)
-        assert factor_problem(shapes, 16, method, options) is None
+        assert factor_problem(shapes, 16, False, method, options) is None
         result = quantize_factors(method, whole, sites, options)
         assert list(result.members) == list(weights)
         size = sum(tensor.nbytes for tensor in result.members.values())
-        assert size == factor_bytes(shapes, 16, torch.bfloat16, method, options)
+        assert size == factor_bytes(shapes, 16, False, torch.bfloat16, method, options)
         total = 0.0
         for name, tensor in result.members.items():
             assert tensor.format == "lowrank"
@@ -475,6 +481,40 @@ def test_quantized_factors_are_near_and_have_the_bytes_predicted(method, experts
         assert previous is None or total < 0.4 * previous
         previous = total
     assert total < 1e-3 * float(((weight @ stats["hessian"]) * weight).sum())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_factors_make_up_for_a_rounded_shared_base(method, make_alike):
+    weight, stats = make_alike()
+    weights = {"w": weight.bfloat16()}
+    shapes = {"w": tuple(weight.shape)}
+    whole = run("delta_moe", weights["w"], stats, rank=16).members
+    previous = None
+    for bits in (3, 5, 8):
+        options = options_of(method)(bits=bits, group_size=8)
+        assert factor_problem(shapes, 16, True, method, options) is None
+        bank = quantize_shared(method, weights, whole, {"w": stats}, options).members["w"]
+        base, deltas = delta.members(bank)
+        left, right = lowrank.factors(deltas)
+        assert bank.format == "delta"
+        assert {t.format for t in (base, left, right)} == {"int_group"}
+        assert bank.nbytes == factor_bytes(shapes, 16, True, torch.bfloat16, method, options)
+        # Had the same factors been rounded, the base's error would be there as a whole.
+        exact = {"w": delta.members(whole["w"])[1]}
+        same_factors = quantize_factors(method, exact, {"w": stats}, options)
+        worse = delta.pack(base, same_factors.members["w"])
+        total, kept = (
+            sum(
+                error(weight[e], tensor[e].dense(), hessian)
+                for e, hessian in enumerate(stats["hessian"])
+            )
+            for tensor in (bank, worse)
+        )
+        assert total < kept
+        assert previous is None or total < 0.4 * previous
+        previous = total
+    reason = factor_problem({"w": (4, OUT, 44)}, 8, True, method, options)
+    assert reason is not None and "44" in reason
 
 
 def test_left_factor_makes_up_for_the_rounded_right_one(make_unit, monkeypatch):
@@ -501,9 +541,9 @@ def test_left_factor_makes_up_for_the_rounded_right_one(make_unit, monkeypatch):
 
 def test_what_factors_cannot_have_is_told(make_unit):
     options = rtn.Options(group_size=16)
-    reason = factor_problem({"w": (OUT, IN)}, 16, "rtn", options)
+    reason = factor_problem({"w": (OUT, IN)}, 16, False, "rtn", options)
     assert reason is not None and "w (right factor)" in reason and "40" in reason
-    reason = factor_problem({"w": (OUT, 48)}, 8, "rtn", options)
+    reason = factor_problem({"w": (OUT, 48)}, 8, False, "rtn", options)
     assert reason is not None and "w (left factor)" in reason and "8" in reason
     weight, stats = make_unit()
     with pytest.raises(ValueError, match="w: the format is dense"):

@@ -227,7 +227,11 @@ def test_bytes_of_chains_are_told_before_any_work(project: Project) -> None:
 
 
 DELTA: dict[str, Any] = {
-    "candidates": [{**GPTQ, "bits": 8}, {"method": "delta_moe", "rank": [1, 0.2, 4]}],
+    "candidates": [
+        {**GPTQ, "bits": 8},
+        {"method": "delta_moe", "rank": [1, 0.2, 4]},
+        [{"method": "delta_moe", "rank": 8}, {"method": "rtn", "bits": 4, "group_size": 8}],
+    ],
     "baselines": {"shared": {"method": "delta_moe", "rank": 4}},
     "budget": {"bits_per_weight": 6.5},
 }
@@ -242,7 +246,7 @@ def test_experts_that_share_a_base_take_it_together(project: Project) -> None:
     found = set()
     for unit in experiment.units:
         offered = experiment.offers[unit.name]
-        assert any(c[-1].method == "delta_moe" for c in offered) == (unit.kind == "bank")
+        assert any(c[0].method == "delta_moe" for c in offered) == (unit.kind == "bank")
         for chain in offered:
             own = [m for m in table if m.unit.startswith(unit.name) and m.chain == chain]
             assert sum(m.bytes for m in own) == experiment.predicted_bytes(unit, chain)
@@ -250,7 +254,8 @@ def test_experts_that_share_a_base_take_it_together(project: Project) -> None:
             links = [chosen[f"{unit.name}.{e}.{member}"] for e in range(unit.shapes[member][0])]
             assert links.count(links[0]) == len(links)
             found.add(links[0][0]["method"])
-    assert "delta_moe" in found
+            found.add(links[0][-1]["method"])
+    assert {"delta_moe", "rtn"} <= found
     # A baseline for banks alone leaves the rest as it is.
     scores = project.json("scores.json")
     assert scores["shared"]["bytes"] < scores["dense"]["bytes"]
