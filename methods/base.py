@@ -57,6 +57,12 @@ def of_source(source: int) -> str:
     return f"hessian/{source}"
 
 
+def of_dense_model(name: str) -> str:
+    """Name of a statistic over the inputs that the dense model gives, beside the one over what its
+    compressed predecessors leave of them."""
+    return f"{name}/dense"
+
+
 # What the reverse pass can keep of a member's output gradient g = d(negative log-likelihood)/dy.
 # The labels are drawn from the model's own distribution, for ``fisher`` they are the next tokens of
 # the text; that one is collected only where a method needs it.

@@ -94,6 +94,12 @@ def needs(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(link_module(spec.method).NEEDS for spec in chain))
 
 
+def refits(chain: Chain) -> bool:
+    """Whether a link wants to know what the dense model's inputs are, beside those that it gets
+    from compressed predecessors."""
+    return any(getattr(spec.parsed(), "refit", False) for spec in chain)
+
+
 def for_banks(chain: Chain) -> list[str]:
     """Methods that work on banks alone in a chain that reduces nothing."""
     rest = reducing(chain)[1]

@@ -159,6 +159,7 @@ def low_rank(
     root: Callable[[str, int], Root],
     base: Callable[[str, int], Tensor] | None = None,
     first: int = 0,
+    refit: Callable[[str, int], Tensor | None] | None = None,
 ) -> Result:
     """Factors of members ``[*batch, out, in]`` in the format ``lowrank``, expert by expert.
 
@@ -167,6 +168,7 @@ def low_rank(
         base: ``[out, in]`` likewise: what the factors will be added to; None if nothing. Then
             there is an event ``above_break_even`` where they are larger than the weight.
         first: number of the first expert, for events.
+        refit: T of other inputs, likewise, to which the left factors are fitted (:func:`refitted`).
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or there is no such rank.
@@ -193,6 +195,9 @@ def low_rank(
             if base is not None:
                 wide = wide - base(name, expert).double()
             a, b = whitened_svd(wide, roots[-1].transform)
+            other = None if refit is None else refit(name, expert)
+            if other is not None:
+                a, b = refitted(wide, b, other)
             left[expert], right[expert] = a[:, :columns], b[:columns]
         result.members[name] = lowrank.pack(
             dense.pack(left.view(*batch, out, columns)),
@@ -252,6 +257,31 @@ def whitened_svd(weight: Tensor, transform: Tensor | None) -> tuple[Tensor, Tens
     sign = torch.where(largest < 0, -1.0, 1.0)
     scale = sign * length.sqrt()
     return left * scale, torch.where(length > 0, scale / length, 0.0)[:, None] * right
+
+
+def refitted(weight: Tensor, right: Tensor, transform: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors whose right rows span what the first rows of ``right`` do, the left ones fitted.
+
+    For every rank r, L_r = argmin ‖(W - L·R_r) T‖ with R_r the first r rows. They are turned so
+    that R·T has orthonormal rows, in their order: then L = W T (R T)ᵀ, column by column, and
+    smaller ranks are cuts of larger ones here, too.
+
+    Args:
+        weight: W, float64 ``[out, in]``.
+        right: float64 ``[rank, in]``; rows that depend on the ones before add nothing.
+        transform: T, float64 ``[in, in]``, of the inputs that are fitted to.
+
+    Returns:
+        float64 ``[out, rank]`` and ``[rank, in]``.
+    """
+    seen = right @ transform  # [rank, in]
+    diagonal = torch.linalg.qr(seen.mT)[1].diagonal().abs()
+    kept = diagonal > diagonal.max() * len(right) * torch.finfo(right.dtype).eps
+    basis, mix = torch.linalg.qr(seen[kept].mT)  # (R T)ᵀ = basis · mix
+    left, turned = weight.new_zeros(len(weight), len(right)), torch.zeros_like(right)
+    left[:, kept] = weight @ transform @ basis
+    turned[kept] = torch.linalg.solve_triangular(mix.mT, right[kept], upper=False)
+    return left, turned
 
 
 def experts_hessian(stats: Stats, expert: int) -> Tensor:

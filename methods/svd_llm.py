@@ -5,7 +5,9 @@ the Hessian: ``eigen`` takes eigenvalues and eigenvectors (v2: Wang et al., 2503
 3.1), ``cholesky`` the Cholesky factor, for which the Hessian is damped (v1: 2403.07378, 3.1).
 
 A refit of one factor to the other by least squares, L = W H Rᵀ (R H Rᵀ)⁺, gives the same L again:
-L·R = U_r U_rᵀ W is an optimum over both.
+L·R = U_r U_rᵀ W is an optimum over both. It is another L where R comes from the dense model's
+inputs and H from those that compressed predecessors leave: ``refit``, the sequential update of v1
+(section 3.2). Without it both factors are made for the latter, which loses least of these outputs.
 """
 
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moesaic.methods.base import Result, Stats, option
+from moesaic.methods.base import Result, Stats, of_dense_model, option
 from moesaic.methods.hessian import damped_cholesky
 from moesaic.methods.low_rank import (
     LowRankOptions,
@@ -43,6 +45,11 @@ class Options(LowRankOptions):
         gt=0,
         le=1,
     )
+    refit: bool = option(
+        False,
+        "with propagate: right factors for the dense model's inputs, and only the left ones fitted"
+        " to what compressed predecessors leave; otherwise both are made for the latter",
+    )
 
 
 predict_bytes = factored_bytes
@@ -60,12 +67,28 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
     """
 
     def root(name: str, expert: int) -> Root:
+        seen = of_dense(stats[name]) if options.refit else stats[name]
         if options.variant == "eigen":
-            return eigen_root(stats[name], expert)
-        return cholesky_root(stats[name], expert, options.damp)
+            return eigen_root(seen, expert)
+        return cholesky_root(seen, expert, options.damp)
+
+    def refit(name: str, expert: int) -> Tensor | None:
+        # Where nothing before is compressed there are no other inputs.
+        known = of_dense_model("hessian") in stats[name]
+        return eigen_root(stats[name], expert).transform if options.refit and known else None
 
     first = next(iter(stats.values())).first
-    return low_rank(weights, options.rank, root, first=first)
+    return low_rank(weights, options.rank, root, first=first, refit=refit)
+
+
+def of_dense(stats: Stats) -> Stats:
+    """Statistics of the dense model's inputs; the same ones where no others are known."""
+    if of_dense_model("hessian") not in stats:
+        return stats
+    return stats.derived(
+        "of the dense model",
+        lambda: Stats({name: stats[of_dense_model(name)] for name in NEEDS}, stats.first),
+    )
 
 
 def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:

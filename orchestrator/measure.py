@@ -18,7 +18,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.methods import chains as links
-from moesaic.methods.base import OUTPUT_STATISTICS, Chain, Spec, Stats, Unit, reducing
+from moesaic.methods.base import (
+    OUTPUT_STATISTICS,
+    Chain,
+    Spec,
+    Stats,
+    Unit,
+    of_dense_model,
+    reducing,
+)
 from moesaic.methods.reduction import reducer_module
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.compression import Bench
@@ -54,6 +62,8 @@ class Job:
         reduction: key of the entry that all the chains begin with, if they reduce the one unit, or
             the part that the units belong to.
         part: name of that part; empty for a bank.
+        dense_stats: file of the block's statistics over the dense model, where ``stats`` are over
+            compressed predecessors and the chains want both.
     """
 
     model: str
@@ -68,6 +78,7 @@ class Job:
     reduction: str | None = None
     part: str = ""
     gradients: str | None = None
+    dense_stats: str | None = None
 
 
 def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
@@ -125,6 +136,11 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
     used = [*units, *(part.units.values() if part is not None else ())]
     sites = {site for unit in used for site in unit.sites.values()}
     stats = load_stats(Path(plan.stats), lambda site: site in sites)
+    if plan.dense_stats is not None:
+        for site, dense in load_stats(Path(plan.dense_stats), lambda site: site in sites).items():
+            stats[site].sums |= {
+                of_dense_model(name): dense[name] for name in ("tokens", "hessian")
+            }
     slopes: SiteStats = {}
     if plan.gradients is not None:
         own = {f"{unit.name}{SEPARATOR}{member}" for unit in units for member in unit.shapes}

@@ -48,6 +48,7 @@ class Offering:
         """
         self._check_reductions()
         self._check_gradients()
+        self._check_refits()
         faults: dict[tuple[str, str], list[Chain]] = {}
         offers: dict[str, list[Chain]] = {}
         nothing: dict[str, str] = {}
@@ -116,6 +117,15 @@ class Offering:
             raise RecipeError(
                 f"calibration.gradient_sequences: 0, but {found[0].method} needs gradients: give 16"
                 f" or more, or take {found[0].method} out"
+            )
+
+    def _check_refits(self) -> None:
+        """Raises a RecipeError for fits to compressed predecessors where there are none."""
+        found = [chain for chain in self.recipe.chains() if chains.refits(chain)]
+        if found and not self.recipe.propagate:
+            raise RecipeError(
+                f"candidates: {chain_text(found[0])}: refit fits factors to what compressed"
+                " predecessors leave: propagate: true, or take refit out"
             )
 
     def _check_reductions(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, reducing, reverse_needs
+from moesaic.methods.chains import refits
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
@@ -258,6 +259,9 @@ def measuring_jobs(
         units = [experiment.by_name[name] for name in wanted]
         block, part = units[0].block, experiment.shaping.part(units[0].name)
         gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
+        stats = experiment.store.path("stats", walk.stats_key(block))
+        dense = experiment.store.path("stats", experiment.walk.stats_key(block))
+        both = dense != stats and any(refits(c) for own in wanted.values() for c, _ in own)
         yield Job(
             model=walk.model,
             dtype=walk.dtype,
@@ -269,11 +273,12 @@ def measuring_jobs(
                 name: plain_pairs(experiment.stages(name, pairs, walk))
                 for name, pairs in wanted.items()
             },
-            stats=str(experiment.store.path("stats", walk.stats_key(block))),
+            stats=str(stats),
             store=walk.store,
             reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
             part=part.name if prefix and part is not None else "",
             gradients=str(gradients) if wants else None,
+            dense_stats=str(dense) if both else None,
         )
 
 

@@ -21,6 +21,7 @@ from moesaic.methods.base import (
     is_whole,
     method_module,
     methods,
+    of_dense_model,
     options_of,
     repair_module,
     repairs,
@@ -357,6 +358,76 @@ def test_experts_without_tokens_get_plain_svd_and_one_event(make_unit):
     for expert in (1, 2):
         assert same(result.members["w"][expert], plain[expert])
     assert not same(result.members["w"][0], plain[0])
+
+
+# Left factors fitted to other inputs
+
+
+@pytest.fixture
+def make_both(make_unit, make_stats):
+    """A weight, and statistics of the dense model's inputs and of others."""
+
+    def make(experts: int = 0, tokens: int = 200) -> tuple[Tensor, Stats, Stats]:
+        weight, seen = make_unit(experts=experts)
+        other = make_stats(IN, experts, tokens)
+        sums = {name: other[name] for name in ("hessian", "tokens")}
+        turn = torch.eye(IN).double() + 0.3 * make_unit(IN, IN)[0]
+        sums["hessian"] = turn @ sums["hessian"].double() @ turn.mT
+        beside = {of_dense_model(name): seen[name] for name in ("hessian", "tokens")}
+        return weight, seen, Stats({**sums, **beside})
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["eigen", "cholesky"])
+def test_refit_keeps_the_rows_and_has_the_best_left_factor(variant, make_both):
+    weight, seen, both = make_both()
+    both_new = run("svd_llm", weight, both, rank=7, variant=variant).members["w"].dense()
+    before = run("svd_llm", weight, seen, rank=7, variant=variant).members["w"]
+    fitted = run("svd_llm", weight, both, rank=7, variant=variant, refit=True).members["w"]
+    right = lowrank.factors(before)[1].dense()
+    again = lowrank.factors(fitted)[1].dense()
+    # Each row is a combination of the same rows.
+    assert (again - again @ torch.linalg.pinv(right) @ right).norm() < 1e-9 * again.norm()
+    # Independent of how it is made: least squares by numpy, whitened by scipy's root.
+    root = scipy.linalg.sqrtm(both["hessian"].double().numpy()).real
+    left, *_ = np.linalg.lstsq((right.numpy() @ root).T, (weight.numpy() @ root).T, rcond=None)
+    least = error(weight, torch.from_numpy(left.T) @ right, both["hessian"])
+    assert error(weight, fitted.dense(), both["hessian"]) == pytest.approx(least, rel=1e-6)
+    assert least < 0.99 * error(weight, before.dense(), both["hessian"])
+    assert error(weight, both_new, both["hessian"]) <= least * (1 + 1e-6)
+
+
+def test_refit_is_nested_in_the_rank_and_exact_at_full_rank(make_both):
+    weight, _, both = make_both(experts=2)
+    largest = run("svd_llm", weight, both, rank=OUT, refit=True).members["w"]
+    assert (largest.dense() - weight).norm() < 1e-12 * weight.norm()
+    for rank in (1, 5, 20):
+        own = run("svd_llm", weight, both, rank=rank, refit=True).members["w"]
+        assert same(largest.cut(rank), own)
+
+
+@pytest.mark.parametrize("case", ["none", "few", "rank_deficient"])
+def test_refit_survives_whatever_the_other_inputs_are(case, make_both):
+    weight, seen, both = make_both(tokens=3 if case == "few" else 200)
+    if case == "none":
+        for name in ("hessian", "tokens"):
+            both.sums[name] = torch.zeros_like(both[name])
+    if case == "rank_deficient":
+        weight[5:] = 0
+    for rank in (2, OUT):
+        fitted = run("svd_llm", weight, both, rank=rank, refit=True).members["w"]
+        assert fitted.dense().isfinite().all()
+        if case == "none":
+            # Nothing to fit to: what the dense model's inputs give stays.
+            assert same(fitted, run("svd_llm", weight, seen, rank=rank).members["w"])
+    assert (fitted.dense() - weight).norm() < 1e-8 * weight.norm()
+
+
+def test_refit_without_other_inputs_changes_nothing(make_unit):
+    weight, stats = make_unit()
+    plain = run("svd_llm", weight, stats, rank=5).members["w"]
+    assert same(run("svd_llm", weight, stats, rank=5, refit=True).members["w"], plain)
 
 
 # Deltas of a shared base

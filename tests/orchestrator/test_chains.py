@@ -1,5 +1,6 @@
 """Ranks and chains on their way through the store: made once, cut, read like any other piece."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from moesaic.kernels import lowrank, residual
 from moesaic.methods.base import Chain, Spec, Unit, method_module, reducing
 from moesaic.methods.chains import predict_bytes
-from moesaic.orchestrator import compression
+from moesaic.orchestrator import compression, propagate
 from moesaic.orchestrator.compression import row_errors
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -276,6 +277,40 @@ def test_methods_for_experts_are_refused_where_there_are_none(
     dense.write(**{**DELTA, "baselines": {}})
     with pytest.raises(UserError, match="delta_moe: for experts only, and llama has none"):
         dense.run()
+
+
+def test_left_factors_are_fitted_to_what_compressed_predecessors_leave(project: Project) -> None:
+    refit = [{"method": "svd_llm", "rank": [0.4, 0.7], "refit": True}]
+    recipe = {**MIXED, "candidates": refit, "baselines": {}}
+    project.write(**recipe)
+    with pytest.raises(UserError, match="propagate: true, or take refit out"):
+        project.run()
+    project.write(**recipe, propagate=True)
+    result, _ = project.run()
+    experiment = _open(project)
+    chosen = {
+        name: tuple(Spec.of(spec["method"], spec["options"]) for spec in links)
+        for name, links in project.json("plan.json")["units"].items()
+    }
+    walk, seen = propagate.prefixed(experiment, chosen), 0
+    for unit in (unit for unit in experiment.units if unit.kind == "linear"):
+        chain = chosen[unit.name]
+        if not chain:
+            continue
+        before, after = (
+            lowrank.factors(read_piece(experiment.store.path("pieces", key))["weight"])[1].dense()
+            for key in (experiment.key(unit.name, chain, w) for w in (experiment.walk, walk))
+        )
+        if unit.block == 0:
+            assert torch.equal(before, after)
+            continue
+        wide, turned = before.double(), after.double()
+        rest = turned - turned @ torch.linalg.pinv(wide) @ wide
+        assert not torch.equal(before, after)
+        # The same rows, up to what bfloat16 leaves of them.
+        assert rest.norm() < 0.02 * turned.norm()
+        seen += 1
+    assert seen and math.isfinite(result["scores"]["plan"]["kl"])
 
 
 @pytest.mark.parametrize(
