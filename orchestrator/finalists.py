@@ -8,8 +8,9 @@ what was predicted for them, and not offered at all; and each of these without c
 The plans that come out are really run on some of the calibration text, and the one that is nearest
 to the dense model is taken. Held-out text plays no part.
 
-So on that text the plan taken is never worse than that of bits alone. On other text it may be, by
-as much as the sample is unlike it.
+A plan with corrections is taken only where it is nearer by more than the sample could feign: by
+twice the standard error of the difference, sequence by sequence. Otherwise the best plan without
+them is, so that on other text, too, corrections hardly ever make a plan worse.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moesaic.methods.base import is_repair
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
-from moesaic.search.base import Measurement, Problem
+from moesaic.search.base import Measurement, Plan, Problem
 
 Choices = Mapping[str, Sequence[Measurement]]
 
@@ -31,6 +34,8 @@ Choices = Mapping[str, Sequence[Measurement]]
 CHARGES: tuple[float | None, ...] = (1.0, 2.0, 4.0, None)
 # Finalists are run on so many parts of the calibration text, of so many sequences each.
 _PARTS, _SEQUENCES = 4, 8
+# Standard errors by which a plan with corrections must be better than one without.
+_SURE = 2.0
 
 
 def variants(problem: Problem) -> dict[str, Problem]:
@@ -87,11 +92,38 @@ def charged(problem: Problem, charge: float | None) -> Problem:
     return replace(problem, banks=banks)
 
 
+def taken(plans: Mapping[str, Plan], losses: Mapping[str, Sequence[float]]) -> str:
+    """Name of the plan that is taken.
+
+    Args:
+        plans: by name.
+        losses: name → what :func:`divergences` found.
+    """
+
+    def best(names: Iterable[str]) -> str:
+        return min(names, key=lambda name: (np.mean(losses[name]), plans[name].bytes))
+
+    first = best(plans)
+    plain = [name for name, plan in plans.items() if not corrects(plan)]
+    if first in plain or not plain:
+        return first
+    other = best(plain)
+    gained = np.subtract(losses[other], losses[first])
+    error = gained.std(ddof=1) / np.sqrt(len(gained)) if len(gained) > 1 else np.inf
+    return first if gained.mean() > _SURE * error else other
+
+
+def corrects(plan: Plan) -> bool:
+    """Whether some choice ends in a correction."""
+    return any(chain and is_repair(chain[-1].method) for chain in plan.units.values())
+
+
 def divergences(
     experiment: Experiment, pool: Pool, view: View, plans: Mapping[str, Mapping[str, str]]
-) -> dict[str, float]:
-    """What a search makes small, on calibration text: KL to the dense model in nats per token, or
-    an encoder's mean distance of embeddings. What was measured before is known.
+) -> dict[str, list[float]]:
+    """What a search makes small, for each of some sequences of the calibration text: KL to the
+    dense model in nats per token, or an encoder's distance of embeddings. What was measured before
+    is known.
 
     Args:
         plans: name → unit → file of its piece.
@@ -103,22 +135,21 @@ def divergences(
     rows = [(low, min(low + _SEQUENCES, high)) for low, high in bounds if high > low]
     family = experiment.model.family
     each = 1 if family.is_encoder else experiment.calibration.ids.shape[1] - 1
-    judged = each * sum(high - low for low, high in rows)
 
     def key(pieces: Mapping[str, str]) -> str:
         made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
-        return digest(["finalist", made_of, rows])
+        return digest(["finalist by sequence", made_of, rows])
 
     known = {name: store.get_json("scores", key(pieces)) for name, pieces in plans.items()}
     missing = [name for name, value in known.items() if value is None]
     view.stage("finalists", len(plans), len(plans) - len(missing))
-    sums: dict[str, dict[int, float]] = {name: {} for name in missing}
+    sums: dict[str, dict[int, Sequence[float]]] = {name: {} for name in missing}
 
     def task(name: str, part: tuple[int, int]) -> Task:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            sums[name][part[0]] = sum(result[family.yardstick.loss.key])
+            sums[name][part[0]] = result[family.yardstick.loss.key]
             if len(sums[name]) == len(rows):
-                known[name] = sum(sums[name][row] for row, _ in rows) / judged
+                known[name] = [value / each for row, _ in rows for value in sums[name][row]]
                 store.put_json("scores", key(plans[name]), known[name])
                 view.advance("finalists")
             return ()
@@ -129,4 +160,4 @@ def divergences(
     if missing:
         remember_dense(pool, view, judge, rows)
         pool.run([task(name, part) for name in missing for part in rows], view.tick)
-    return {name: float(value) for name, value in known.items() if value is not None}
+    return {name: [float(v) for v in values] for name, values in known.items() if values}

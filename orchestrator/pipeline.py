@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -196,11 +197,12 @@ class Pipeline:
             for name, plan in plans.items()
         }
         losses = finalists.divergences(experiment, self.pool, self.view, pieces)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        self.finalists = {name: fmean(values) for name, values in losses.items()}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.finalists.items())
         figure = experiment.model.family.yardstick.loss.name
-        self.view.line(f"finalists, {figure} on calibration text: {shown}")
-        self.finalists = losses
-        return plans[min(losses, key=lambda name: (losses[name], plans[name].bytes))]
+        name = finalists.taken(plans, losses)
+        self.view.line(f"finalists, {figure} on calibration text: {shown}; taken: {name}")
+        return plans[name]
 
     def _refined(self, start: Plan) -> Plan:
         """What the recipe's refiners make of a plan; the plan itself where it names none."""

@@ -4,8 +4,9 @@
 
 First table: GPTQ with ``--width`` bits everywhere and EoRA of one rank, and what GPTQ alone makes
 of the bytes that this took: the same bits with smaller groups, or more bits, each by an exact
-knapsack. Second table: bits × rank of the correction in one search beside bits alone. Everything is
-measured once per seed, which draws the calibration text.
+knapsack. Second table: bits × rank of the correction in one search beside bits alone, and what a
+run takes of these two, having run both on calibration text. Everything is measured once per seed,
+which draws the calibration text.
 """
 
 import argparse
@@ -34,10 +35,12 @@ from plans import (
 )
 
 from moesaic.methods.base import Chain, Spec
+from moesaic.orchestrator import finalists
+from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.search.base import Plan
 
 CORRECTED, GROUPS, BITS = "with EoRA", "smaller groups", "more bits"
-ALONE, JOINT = "bits alone", "bits × rank"
+ALONE, JOINT, TAKEN = "bits alone", "bits × rank", "taken by a run"
 # What is compared, way.
 Case = tuple[str, str]
 
@@ -90,7 +93,19 @@ def plans_of(bench: Measured, arguments: argparse.Namespace) -> dict[Case, Plan]
         size = int(bits * bench.weights / 8)
         found[f"{bits:g} bits", ALONE] = bench.searched(own, size)
         found[f"{bits:g} bits", JOINT] = bench.searched(both, size)
+        pair = {way: found[f"{bits:g} bits", way] for way in (JOINT, ALONE)}
+        found[f"{bits:g} bits", TAKEN] = taken(bench, {w: p for w, p in pair.items() if p})
     return {case: plan for case, plan in found.items() if plan is not None}
+
+
+def taken(bench: Measured, plans: Mapping[str, Plan]) -> Plan | None:
+    """What a run takes of several plans."""
+    if len(plans) < 2:
+        return next(iter(plans.values()), None)
+    experiment = bench.experiment
+    pieces = {name: plan_pieces(experiment, experiment.walk, p.units) for name, p in plans.items()}
+    losses = finalists.divergences(experiment, bench.pool, bench.view, pieces)
+    return plans[finalists.taken(plans, losses)]
 
 
 def run(arguments: argparse.Namespace, place: Path, seed: int) -> dict[Case, Outcome]:
@@ -141,8 +156,14 @@ def verdicts(found: Mapping[Case, Sequence[Outcome]], budgets: Sequence[float]) 
         if not alone or not joint:
             lines.append(f"{name}: nothing fits.")
             continue
-        worse = sum(j.kl > a.kl for a, j in zip(alone, joint, strict=True))
-        lines.append(f"{name}: joint is worse than bits alone with {worse} of {len(joint)} seeds.")
+        for way in (JOINT, TAKEN):
+            pairs = list(zip(alone, found[name, way], strict=True))
+            worse = sum(own.kl > other.kl for other, own in pairs)
+            better = sum(own.kl < other.kl for other, own in pairs)
+            lines.append(
+                f"{name}, {way}: worse than bits alone with {worse} of {len(pairs)} seeds, better"
+                f" with {better}."
+            )
     return lines
 
 
