@@ -5,8 +5,10 @@
 For every method that leaves factors of low rank and every share removed: perplexity and KL to the
 dense model on held-out text with one rank share everywhere, and with the ranks that an exact
 knapsack over ``--ranks`` of the same method finds in exactly the bytes that the former took. Ranks
-from shares are rounded down, so more is removed than was asked for. Everything is measured once per
-seed, which draws the calibration text. ``--by-error`` adds plans that were searched for the least
+from shares are rounded down to multiples of 8, so more is removed than was asked for, on small
+models much more; ``--exact`` takes the largest whole number for each shape instead, where all
+shapes can take all of them. Everything is measured once per seed, which draws the calibration text.
+``--by-error`` adds plans that were searched for the least
 relative error of the outputs instead of the least predicted loss, ``--searches`` those that other
 strategies find.
 """
@@ -42,6 +44,7 @@ from moesaic.methods.base import Chain, Spec, is_whole, methods, options_of, red
 from moesaic.methods.factors import is_factoring
 from moesaic.methods.parts import cuts_parts
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.search.base import searches
@@ -97,11 +100,17 @@ def plans_of(
     plans = {}
     for name in names:
         ranks = uniform_ranks(arguments, name)
-        chains: list[Chain] = [
-            (Spec.of(name, {amount(name): r}),) for r in [*arguments.ranks, *ranks.values()]
-        ]
+        chains = [one_link(name, r) for r in tried_ranks(arguments, name)]
         for removed, share in ranks.items():
-            plan = bench.everywhere((Spec.of(name, {amount(name): share}),))
+            if is_exact(arguments, name):
+                taken = {
+                    choice.name: one_link(name, whole_rank(unit.shapes[choice.member], share))
+                    for unit in bench.experiment.units
+                    for choice in choices(unit)
+                }
+                plan = bench.problem.plan(taken)
+            else:
+                plan = bench.everywhere(one_link(name, share))
             plans[name, removed, UNIFORM] = plan
             ways = [(SEARCHED, False, "knapsack")]
             ways += [(BY_ERROR, True, "knapsack")] if arguments.by_error else []
@@ -115,6 +124,34 @@ def plans_of(
     return {case: outcomes[key] for key, case in keys.items()}
 
 
+def one_link(name: str, much: float) -> Chain:
+    """A chain of one method."""
+    return (Spec.of(name, {amount(name): much}),)
+
+
+def is_exact(arguments: argparse.Namespace, name: str) -> bool:
+    """Whether uniform ranks are whole numbers for each shape."""
+    return arguments.exact and amount(name) == "rank" and not is_whole(name)
+
+
+def whole_rank(shape: tuple[int, ...], share: float) -> int:
+    """The largest rank whose factors have at most a share of the dense weights."""
+    out, inputs = shape[-2:]
+    return max(1, math.floor(share * out * inputs / (out + inputs) + 1e-9))
+
+
+def tried_ranks(arguments: argparse.Namespace, name: str) -> list[float]:
+    """All that a method is measured with."""
+    found, shares = list(arguments.ranks), uniform_ranks(arguments, name).values()
+    if is_exact(arguments, name):
+        units = StreamedModel(Checkpoint(arguments.model)).units()
+        shapes = sorted({shape for unit in units for shape in unit.shapes.values()})
+        found += [whole_rank(shape, share) for share in shares for shape in shapes]
+    else:
+        found += shares
+    return list(dict.fromkeys(found))
+
+
 def uniform_ranks(arguments: argparse.Namespace, name: str) -> dict[float, float]:
     """Share removed → rank share."""
     return {r: uniform_rank(arguments.model, name, r) for r in arguments.removed}
@@ -126,8 +163,7 @@ def run(
     """Dense perplexity, and every case of one seed and some methods."""
     candidates: list[dict[str, Any]] = []
     for name in names:
-        ranks = [*arguments.ranks, *uniform_ranks(arguments, name).values()]
-        candidates.append({"method": name, amount(name): list(dict.fromkeys(ranks))})
+        candidates.append({"method": name, amount(name): tried_ranks(arguments, name)})
     file = place / str(seed) / f"{'-'.join(names)}.yaml"
     sections = recipe_sections(arguments, seed)
     recipe = write_recipe(file, arguments, candidates, search="knapsack", **sections)
@@ -226,6 +262,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=low_rank_methods(), metavar="NAME")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ranks", type=rank, nargs="+", default=shares, help="to be searched")
+    parser.add_argument("--exact", action="store_true", help="whole ranks, no multiples of 8")
     parser.add_argument("--by-error", action="store_true")
     others = sorted(n for n in searches() if n not in ("knapsack", "uniform"))
     parser.add_argument("--searches", nargs="+", choices=others, default=[], metavar="NAME")
