@@ -253,8 +253,17 @@ def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
     return reduced_bank(store, plan.reduction, model, unit, _prefix(plan), stats)
 
 
+def read_errors(path: Path) -> dict[str, Tensor]:
+    """All tensors of an ``errors`` entry."""
+    with safe_open(fetched(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def predicted_losses(
-    errors: Path, gradients: Mapping[str, Stats] | None, unit: Unit, all_tokens: int
+    errors: Mapping[str, Tensor],
+    gradients: Mapping[str, Stats] | None,
+    unit: Unit,
+    all_tokens: int,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
     """Errors and predicted losses of a finished pair, member by member.
 
@@ -267,7 +276,7 @@ def predicted_losses(
     member saw; for an expert the share of tokens routed to it is a further factor.
 
     Args:
-        errors: an ``errors`` entry.
+        errors: of an ``errors`` entry, as :func:`read_errors` has them.
         gradients: ``unit|member`` → sums, or None where none were collected.
         unit: the unit.
         all_tokens: tokens of the reverse pass; a member that is not an expert saw them all.
@@ -276,17 +285,16 @@ def predicted_losses(
         member → (Σ‖ΔW x‖², Σ‖W x‖², predicted loss or None), float64 ``[*batch]`` each.
     """
     found = {}
-    with safe_open(fetched(errors), framework="pt") as file:
-        for member in unit.shapes:
-            error = file.get_tensor(f"error|{member}").double()  # [*batch, out]
-            norm = file.get_tensor(f"norm|{member}").double()
-            loss = None
-            if gradients is not None:
-                # Σg² over all tokens of the reverse pass: the share routed here is included.
-                squares = gradients[f"{unit.name}|{member}"]["grad_sq"].double() / all_tokens
-                tokens = file.get_tensor(f"tokens|{member}").double().clamp_min(1)
-                loss = 0.5 * (squares * error / tokens[..., None]).sum(-1)
-            found[member] = (error.sum(-1), norm.sum(-1), loss)
+    for member in unit.shapes:
+        error = errors[f"error|{member}"].double()  # [*batch, out]
+        norm = errors[f"norm|{member}"].double()
+        loss = None
+        if gradients is not None:
+            # Σg² over all tokens of the reverse pass: the share routed here is included.
+            squares = gradients[f"{unit.name}|{member}"]["grad_sq"].double() / all_tokens
+            tokens = errors[f"tokens|{member}"].double().clamp_min(1)
+            loss = 0.5 * (squares * error / tokens[..., None]).sum(-1)
+        found[member] = (error.sum(-1), norm.sum(-1), loss)
     return found
 
 
@@ -302,8 +310,9 @@ def to_measurements(
 
     Events are told with the first choice, so that their sum is right.
     """
-    losses = predicted_losses(errors.path, gradients, unit, all_tokens)
-    shares = loss_shares(errors.path, gradients, unit)
+    rows = read_errors(errors.path)
+    losses = predicted_losses(rows, gradients, unit, all_tokens)
+    shares = loss_shares(rows, gradients, unit)
     counts: dict[str, int] = {}
     for event in piece.metadata["events"]:
         counts[event["kind"]] = counts.get(event["kind"], 0) + 1

@@ -11,14 +11,11 @@ bits of products do.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit, of_source
-from moesaic.orchestrator.shared import fetched
 from moesaic.orchestrator.statistics import SEPARATOR, SiteStats, StatisticsObserver
 
 
@@ -106,13 +103,13 @@ def error_name(member: str, source: int) -> str:
 
 
 def loss_shares(
-    errors: Path, gradients: Mapping[str, Stats] | None, unit: Unit
+    errors: Mapping[str, Tensor], gradients: Mapping[str, Stats] | None, unit: Unit
 ) -> dict[str, Tensor]:
     """What part of a piece's predicted loss, or error where there are no gradients, is each
     source's.
 
     Args:
-        errors: an ``errors`` entry.
+        errors: tensors of an ``errors`` entry.
         gradients: ``unit|member`` → sums, or None where none were collected.
 
     Returns:
@@ -120,18 +117,16 @@ def loss_shares(
         where sources are not told apart.
     """
     found = {}
-    with safe_open(fetched(errors), framework="pt") as file:
-        names = set(file.keys())
-        for member in unit.shapes:
-            losses: list[Tensor] = []
-            while error_name(member, len(losses)) in names:
-                error = file.get_tensor(error_name(member, len(losses))).double()  # [*batch, out]
-                if gradients is not None:
-                    squares = gradients[f"{unit.name}{SEPARATOR}{member}"]["grad_sq"]
-                    error = error * squares.double()
-                losses.append(error.sum(-1))
-            if losses:
-                apart = torch.stack(losses, dim=-1)
-                total = apart.sum(-1, keepdim=True)
-                found[member] = apart / total.where(total > 0, torch.ones_like(total))
+    for member in unit.shapes:
+        losses: list[Tensor] = []
+        while (error := errors.get(error_name(member, len(losses)))) is not None:
+            error = error.double()  # [*batch, out]
+            if gradients is not None:
+                squares = gradients[f"{unit.name}{SEPARATOR}{member}"]["grad_sq"]
+                error = error * squares.double()
+            losses.append(error.sum(-1))
+        if losses:
+            apart = torch.stack(losses, dim=-1)
+            total = apart.sum(-1, keepdim=True)
+            found[member] = apart / total.where(total > 0, torch.ones_like(total))
     return found

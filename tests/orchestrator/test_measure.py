@@ -23,6 +23,7 @@ from moesaic.orchestrator.measure import (
     needs,
     piece_key,
     predicted_losses,
+    read_errors,
     to_measurements,
 )
 from moesaic.orchestrator.pieces import read_piece
@@ -94,7 +95,7 @@ def test_predicted_losses_are_the_formula_expert_by_expert(tmp_path: Path) -> No
         squares = torch.rand(experts, out, generator=generator)
         gradients[f"bank|{member}"] = Stats({"grad_sq": squares})
     save_file(rows, tmp_path / "errors")
-    losses = predicted_losses(tmp_path / "errors", gradients, unit, all_tokens)
+    losses = predicted_losses(read_errors(tmp_path / "errors"), gradients, unit, all_tokens)
     entry = Entry(
         tmp_path / "errors",
         0,
@@ -118,7 +119,7 @@ def test_predicted_losses_are_the_formula_expert_by_expert(tmp_path: Path) -> No
         assert measurement.bytes == {"gate": 10, "up": 11, "down": 12}[member]
         assert measurement.seconds == 2.0
     assert [dict(m.events) for m in found] == [{"dead_inputs": 2}, *[{}] * 5]
-    plain_losses = predicted_losses(tmp_path / "errors", None, unit, all_tokens)
+    plain_losses = predicted_losses(read_errors(tmp_path / "errors"), None, unit, all_tokens)
     assert all(loss is None for _, __, loss in plain_losses.values())
 
 
