@@ -30,7 +30,8 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Compressing, Crew, Speeds
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.timing import SpeedSource
 from moesaic.orchestrator.worker import WorkerState
 

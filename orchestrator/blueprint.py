@@ -15,7 +15,8 @@ from moesaic.orchestrator.checkpoint import INDEX, SINGLE, Checkpoint, Entry, _r
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.family import Family, load_family
-from moesaic.orchestrator.recipe import Recipe, Texts
+from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.recipe_sections import Texts
 from moesaic.orchestrator.skeleton import Skeleton, config_errors, read_config
 from moesaic.orchestrator.store import file_digest
 from moesaic.orchestrator.streaming import StreamedModel

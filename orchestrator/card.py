@@ -6,7 +6,8 @@ from typing import Any
 
 from moesaic.methods.base import chain_text
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.recipe import Recipe, portable
+from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.recipe_values import portable
 from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.yardsticks import yardstick_of
 from moesaic.search.base import Plan

@@ -19,7 +19,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import AuthenticationError, RayError
 
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.runlog import from_worker
 
 _CONNECT_SECONDS = 10.0

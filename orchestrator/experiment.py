@@ -43,7 +43,8 @@ from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.offers import Offering
 from moesaic.orchestrator.publish import check_publish
-from moesaic.orchestrator.recipe import BudgetSection, Recipe, Texts
+from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.recipe_sections import BudgetSection, Texts
 from moesaic.orchestrator.reductions import reduction_key
 from moesaic.orchestrator.remote_model import copies_folder, open_checkpoint
 from moesaic.orchestrator.score_features import features_key

@@ -22,7 +22,8 @@ from moesaic.orchestrator.datasheet import DATA_SHEETS
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.placing import shares
-from moesaic.orchestrator.recipe import Compute, parse_bytes
+from moesaic.orchestrator.recipe_sections import Compute
+from moesaic.orchestrator.recipe_values import parse_bytes
 from moesaic.orchestrator.room import block_room
 
 # What is taken where nothing is said: cores per GPU of a node that names none, memory per core,

@@ -24,7 +24,8 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment, find_model
 from moesaic.orchestrator.machine import Crew, crew
 from moesaic.orchestrator.memory import Sizes
-from moesaic.orchestrator.recipe import CacheSection, resolve
+from moesaic.orchestrator.recipe_sections import CacheSection
+from moesaic.orchestrator.recipe_values import resolve
 from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.results import expert_load
 from moesaic.orchestrator.stages import missing_pairs

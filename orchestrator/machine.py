@@ -31,7 +31,7 @@ from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.placing import shares
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import own_room
 from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
 from moesaic.orchestrator.store import file_digest, write_atomically

@@ -42,7 +42,8 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.publish import publish
-from moesaic.orchestrator.recipe import Recipe, portable
+from moesaic.orchestrator.recipe import Recipe
+from moesaic.orchestrator.recipe_values import portable
 from moesaic.orchestrator.refine import Refining
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.router_training import RouterTraining, Trained

@@ -18,7 +18,7 @@ from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.process import SLEEPING_THREADS
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import COMPILED_SHAPES
 from moesaic.orchestrator.worker import installed
 

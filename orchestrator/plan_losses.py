@@ -13,7 +13,7 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Tune
+from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import trial_key
 from moesaic.orchestrator.stages import remember_dense
 

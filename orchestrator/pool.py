@@ -17,7 +17,7 @@ from moesaic.orchestrator.cluster import connect
 from moesaic.orchestrator.deadlines import Durations
 from moesaic.orchestrator.loop import Loop
 from moesaic.orchestrator.placing import Roster
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 
 _ANSWER_SECONDS = 60.0
 

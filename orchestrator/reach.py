@@ -15,7 +15,7 @@ import ray
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.cluster import cluster_address, connect, try_address
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.recipe import Compute, Tracking
+from moesaic.orchestrator.recipe_sections import Compute, Tracking
 from moesaic.orchestrator.store import make_folder
 
 _SECONDS = 5.0

@@ -23,14 +23,9 @@ from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.reach import check_cluster, check_tracking
-from moesaic.orchestrator.recipe import (
-    CacheSection,
-    Recipe,
-    Tune,
-    load_recipe,
-    local_or_url,
-    model_name,
-)
+from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.recipe_sections import CacheSection, Tune
+from moesaic.orchestrator.recipe_values import local_or_url, model_name
 from moesaic.orchestrator.refine import check_refine
 from moesaic.orchestrator.run_folder import run_folder
 from moesaic.orchestrator.runlog import run_log

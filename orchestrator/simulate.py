@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.timing import Cost
 
 _IDLE, _READ, _COMPUTE, _WRITE = -1, 0, 1, 2

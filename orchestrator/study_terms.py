@@ -10,7 +10,7 @@ from moesaic.methods.base import Unit
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.limits import Limits
-from moesaic.orchestrator.recipe import Tune
+from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import Rows
 from moesaic.orchestrator.scoring import is_predicted
 from moesaic.search._sources import SOURCE

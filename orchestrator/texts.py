@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.foreign import parse_json, shown
-from moesaic.orchestrator.recipe import Source, Texts
+from moesaic.orchestrator.recipe_sections import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
 _FILE_CHARACTERS = 64_000_000

@@ -25,7 +25,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
-from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.refinement import Refinement
 from moesaic.orchestrator.store import disk_errors, disk_is_full, write_text

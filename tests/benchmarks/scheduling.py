@@ -11,7 +11,7 @@ from typing import Any
 from common import alternate, arguments_parser, report, spread, table
 
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 
 GOAL_MILLISECONDS = 5.0
 

@@ -22,7 +22,8 @@ from moesaic.orchestrator.datasheet import Host, sheet_speeds
 from moesaic.orchestrator.fleet import STORE_BYTES, Cluster, Group, read_cluster
 from moesaic.orchestrator.memory import Sizes, predict_memory
 from moesaic.orchestrator.outlook import CALL_SECONDS, planned, simulated
-from moesaic.orchestrator.recipe import Compute, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.simulate import Outcome
 from moesaic.orchestrator.timing import Clock, SpeedSource
 

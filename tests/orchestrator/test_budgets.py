@@ -14,7 +14,8 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.listing import read_run
 from moesaic.orchestrator.pipeline import Pipeline
-from moesaic.orchestrator.recipe import BudgetSection, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import BudgetSection
 from moesaic.orchestrator.run import check_recipe, collect_garbage, open_experiment
 from tests.orchestrator.inline import InlineTracker, Killed, Project
 from tests.orchestrator.projects import make_model_folder, make_recipe

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from moesaic.orchestrator import headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.recipe import Compute, Tracking
+from moesaic.orchestrator.recipe_sections import Compute, Tracking
 from moesaic.orchestrator.store import Store
 from tests.orchestrator.projects import byte_tokenizer, make_model_folder, make_recipe
 

@@ -35,7 +35,8 @@ from moesaic.orchestrator.evaluate import dense_members, evaluate_rows
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.forecast import forecast
 from moesaic.orchestrator.listing import read_run
-from moesaic.orchestrator.recipe import Source, Texts, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Source, Texts
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
@@ -165,7 +166,7 @@ def test_windows_of_running_text_are_framed_and_of_one_length() -> None:
 
 
 def builtin(name: str) -> str:
-    from moesaic.orchestrator.recipe import resolve
+    from moesaic.orchestrator.recipe_values import resolve
 
     return resolve(f"builtin:{name}", Path())
 

@@ -16,7 +16,8 @@ from moesaic.orchestrator import evaluate, stages
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import evaluate_rows, score
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.recipe import Texts, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Texts
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import InlinePool
 from tests.orchestrator.planning import grouped, make_pieces

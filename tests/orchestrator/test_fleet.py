@@ -22,7 +22,7 @@ from moesaic.orchestrator.fleet import (
     read_cluster,
 )
 from moesaic.orchestrator.outlook import predict_on, show_outlook
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.stages import Calibration
 from tests.orchestrator.inline import InlinePool

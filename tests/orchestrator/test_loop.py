@@ -12,7 +12,7 @@ from moesaic.orchestrator import deadlines
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.loop import WORKER_DIED
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 
 NEVER = float("inf")
 START_SECONDS = 5.0

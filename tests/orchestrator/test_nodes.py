@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from moesaic.orchestrator import placing, store
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.store import Store
 from tests.chaos import environment
 
@@ -151,7 +151,7 @@ _JOIN = """
 import sys
 from moesaic.orchestrator.cluster import connect
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 try:
     connect(Compute(address=sys.argv[1]))
     print("joined")

@@ -20,7 +20,7 @@ from moesaic.orchestrator import pool as module
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.placing import Roster
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.recipe import Compute
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.worker import resolve
 

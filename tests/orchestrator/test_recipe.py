@@ -8,7 +8,8 @@ import yaml
 
 from moesaic.methods.base import Spec
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.recipe import Recipe, load_recipe, parse_bytes
+from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.recipe_values import parse_bytes
 from tests.orchestrator.projects import make_recipe
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.orchestrator import texts as module
 from moesaic.orchestrator.errors import RecipeError, UserError
-from moesaic.orchestrator.recipe import Source, Texts
+from moesaic.orchestrator.recipe_sections import Source, Texts
 from moesaic.orchestrator.texts import (
     allotment,
     beyond_vocabulary,

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, event
 from moesaic.methods.base import Event, Spec
 from moesaic.orchestrator import track as module
 from moesaic.orchestrator.errors import RunError, UserError
-from moesaic.orchestrator.recipe import Tracking
+from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan

@@ -11,7 +11,8 @@ from moesaic.orchestrator import readahead
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.recipe import Compute, load_recipe
+from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.streaming import StreamedModel
 from tests.orchestrator.inline import InlinePool, Killed
