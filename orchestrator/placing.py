@@ -6,6 +6,7 @@ Where the recipe leaves the number of workers open, nodes that join a cluster br
 own. Only while there is no worker at all the run waits, aloud and not for ever.
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _GROW_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 # Deaths in a row of workers that had not answered yet.
 _FAILED_STARTS = 5
+# Characters shown of what Ray tells of a death.
+_CAUSE = 300
 # oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts bring a new one with almost
 # every batch.
 WORKER_ENVIRONMENT = {
@@ -186,8 +189,16 @@ class Roster:
                 f"a worker failed to start: moesaic is not installed on every node of the cluster"
                 f" at {place(self.compute)}"
             ) from error
-        if by_itself or self._failures >= _FAILED_STARTS:
-            raise RunError(f"a worker failed to start: {text[-300:]}") from error
+        if by_itself:
+            # What was raised stands at the end of a traceback.
+            last = text if len(text) <= _CAUSE else f"… {text[-_CAUSE:].partition(' ')[2]}"
+            raise RunError(f"a worker failed to start: {last}") from error
+        if self._failures >= _FAILED_STARTS:
+            raise RunError(
+                f"workers failed to start {self._failures} times in turn, the last time:"
+                f" {why_dead(text)}; see to the nodes and run the same command again, finished work"
+                " is kept"
+            ) from error
         self._anew(number)
 
     def replace(self, number: int) -> None:
@@ -264,6 +275,17 @@ class Roster:
         for slot in self.slots:
             ray.kill(slot.actor)
         self.slots = []
+
+
+def why_dead(text: str) -> str:
+    """What Ray says of the death of an actor, in a sentence.
+
+    Its message begins with the actor's names and numbers; the cause may be followed by pages of
+    advice.
+    """
+    cause = re.search(r"(The actor (?:is dead|died) because .*?)(?:\. |$)", text)
+    found = cause[1] if cause else text
+    return found if len(found) <= _CAUSE else f"{found[:_CAUSE].rpartition(' ')[0]} …"
 
 
 def _alive_nodes() -> list[Mapping[str, float]]:

@@ -99,6 +99,24 @@ def test_a_node_that_joins_is_used(
     assert "nodes have joined: 1 more worker(s)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "The actor died unexpectedly before finishing this task. class_name: Worker actor_id:"
+            " 5f ip: 10.0.0.2 The actor is dead because its node has died. Node Id: 7a the actor's"
+            " node was terminated unexpectedly (its memory ran full: check dmesg). The actor never"
+            " ran - it was cancelled before it started running.",
+            "The actor is dead because its node has died",
+        ),
+        ("something that Ray says in other words", "something that Ray says in other words"),
+        ("many words " * 100, "many words " * 27 + "many …"),
+    ],
+)
+def test_the_cause_of_a_death_is_a_sentence(text: str, told: str) -> None:
+    assert placing.why_dead(text) == told
+
+
 def test_a_wrong_token_is_told_as_such() -> None:
     """A cluster with a token of its own, and a driver that has another one."""
     with tempfile.TemporaryDirectory(prefix="tk", dir="/tmp", ignore_cleanup_errors=True) as name:
