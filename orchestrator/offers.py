@@ -122,7 +122,7 @@ class Offering:
         """Raises a RecipeError for reductions, and methods for banks, that nothing can use."""
         reductions = {c[0]: c for c in self.recipe.chains() if reducing(c)[0]}
         banks = [unit for unit in self.model.units() if unit.kind == "bank"]
-        meant = {spec.method for c in self.recipe.chains() if chains.for_banks(c) for spec in c}
+        meant = {method for chain in self.recipe.chains() for method in chains.for_banks(chain)}
         if meant and not banks:
             raise RecipeError(
                 f"candidates: {', '.join(sorted(meant))}: for experts only, and"
@@ -190,6 +190,7 @@ class Offering:
         prefix, rest = reducing(chain)
         try:
             shapes = self.shaping.reduced(unit, prefix).shapes
+            self.shaping.stand_ins(unit, rest)
         except ValueError as error:
             return str(error)
         return self.shaping.unknown(unit, prefix, rest) or chains.misfit(unit.kind, shapes, rest)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, reducing, reverse_needs
+from moesaic.methods.base import Chain, reducers_of, reducing, reverse_needs
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
@@ -220,7 +220,7 @@ def missing_pairs(
     reductions = {
         (unit, prefix): experiment.reduction_key(unit, prefix, walk)
         for unit, chain in keys
-        for prefix in [reducing(chain)[0]]
+        for prefix in [reducers_of(chain)]
         if prefix
     }
     pieces = finished_pieces(experiment, keys.values())
@@ -228,7 +228,7 @@ def missing_pairs(
     reduced = finished_entries(experiment, "reductions", reductions.values())
     missing: dict[str, list[tuple[Chain, str]]] = {}
     for (unit, chain), key in keys.items():
-        reduction = reductions.pop((unit, reducing(chain)[0]), None)
+        reduction = reductions.pop((unit, reducers_of(chain)), None)
         lost = reduction is not None and reduction not in reduced
         if lost or key not in pieces or key not in errors:
             missing.setdefault(unit, []).append((chain, key))
@@ -248,13 +248,14 @@ def measuring_jobs(
         sites = tuple(sorted(set(experiment.by_name[name].sites.values())))
         for chain, key in pairs:
             wants = bool(reverse_needs(chain))
-            group = groups.setdefault((sites, reducing(chain)[0], wants), {})
+            first, reduces = reducers_of(chain), bool(reducing(chain)[0])
+            group = groups.setdefault((sites, first, reduces, wants), {})
             group.setdefault(name, []).append((chain, key))
 
     def plain_pairs(pairs: Iterable[tuple[Chain, str]]) -> list[tuple[list[tuple[str, str]], str]]:
         return [([(spec.method, spec.options) for spec in chain], key) for chain, key in pairs]
 
-    for (_, prefix, wants), wanted in groups.items():
+    for (_, first, reduces, wants), wanted in groups.items():
         units = [experiment.by_name[name] for name in wanted]
         block, part = units[0].block, experiment.shaping.part(units[0].name)
         gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
@@ -271,8 +272,8 @@ def measuring_jobs(
             },
             stats=str(experiment.store.path("stats", walk.stats_key(block))),
             store=walk.store,
-            reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
-            part=part.name if prefix and part is not None else "",
+            reduction=experiment.reduction_key(units[0].name, first, walk) if first else None,
+            part=part.name if reduces and part is not None else "",
             gradients=str(gradients) if wants else None,
         )
 
