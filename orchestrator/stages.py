@@ -210,7 +210,8 @@ def missing_pairs(
 ) -> dict[str, list[tuple[Chain, str]]]:
     """Unit → (chain, key) of the pairs whose entries are not finished or were damaged.
 
-    A reduction that lacks is made again with the first chain that begins with it.
+    A reduction that lacks is made again with the first chain that begins with it. What corrections
+    of merged experts needed of it is in their pieces.
     """
     keys = {
         (unit, chain): experiment.key(unit, chain, walk)
@@ -220,7 +221,7 @@ def missing_pairs(
     reductions = {
         (unit, prefix): experiment.reduction_key(unit, prefix, walk)
         for unit, chain in keys
-        for prefix in [reducers_of(chain)]
+        for prefix in [reducing(chain)[0]]
         if prefix
     }
     pieces = finished_pieces(experiment, keys.values())
@@ -228,7 +229,7 @@ def missing_pairs(
     reduced = finished_entries(experiment, "reductions", reductions.values())
     missing: dict[str, list[tuple[Chain, str]]] = {}
     for (unit, chain), key in keys.items():
-        reduction = reductions.pop((unit, reducers_of(chain)), None)
+        reduction = reductions.pop((unit, reducing(chain)[0]), None)
         lost = reduction is not None and reduction not in reduced
         if lost or key not in pieces or key not in errors:
             missing.setdefault(unit, []).append((chain, key))
