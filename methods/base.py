@@ -334,12 +334,32 @@ def is_whole(name: str) -> bool:
     return bool(getattr(_any_module(name), "WHOLE", False))
 
 
+def reducers_of(chain: Chain) -> Chain:
+    """The reducers that a chain begins with."""
+    return tuple(itertools.takewhile(lambda spec: is_reducer(spec.method), chain))
+
+
+def compressing(chain: Chain) -> Chain:
+    """What comes after the reducers that a chain begins with."""
+    return chain[len(reducers_of(chain)) :]
+
+
 def reducing(chain: Chain) -> tuple[Chain, Chain]:
-    """The links of a chain that reduce an expert layer, and those that come after them."""
-    count = 0
-    while count < len(chain) and is_reducer(chain[count].method):
-        count += 1
-    return chain[:count], chain[count:]
+    """The links of a chain that reduce an expert layer, and those that come after them.
+
+    None does where a repair follows the reducers at once: it corrects each of the old experts, so
+    that the layer keeps all of them (:func:`merge_of`).
+    """
+    first, rest = reducers_of(chain), compressing(chain)
+    if first and rest and is_repair(rest[0].method):
+        return (), chain
+    return first, rest
+
+
+def merge_of(chain: Chain) -> Chain:
+    """The reducers of a chain that reduce nothing: what they leave is corrected towards each of the
+    old experts."""
+    return () if reducing(chain)[0] else reducers_of(chain)
 
 
 def reverse_needs(chain: Chain) -> frozenset[str]:

@@ -1,11 +1,14 @@
 """Chains of compressions: what may follow what, what it takes, and how one link is applied.
 
-Without its reducers a chain is a compression and what comes after it:
+Without the reducers that change its layer a chain is a compression and what comes after it:
 
 - a method with ``compress``, which takes dense weights;
 - after one that leaves factors of low rank, a quantizer, which rounds the factors, and the base
   that a bank's experts may share;
 - last, a method with ``repair``, which adds a correction of low rank to whatever is there.
+
+A repair straight after a reducer that merges is such a chain, too: what it corrects are the merged
+experts, towards each of the old ones (:mod:`moesaic.methods.stand_ins`).
 
 Each link takes what the chain before it left, which is a result of its own and made once. Chains
 that differ only in the rank of a last link that can be cut are made at once, at the largest rank.
@@ -26,13 +29,16 @@ from moesaic.methods.base import (
     Result,
     Spec,
     Stats,
+    compressing,
     is_ranked,
     is_reducer,
     is_repair,
     is_whole,
     link_module,
+    merge_of,
     method_module,
     options_of,
+    reducers_of,
     reducing,
     repair_module,
 )
@@ -52,21 +58,30 @@ from moesaic.methods.low_rank import (
     rank_errors,
     resolved_rank,
 )
+from moesaic.methods.stand_ins import is_merger, mergers, stand_in_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def order_problem(chain: Chain) -> str | None:
     """Why these methods cannot follow one another, in one line; None if they can."""
-    prefix, rest = reducing(chain)
+    first, rest = reducers_of(chain), compressing(chain)
     if any(is_reducer(spec.method) for spec in rest):
         return "methods that reduce experts come first in a chain"
-    if len(prefix) > 1:
+    if len(first) > 1:
         return "a chain reduces experts once, not twice"
     for index, spec in enumerate(rest):
         if is_repair(spec.method):
-            if index == 0:
-                return f"{spec.method} corrects what a compression left: put it after one"
+            if index == 0 and not first:
+                return (
+                    f"{spec.method} corrects what a compression or a merger left: put it after one"
+                )
+            if index == 0 and not is_merger(first[0].method):
+                return (
+                    f"{spec.method} cannot follow {first[0].method}, which leaves no stand-in for"
+                    f" every expert to be corrected from: merge ({', '.join(mergers())}), or put a"
+                    " compression between the two"
+                )
             if index + 1 < len(rest):
                 return f"{spec.method} comes last in a chain"
         elif index > 0 and not _rounds_factors(rest[: index + 1]):
@@ -90,8 +105,8 @@ def rowwise(chain: Chain) -> bool:
 
 
 def needs(chain: Chain) -> frozenset[str]:
-    """Statistics that the links want."""
-    return frozenset().union(*(link_module(spec.method).NEEDS for spec in chain))
+    """Statistics of inputs and outputs that the links want."""
+    return frozenset().union(*(link_module(spec.method).NEEDS for spec in compressing(chain)))
 
 
 def refits(chain: Chain) -> bool:
@@ -101,19 +116,29 @@ def refits(chain: Chain) -> bool:
 
 
 def for_banks(chain: Chain) -> list[str]:
-    """Methods that work on banks alone in a chain that reduces nothing."""
-    rest = reducing(chain)[1]
-    if rest != chain:
+    """The methods of a chain that reduces nothing which work on banks alone."""
+    if reducing(chain)[0]:
         return []
-    return [s.method for s in rest if {"bank"} == link_module(s.method).SCOPE]
+    return [spec.method for spec in chain if _scope(spec) == {"bank"}]
+
+
+def _scope(spec: Spec) -> frozenset[str]:
+    return frozenset({"bank"}) if is_reducer(spec.method) else link_module(spec.method).SCOPE
+
+
+def ties_experts(chain: Chain) -> bool:
+    """Whether the experts of a bank share parts of what is stored: all take the chain or none."""
+    return bool(merge_of(chain)) or any(is_whole(spec.method) for spec in chain)
 
 
 def misfit(kind: str, shapes: Shapes, chain: Chain) -> str | None:
     """Why a unit of this kind and shape cannot be compressed so, in one line; None if it can."""
     for index, spec in enumerate(chain):
-        module = link_module(spec.method)
-        if kind not in module.SCOPE:
+        if kind not in _scope(spec):
             return f"{spec.method} does not work on a {kind}"
+        if is_reducer(spec.method):
+            continue
+        module = link_module(spec.method)
         if _rounds_factors(chain[: index + 1]):
             before = chain[index - 1]
             reason = factor_problem(
@@ -131,11 +156,17 @@ def has_rank(spec: Spec) -> bool:
     return "rank" in options_of(spec.method).model_fields
 
 
-def predict_bytes(shapes: Shapes, dtype: torch.dtype, chain: Chain) -> int:
-    """Bytes of members of these shapes after a chain of at least one link, exactly."""
+def predict_bytes(shapes: Shapes, dtype: torch.dtype, chain: Chain, stand_ins: int = 0) -> int:
+    """Bytes of members of these shapes after a chain of at least one link, exactly.
+
+    Args:
+        stand_ins: experts that a merger leaves to be corrected, where the chain begins so.
+    """
     size = 0
     for index, spec in enumerate(chain):
-        if _rounds_factors(chain[: index + 1]):
+        if is_reducer(spec.method):
+            size += stand_in_bytes(shapes, dtype, spec, stand_ins)
+        elif _rounds_factors(chain[: index + 1]):
             before = chain[index - 1]
             size = factor_bytes(
                 shapes, _rank(before), is_whole(before.method), dtype, spec.method, spec.parsed()
@@ -160,7 +191,8 @@ def apply_link(
 
     Args:
         weights: the dense members.
-        before: what the chain without its last link left; not looked at if that is empty.
+        before: what the chain without its last link left; not looked at if that is empty. Of a
+            merger alone these are its experts in the places of the old ones.
         stats: of the members' inputs.
 
     Raises:

@@ -38,6 +38,10 @@ class Options(MergeOptions):
         True, "whether members' channels are matched before they are averaged", [True, False]
     )
 
+    @property
+    def moves_channels(self) -> bool:
+        return self.align
+
 
 def outline(shape: LayerShape, options: Options) -> Outline:
     """As many experts as asked for."""

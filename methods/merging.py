@@ -24,12 +24,22 @@ from moesaic.methods.reduction import (
 )
 
 
-class MergeOptions(MethodOptions):
-    """Options of every reducer that merges."""
+class Merging(MethodOptions):
+    """What tells that a reducer merges: every old expert goes into exactly one new one."""
 
     SHOWN = ("keep",)
 
     keep: Keep = keep_option()
+
+    @property
+    def moves_channels(self) -> bool:
+        """Whether a reduction that merges anything says where ``channels`` of old experts went."""
+        return False
+
+
+class MergeOptions(Merging):
+    """Options of reducers that merge, with a choice of two routers."""
+
     router: Literal["map", "mean"] = option(
         "map",
         "the router of a merged layer: map keeps all rows and adds up the gates of a group; mean"

@@ -20,33 +20,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.methods.base import MethodOptions, option
+from moesaic.methods.base import option
 from moesaic.methods.clustering import (
     centroid_groups,
     in_parts,
     output_similarity,
     router_similarity,
 )
-from moesaic.methods.merging import aligned_channels, leader, merged, merged_outline
+from moesaic.methods.merging import (
+    Merging,
+    aligned_channels,
+    leader,
+    merged,
+    merged_outline,
+)
 from moesaic.methods.reduction import (
     ExpertLayer,
-    Keep,
     LayerShape,
     Outline,
     Reduction,
     group_shares,
-    keep_option,
 )
 
 NEEDS = frozenset({"load", "gated_norm", "logits_gram", "all_tokens", "cosine"})
 
 
-class Options(MethodOptions):
+class Options(Merging):
     """Options of REAM."""
 
-    SHOWN = ("keep",)
-
-    keep: Keep = keep_option()
     router: Literal["map", "mean", "centroid"] = option(
         "map",
         "the router of a merged layer: map keeps all rows and adds up the gates of a group; mean"
@@ -60,6 +61,10 @@ class Options(MethodOptions):
         [16, 1],
         ge=1,
     )
+
+    @property
+    def moves_channels(self) -> bool:
+        return True
 
 
 def outline(shape: LayerShape, options: Options) -> Outline:

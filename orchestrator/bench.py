@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from moesaic.methods.base import Chain, Spec, Unit, link_module, methods, reducing
+from moesaic.methods.base import Chain, Spec, Unit, compressing, link_module, methods
 from moesaic.orchestrator import machine
 from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
@@ -115,7 +115,7 @@ def _single() -> Iterator[Chain]:
 def _of_recipe(file: Path | None) -> list[Chain]:
     if file is None:
         return []
-    found = [reducing(chain)[1] for chain in load_recipe(file).chains()]
+    found = [compressing(chain) for chain in load_recipe(file).chains()]
     return [c for c in found if c and all("linear" in link_module(s.method).SCOPE for s in c)]
 
 
@@ -305,7 +305,7 @@ def _solving(
     }
     found = {}
     for chain in chains:
-        rest = reducing(chain)[1]
+        rest = compressing(chain)
         if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
             continue
         if _key(rest) not in known:

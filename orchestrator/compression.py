@@ -8,7 +8,7 @@ it; the errors of all ranks come from one product.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.kernels import dense, mosaic
 from moesaic.kernels.tensor import CompressedTensor
-from moesaic.methods.base import Chain, Event, Stats, Unit, chain_text, is_whole
+from moesaic.methods.base import Chain, Event, Stats, Unit, chain_text, is_reducer, is_whole
 from moesaic.methods.chains import (
     Family,
     apply_link,
@@ -128,12 +128,13 @@ class Bench:
 
     Attributes:
         store: where results go.
-        units: as reducers leave them; chains are without their reducers here.
+        units: as reducers leave them; chains are without the reducers that did so here.
         weights: unit → member → dense weight.
         side: what comes with a reduced bank, as it is.
         sites: site → statistics.
         stats: ``unit|member`` → what methods get.
         stages: chain → unit → key, of the shorter chains that others start from.
+        merged: ``unit|member`` → what a merger left that chains begin with and correct.
         device: where the work is done.
         experts: of a bank that are there at a time, if weights and statistics lie elsewhere; 0
             where all of them are there.
@@ -148,6 +149,7 @@ class Bench:
     stages: Keys
     device: str
     experts: int = 0
+    merged: Members = field(default_factory=dict)
 
     def run(self, wanted: Keys) -> list[tuple[str, str, float]]:
         """Makes what is wanted, shorter chains first.
@@ -227,12 +229,7 @@ class Bench:
         seconds = 0.0
         before: dict[str, CompressedTensor] = {}
         for unit in units if len(chain) > 1 else ():
-            path = self.store.path("pieces", self.stages[chain[:-1]][unit.name])
-            before |= {
-                f"{unit.name}{SEPARATOR}{member}": tensor
-                for member, tensor in read_piece(path).items()
-                if member in unit.shapes
-            }
+            before |= self._before(chain[:-1], unit)
         spans = self._spans(units)
         if len(spans) > 1 and any(is_whole(spec.method) for spec in chain):
             raise RunError(
@@ -269,6 +266,17 @@ class Bench:
             events,
             seconds,
         )
+
+    def _before(self, chain: Chain, unit: Unit) -> Members:
+        """What a shorter chain left of a unit's members."""
+        if is_reducer(chain[-1].method):
+            return self.merged
+        path = self.store.path("pieces", self.stages[chain][unit.name])
+        return {
+            f"{unit.name}{SEPARATOR}{member}": tensor
+            for member, tensor in read_piece(path).items()
+            if member in unit.shapes
+        }
 
     def _spans(self, units: Sequence[Unit]) -> list[range] | list[None]:
         """Experts that are there together; None for all that there is."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.methods.base import Chain, link_module, reducing
+from moesaic.methods.base import Chain, compressing, link_module
 from moesaic.methods.chains import can_be_cut
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Compressing, Crew, Speeds
@@ -92,9 +92,9 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
             add=memory / 4,
             write=host.write,
             compress={
-                chain: _solving(reducing(chain)[1], sheet)
+                chain: _solving(compressing(chain), sheet)
                 for chain in experiment.recipe.chains()
-                if _takes_linears(reducing(chain)[1])
+                if _takes_linears(compressing(chain))
             },
             save=host.save,
             digest=host.digest,

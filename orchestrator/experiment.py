@@ -23,7 +23,7 @@ from moesaic.methods.base import (
     Spec,
     Unit,
     is_reducer,
-    is_whole,
+    reducers_of,
     reducing,
     reverse_needs,
 )
@@ -275,7 +275,7 @@ class Experiment:
 
     def open_specs(self) -> list[Spec]:
         """Reducers whose layers are still to share out how many experts each keeps."""
-        found = [spec for chain in self.recipe.chains() for spec in reducing(chain)[0]]
+        found = [spec for chain in self.recipe.chains() for spec in reducers_of(chain)]
         return [spec for spec in dict.fromkeys(found) if is_open(spec.parsed())]
 
     def close(self) -> None:
@@ -420,7 +420,10 @@ class Experiment:
             first, rest = reducing(chain)
             if first != prefix or chain not in known:
                 continue
-            size = chains.predict_bytes({member: shape}, dtype, rest) if rest else dense
+            size = dense
+            if rest:
+                count = self.shaping.stand_ins(unit, rest)
+                size = chains.predict_bytes({member: shape}, dtype, rest, count)
             found.append(Measurement(name, rest, size, 0.0, None, 0.0))
         if not prefix and self.may_stay_dense(unit):
             found.append(Measurement(name, (), dense, 0.0, None, 0.0))
@@ -447,12 +450,15 @@ class Experiment:
         prefix, rest = reducing(chain)
         if not self.shaping.meant(unit, prefix):
             prefix = ()
+        if unit.kind == "linear" and chains.for_banks(chain):
+            rest = ()
         size = self.shaping.side_bytes(unit, prefix) if prefix else 0
         shapes, dtype = self.shaping.reduced(unit, prefix).shapes, self.model.stored_dtype(unit)
         if not rest:
             dense = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
             return size + dense if prefix else self.dense_bytes(unit)
-        return size + chains.predict_bytes(shapes, dtype, rest)
+        count = self.shaping.stand_ins(unit, rest)
+        return size + chains.predict_bytes(shapes, dtype, rest, count)
 
     def _budgets(self) -> dict[str, Budget]:
         """The limits by their names.
@@ -506,7 +512,7 @@ class Experiment:
         tied = tied_choices(self.units, ties(self.units, self.recipe.serve), self.mixed_banks)
         inside = {name for group in tied for name in group}
         for unit in self.units:
-            if any(is_whole(spec.method) for chain in self.offers[unit.name] for spec in chain):
+            if any(map(chains.ties_experts, self.offers[unit.name])):
                 by_member = member_choices(unit)
                 tied += [group for group in by_member if inside.isdisjoint(group)]
         return tied
@@ -656,7 +662,7 @@ class Experiment:
         reductions = [
             self.reduction_key(unit, prefix, walk)
             for unit, chains in self.offers.items()
-            for prefix in filter(None, {reducing(chain)[0] for chain in chains})
+            for prefix in filter(None, set(map(reducers_of, chains)))
         ]
         return [
             walk.scratch,
@@ -686,11 +692,14 @@ class Experiment:
     def stages(
         self, unit: str, pairs: Iterable[tuple[Chain, str]], walk: Walk
     ) -> list[tuple[Chain, str]]:
-        """The shorter chains that chains of a unit start from, with their keys."""
+        """The shorter chains that chains of a unit start from, with their keys.
+
+        What a merger leaves of a bank is no stage of a correction, but a reduction.
+        """
         shorter = {
             chain[:length]: None
             for chain, _ in pairs
-            for length in range(len(reducing(chain)[0]) + 1, len(chain))
+            for length in range(len(reducers_of(chain)) + 1, len(chain))
         }
         return [(chain, self.key(unit, chain, walk)) for chain in shorter]
 

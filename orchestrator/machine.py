@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from moesaic.kernels import dense
 from moesaic.methods import chains
 from moesaic.methods.base import (
     OUTPUT_STATISTICS,
@@ -23,8 +24,8 @@ from moesaic.methods.base import (
     Result,
     Stats,
     Unit,
+    compressing,
     link_module,
-    reducing,
 )
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.cluster import cluster_address
@@ -318,7 +319,7 @@ def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing
     known: dict[tuple[tuple[str, object], ...], Compressing] = {}
     found: dict[Chain, Compressing] = {}
     for chain in experiment.recipe.chains():
-        rest = reducing(chain)[1]
+        rest = compressing(chain)
         if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
             continue
         key = tuple(switches(rest))
@@ -362,7 +363,8 @@ def probe_compress(
         def run() -> None:
             # New Stats every time: what a method derives from them would be reused.
             stats = {"weight": Stats(sums)}
-            result = Result({})
+            # What a correction straight after a merger has all to do for.
+            result = Result({"weight": dense.pack(torch.zeros_like(weights["weight"]))})
             for end in range(len(chain)):
                 result = chains.apply_link(chain[: end + 1], weights, result.members, stats)
             made.append(result)

@@ -5,8 +5,9 @@ they share the statistics and their factorisation. A finished pair of unit and c
 ``pieces`` (the compressed tensors) and an entry ``errors`` (the error of every output row); both
 are named by the digest of what went into them, so that a search never waits for a compression that
 was done before, by whatever run (:mod:`moesaic.orchestrator.compression` makes them). Chains that
-reduce a bank first are jobs of their own, one per reduction, which is made once (see
-:mod:`moesaic.orchestrator.reductions`).
+begin with a reducer are jobs of their own, one per reduction, which is made once (see
+:mod:`moesaic.orchestrator.reductions`); those that correct what a merger left work on the bank as
+it is, and take from it what they correct.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,12 +25,15 @@ from moesaic.methods.base import (
     Spec,
     Stats,
     Unit,
+    compressing,
+    merge_of,
     of_dense_model,
+    reducers_of,
     reducing,
 )
 from moesaic.methods.reduction import reducer_module
 from moesaic.orchestrator.choices import choices
-from moesaic.orchestrator.compression import Bench
+from moesaic.orchestrator.compression import Bench, Members
 from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.narrowing import block_parts, narrowed_part
 from moesaic.orchestrator.passes import solved_at_a_time
@@ -59,8 +63,8 @@ class Job:
         stages: the same of shorter chains that the missing ones start from.
         stats: file of the block's statistics.
         gradients: file of what its reverse pass left, if the chains want some of it.
-        reduction: key of the entry that all the chains begin with, if they reduce the one unit, or
-            the part that the units belong to.
+        reduction: key of the entry that all the chains begin with, if they reduce the one unit or
+            correct what a merger leaves of it, or reduce the part that the units belong to.
         part: name of that part; empty for a bank.
         dense_stats: file of the block's statistics over the dense model, where ``stats`` are over
             compressed predecessors and the chains want both.
@@ -88,10 +92,9 @@ def needs(chains: Sequence[Chain]) -> tuple[str, ...]:
     """
     wanted = {"tokens", "hessian"}
     for chain in chains:
-        prefix, rest = reducing(chain)
-        for spec in prefix:
+        for spec in reducers_of(chain):
             wanted |= reducer_module(spec.method).NEEDS | {"cosine", "all_tokens"}
-        wanted |= links.needs(rest) - OUTPUT_STATISTICS.keys()
+        wanted |= links.needs(compressing(chain)) - OUTPUT_STATISTICS.keys()
     return tuple(sorted(wanted))
 
 
@@ -147,10 +150,15 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         slopes = load_stats(Path(plan.gradients), lambda name: name in own)
     weights: dict[str, Mapping[str, Tensor]] = {}
     side: Mapping[str, Tensor] = {}
-    if plan.reduction is None:
+    merged: Members = {}
+    if plan.reduction is None or merge_of(_first(plan)):
         weights = {unit.name: model.read_unit(unit) for unit in units}
+        if plan.reduction is not None:
+            (unit,) = units
+            found = _reduced(plan, model, unit).stand_ins()
+            merged = {f"{unit.name}{SEPARATOR}{member}": own for member, own in found.items()}
     elif part is not None:
-        store, prefix = open_store(plan.store), _prefix(plan)
+        store, prefix = open_store(plan.store), reducers_of(_first(plan))
         narrowed = narrowed_part(store, plan.reduction, model, part, prefix, stats)
         units = [narrowed.shaped(unit.name) for unit in units]
         weights = {unit.name: {"weight": narrowed.linears[unit.name].weight} for unit in units}
@@ -190,6 +198,7 @@ def compress_job(state: WorkerState, job: dict[str, Any]) -> dict[str, Any]:
         stages=_without_reducers(plan.stages),
         device=state.device,
         experts=experts,
+        merged=merged,
     )
     measured = bench.run(_without_reducers(plan.missing))
     return {"measured": measured, "peak_bytes": peak_memory_bytes()}
@@ -212,7 +221,7 @@ def _chain(specs: Iterable[tuple[str, str]]) -> Chain:
 
 
 def _without_reducers(pairs: Pairs) -> dict[Chain, dict[str, str]]:
-    """Chain after its reducers → unit → key."""
+    """Chain after the links that reduce → unit → key."""
     found: dict[Chain, dict[str, str]] = {}
     for name, wanted in pairs.items():
         for specs, key in wanted:
@@ -240,9 +249,9 @@ def _move(stats: Mapping[str, Stats], device: str) -> None:
         entry.sums = {name: value.to(device) for name, value in entry.sums.items()}
 
 
-def _prefix(plan: Job) -> Chain:
-    """The reducers that all chains of a job begin with."""
-    return reducing(_chain(next(iter(plan.missing.values()))[0][0]))[0]
+def _first(plan: Job) -> Chain:
+    """One of the chains of a job, which all begin with the same reducers."""
+    return _chain(next(iter(plan.missing.values()))[0][0])
 
 
 def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
@@ -250,7 +259,7 @@ def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
     site = expert_site(unit.name)
     stats = load_stats(Path(plan.stats), lambda name: name == site)[site]
     store = open_store(plan.store)
-    return reduced_bank(store, plan.reduction, model, unit, _prefix(plan), stats)
+    return reduced_bank(store, plan.reduction, model, unit, reducers_of(_first(plan)), stats)
 
 
 def read_errors(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from moesaic.methods import gptq
-from moesaic.methods.base import Unit, link_module, reducing
+from moesaic.methods.base import Unit, compressing, link_module
 from moesaic.orchestrator.adding import STEP_BYTES
 from moesaic.orchestrator.block_sizes import BlockSizes, experts_per_token
 from moesaic.orchestrator.compression import ERROR_BYTES
@@ -301,7 +301,7 @@ def _factors(experiment: Experiment, statistics_bytes: int) -> int:
     kinds = {
         (spec.method, getattr(options, "damp", None), getattr(options, "act_order", None))
         for chain in experiment.recipe.chains()
-        for spec in reducing(chain)[1]
+        for spec in compressing(chain)
         for options in [spec.parsed()]
         if "hessian" in link_module(spec.method).NEEDS
     }

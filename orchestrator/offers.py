@@ -200,6 +200,7 @@ class Offering:
         prefix, rest = reducing(chain)
         try:
             shapes = self.shaping.reduced(unit, prefix).shapes
+            self.shaping.stand_ins(unit, rest)
         except ValueError as error:
             return str(error)
         return self.shaping.unknown(unit, prefix, rest) or chains.misfit(unit.kind, shapes, rest)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, Spec, reducing
+from moesaic.methods.base import Chain, Spec, reducers_of
 from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.console import View
@@ -78,7 +78,7 @@ def entries(experiment: Experiment, plan: Path) -> list[Path]:
             experiment.store.path("reductions", experiment.reduction_key(unit.name, prefix, walk))
             for unit in experiment.units
             for chain in chains_of(unit, chosen)
-            for prefix in [reducing(chain)[0]]
+            for prefix in [reducers_of(chain)]
             if prefix
         ]
     return found

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Stats, Unit
 from moesaic.methods.reduction import (
     ExpertLayer,
@@ -22,6 +23,7 @@ from moesaic.methods.reduction import (
     mixture,
     reducer_module,
 )
+from moesaic.methods.stand_ins import stand_ins
 from moesaic.orchestrator.bank import CONSTANTS, side_members, split_biases
 from moesaic.orchestrator.reduction_entries import KIND, Reduced, get_reduction, put_reduction
 from moesaic.orchestrator.reshape import resize_router
@@ -205,6 +207,10 @@ class ReducedBank(Reduced):
             sums = stats[sites[member]].sums
             found[sites[member]] = Stats({k: self._merged(v, channels) for k, v in sums.items()})
         return found
+
+    def stand_ins(self) -> dict[str, CompressedTensor]:
+        """The new experts of a merger in the places of the old ones."""
+        return stand_ins(self.members, self.group, self.channels)
 
     def gradients(self, stats: Mapping[str, Stats], unit: str) -> dict[str, Stats]:
         """Sums over the old experts, as for their inputs."""

@@ -184,7 +184,11 @@ class Resident:
                 continue
             for member in mixed:
                 experts = [e for name, e, other in parts if (name, other) == (member, source)]
-                found[member][experts] = whole[member][experts]
+                # Products of factors are wider than weights; widening rounds nothing.
+                own = whole[member][experts]
+                wide = torch.promote_types(found[member].dtype, own.dtype)
+                found[member] = found[member].to(wide)
+                found[member][experts] = own.to(wide)
         return found
 
     def whole(self, path: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ the bank's own name, or that of the part. Nothing is computed here but numbers f
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from moesaic.methods.base import Chain, Unit, reverse_needs
+from moesaic.methods.base import Chain, Unit, merge_of, reverse_needs
 from moesaic.methods.parts import cuts_parts, outline_part
 from moesaic.methods.reduction import LayerShape, Outline, is_open
 from moesaic.orchestrator.narrowing import BlockPart, block_parts, narrowed_unit, unit_place_bytes
@@ -80,6 +80,15 @@ class Shaping:
         if part is None:
             return reduced_unit(unit, self._outline(unit, prefix))
         return narrowed_unit(unit, outline_part(part.shape, prefix)[part.role(unit.name)])
+
+    def stand_ins(self, unit: Unit, chain: Chain) -> int:
+        """How many merged experts a unit's own are corrected from; 0 where none are.
+
+        Raises:
+            ValueError: a bank cannot be merged so, in one line.
+        """
+        merge = merge_of(chain)
+        return self._outline(unit, merge).experts if merge and unit.kind == "bank" else 0
 
     def unknown(self, unit: Unit, prefix: Chain, rest: Chain) -> str | None:
         """Why methods cannot follow reducers on a unit, of whose new inputs too little is known;

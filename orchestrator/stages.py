@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.methods.base import Chain, reducing, reverse_needs
+from moesaic.methods.base import Chain, reducers_of, reducing, reverse_needs
 from moesaic.methods.chains import refits
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
@@ -211,7 +211,8 @@ def missing_pairs(
 ) -> dict[str, list[tuple[Chain, str]]]:
     """Unit → (chain, key) of the pairs whose entries are not finished or were damaged.
 
-    A reduction that lacks is made again with the first chain that begins with it.
+    A reduction that lacks is made again with the first chain that begins with it. What corrections
+    of merged experts needed of it is in their pieces.
     """
     keys = {
         (unit, chain): experiment.key(unit, chain, walk)
@@ -249,13 +250,14 @@ def measuring_jobs(
         sites = tuple(sorted(set(experiment.by_name[name].sites.values())))
         for chain, key in pairs:
             wants = bool(reverse_needs(chain))
-            group = groups.setdefault((sites, reducing(chain)[0], wants), {})
+            first, reduces = reducers_of(chain), bool(reducing(chain)[0])
+            group = groups.setdefault((sites, first, reduces, wants), {})
             group.setdefault(name, []).append((chain, key))
 
     def plain_pairs(pairs: Iterable[tuple[Chain, str]]) -> list[tuple[list[tuple[str, str]], str]]:
         return [([(spec.method, spec.options) for spec in chain], key) for chain, key in pairs]
 
-    for (_, prefix, wants), wanted in groups.items():
+    for (_, first, reduces, wants), wanted in groups.items():
         units = [experiment.by_name[name] for name in wanted]
         block, part = units[0].block, experiment.shaping.part(units[0].name)
         gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
@@ -275,8 +277,8 @@ def measuring_jobs(
             },
             stats=str(stats),
             store=walk.store,
-            reduction=experiment.reduction_key(units[0].name, prefix, walk) if prefix else None,
-            part=part.name if prefix and part is not None else "",
+            reduction=experiment.reduction_key(units[0].name, first, walk) if first else None,
+            part=part.name if reduces and part is not None else "",
             gradients=str(gradients) if wants else None,
             dense_stats=str(dense) if both else None,
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moesaic.methods.base import Chain, Unit, link_module, reducing
+from moesaic.methods.base import Chain, Unit, compressing, link_module, reducers_of
 from moesaic.methods.chains import but_for_rank, can_be_cut
 from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.errors import RunError
@@ -314,7 +314,7 @@ class Clock:
         chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
         made: set[Hashable] = set()
         # A reduction is read and written, and run beside the layer as it is.
-        prefixes = set(filter(None, (reducing(chain)[0] for chain in chains)))
+        prefixes = set(filter(None, map(reducers_of, chains)))
         once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
         seconds, written = len(prefixes) * once, 0.0
         for chain in chains:
@@ -340,7 +340,7 @@ class Clock:
         parts, _ = slices(experts, rows, inputs, self.crew.device)
         weights = experts * rows * inputs
         products = 4.0 * weights * inputs  # Δw H and w H
-        if any("hessian" in link_module(spec.method).NEEDS for spec in reducing(chain)[1]):
+        if any("hessian" in link_module(spec.method).NEEDS for spec in compressing(chain)):
             products += weights * inputs + experts * inputs**3  # feedback, factorisation
         return (
             speed.column * inputs * parts

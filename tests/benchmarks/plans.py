@@ -14,7 +14,8 @@ from typing import Any
 
 from common import median, scratch
 
-from moesaic.methods.base import Chain, is_whole
+from moesaic.methods.base import Chain
+from moesaic.methods.chains import ties_experts
 from moesaic.orchestrator import results, stages
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment
@@ -101,7 +102,7 @@ class Measured:
             if not any(a.prefix for a in banks[bank]):  # nothing to pick there
                 choices |= banks.pop(bank)[0].choices
         # Methods that take a bank as a whole tie its experts, which others need not be.
-        whole = any(is_whole(spec.method) for chain in chains for spec in chain)
+        whole = any(map(ties_experts, chains))
         ties = self.problem.ties if whole else []
         try:
             problem = Problem(choices, ties, Budget(size, 0), banks, layers=given.layers)

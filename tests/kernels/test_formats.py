@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Generator
 
-from moesaic.kernels import channels, delta, dense, int_group, lowrank, mosaic, residual, sparse
+from moesaic.kernels import (
+    channels,
+    delta,
+    dense,
+    int_group,
+    lowrank,
+    mapped,
+    mosaic,
+    residual,
+    sparse,
+)
 from moesaic.kernels.tensor import CompressedTensor, format_module, formats
 
 DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,6 +55,16 @@ def delta_example(
     """Whole numbers, as for low rank."""
     base = torch.randint(-4, 4, shape[-2:], generator=generator).to(dtype)
     return delta.pack(dense.pack(base), lowrank_example(shape, dtype, generator))
+
+
+def mapped_example(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: Generator
+) -> CompressedTensor:
+    """The first slice and the last are the same; experts have orders of their own."""
+    numbers = [*range(shape[0] - 1), 0]
+    stand_ins = torch.randn((shape[0] - 1, *shape[1:]), generator=generator).to(dtype)
+    order = torch.rand(shape[0], shape[1], generator=generator).argsort(1)
+    return mapped.pack(stand_ins, numbers, order if len(shape) == 3 else None)
 
 
 def mosaic_example(
@@ -104,6 +124,7 @@ EXAMPLES: dict[str, Example] = {
     "dense": dense_example,
     "int_group": int_group_example,
     "lowrank": lowrank_example,
+    "mapped": mapped_example,
     "mosaic": mosaic_example,
     "residual": residual_example,
     "sparse": sparse_example,
@@ -244,3 +265,65 @@ def test_mosaic_refuses_groups_that_do_not_cover_every_slice_once(slices: list[l
     tensors = [example("int_group", (len(each), 4, 6), torch.float32) for each in slices]
     with pytest.raises(ValueError, match="slices|at least one"):
         mosaic.pack(list(zip(tensors, slices, strict=True)))
+
+
+@pytest.fixture(params=["none", "rows", "columns"])
+def mapped_bank(request: pytest.FixtureRequest) -> tuple[CompressedTensor, torch.Tensor]:
+    """Five experts of three stand-ins with 6 rows and 8 columns, and what they should be."""
+    generator = Generator().manual_seed(0)
+    stand_ins, numbers = torch.randn(3, 6, 8, generator=generator), [3, 0, 3, 7, 0]
+    experts = stand_ins[[1, 0, 1, 2, 0]].double()
+    if request.param == "none":
+        return mapped.pack(stand_ins, numbers), experts
+    size, dim = (6, 0) if request.param == "rows" else (8, 1)
+    order = torch.rand(5, size, generator=generator).argsort(1)
+    moved = [e.index_select(dim, own) for e, own in zip(experts, order, strict=True)]
+    return mapped.pack(stand_ins, numbers, order, request.param), torch.stack(moved)
+
+
+def test_mapped_experts_are_their_stand_ins(
+    mapped_bank: tuple[CompressedTensor, torch.Tensor],
+) -> None:
+    bank, experts = mapped_bank
+    assert bank.parts["stand_ins"].shape == (3, 6, 8)
+    assert torch.equal(bank.dense().double(), experts)
+    factors = lowrank_example((5, 6, 8), torch.float32, Generator().manual_seed(1))
+    corrected = residual.pack(bank, factors)
+    x = torch.randn(4, 8, generator=Generator().manual_seed(2))
+    for expert in range(5):
+        assert torch.equal(bank[expert].dense().double(), experts[expert])
+        exact = x.double() @ (experts[expert] + factors[expert].dense().double()).T
+        product = residual.matmul_reference(x, corrected[expert]).double()
+        torch.testing.assert_close(product, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_mapped_banks_are_taken_apart_and_put_together(
+    mapped_bank: tuple[CompressedTensor, torch.Tensor],
+) -> None:
+    bank, experts = mapped_bank
+    parts = [mosaic.take(bank, slices) for slices in ([0, 1], [2], [3, 4])]
+    assert [len(part.parts["stand_ins"]) for part in parts] == [2, 1, 2]
+    assert torch.equal(parts[2].dense().double(), experts[3:])
+    assert torch.equal(mosaic.take(bank, [4, 0]).dense().double(), experts[[4, 0]])
+    whole = mosaic.joined(parts)
+    assert (whole.shape, dict(whole.params)) == (bank.shape, dict(bank.params))
+    assert all(torch.equal(part, bank.parts[key]) for key, part in whole.parts.items())
+    told = format_module("mapped").part_shapes(parts[0].shape, bank.dtype, parts[0].params)
+    assert told == {k: (tuple(p.shape), p.dtype) for k, p in parts[0].parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "order", "reason"),
+    [
+        ([0, 1, 2], None, "3 different numbers for 2 stand-ins"),
+        ([0, 1, 0], torch.zeros(3, 4), "holds not every one of 4 rows once"),
+        ([0, 1, 0], torch.arange(4).expand(2, 4), "holds not every one of 4 rows once"),
+    ],
+)
+def test_mapped_refuses_what_does_not_fit(
+    numbers: list[int], order: torch.Tensor | None, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        mapped.pack(torch.ones(2, 4, 6), numbers, order)
+    with pytest.raises(ValueError, match="a map of 3 slices, the weight has 4"):
+        mapped.part_shapes((4, 4, 6), torch.float32, {"map": "[0, 1, 0]"})

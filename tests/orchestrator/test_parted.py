@@ -276,6 +276,11 @@ CHAINS: dict[str, Any] = {
         [{"method": "svd_llm", "rank": 0.5}, {"method": "rtn", "bits": 4, "group_size": 4}],
         [{"method": "rtn", "bits": 3, "group_size": 16}, {"method": "eora", "rank": [2, 4]}],
     ],
+    "merged": [
+        {"method": "rtn", "bits": 8, "group_size": 16},
+        [{"method": "hc_smoe", "keep": 0.5}, {"method": "eora", "rank": [2, 4]}],
+        [{"method": "m_smoe", "keep": 0.5}, {"method": "eora", "rank": 2}],
+    ],
     "sparse": [
         {"method": "wanda", "density": 0.5},
         {"method": "sparse_lowrank", "rank": 2, "steps": 1},
