@@ -316,7 +316,7 @@ def test_left_factors_are_fitted_to_what_compressed_predecessors_leave(project: 
 @pytest.mark.parametrize(
     ("chain", "reason"),
     [
-        ([EORA], "eora corrects what a compression left: put it after one"),
+        ([EORA], "eora corrects what a compression or a merger left: put it after one"),
         ([GPTQ, {"method": "rtn", "bits": 4}], "rtn cannot follow gptq"),
         ([GPTQ, EORA, EORA], "eora comes last in a chain"),
         ([SVD_LLM, {"method": "asvd", "rank": 0.5}], "asvd cannot follow svd_llm"),

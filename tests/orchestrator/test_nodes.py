@@ -110,7 +110,7 @@ def test_a_node_that_joins_is_used(
             "The actor is dead because its node has died",
         ),
         ("something that Ray says in other words", "something that Ray says in other words"),
-        ("many words " * 100, "many words " * 27 + "many …"),
+        ("many words " * 100, "many words " * 27 + "…"),
     ],
 )
 def test_the_cause_of_a_death_is_a_sentence(text: str, told: str) -> None:
