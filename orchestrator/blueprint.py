@@ -71,7 +71,7 @@ def _tensors(
     tied = {f"{family.head}.weight"} if skeleton.config.tie_word_embeddings else set()
     for name, value in state.items():
         if name not in tied:
-            found[name] = (tuple(value.shape), value.dtype)
+            found[family.on_disk(name)] = (tuple(value.shape), value.dtype)
     for index, block in enumerate(skeleton.prototypes):
         prefix = family.block.format(block=index)
         # Parameters are stored alike, whatever dtype transformers computes with.

@@ -246,6 +246,11 @@ def _linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
 
 
+def clips(config: Any) -> bool:
+    """Whether attention clips queries, keys and values, in their place."""
+    return getattr(config, "clip_qkv", None) is not None
+
+
 @contextmanager
 def observing(
     model: "StreamedModel",
@@ -273,6 +278,7 @@ def observing(
         only: the linears that are watched; by default all of them.
     """
     seen: set[str] = set()
+    altered = clips(model.config)
     with ExitStack() as stack:
         for unit in model.layouts[index].units:
             module = block.get_submodule(model.unit_module(unit))
@@ -289,7 +295,8 @@ def observing(
             if site not in seen:
                 seen.add(site)
                 stack.callback(module.register_forward_pre_hook(_input_hook(site, observer)).remove)
-            stack.callback(module.register_forward_hook(_output_hook(unit, observer)).remove)
+            hook = _output_hook(unit, observer, altered)
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
@@ -310,11 +317,12 @@ def _router_hook(
 
 
 def _output_hook(
-    unit: Unit, observer: Observer
+    unit: Unit, observer: Observer, altered: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         flat = output.flatten(0, -2)
         observer.outputs(unit.name, "weight", flat, None)
-        return flat.view(output.shape)  # what was reported goes on, so that it gets gradients
+        # What was reported goes on, so that it gets gradients; a copy where that is altered.
+        return (flat.clone() if altered else flat).view(output.shape)
 
     return hook

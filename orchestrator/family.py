@@ -145,6 +145,9 @@ class Family(_Strict):
         unused: tensors on disk that the module does not want, copied unread.
         unused_outside: the same outside of blocks, from the top: tensors, or whole modules, which
             are taken out of the model.
+        beside: modules, from the top, that hidden states pass between the embedding and the first
+            block: learned positions, a norm.
+        renames_outside: name on disk → path in the module tree, for modules outside of blocks.
         extra_blocks: whether blocks behind the last one (multi-token prediction) may be on disk;
             they are copied unread.
     """
@@ -168,6 +171,8 @@ class Family(_Strict):
     renames: dict[str, str] = {}
     unused: list[str] = []
     unused_outside: list[str] = []
+    beside: list[str] = []
+    renames_outside: dict[str, str] = {}
     extra_blocks: bool = False
 
     @model_validator(mode="after")
@@ -221,6 +226,20 @@ class Family(_Strict):
     def is_unused_outside(self, name: str) -> bool:
         """Whether a tensor outside of blocks plays no part."""
         return any(name == path or name.startswith(f"{path}.") for path in self.unused_outside)
+
+    def in_module(self, name: str) -> str:
+        """Path in the module tree of a tensor outside of blocks, by its name on disk."""
+        for disk, path in self.renames_outside.items():
+            if name.startswith(f"{disk}."):
+                return path + name.removeprefix(disk)
+        return name
+
+    def on_disk(self, path: str) -> str:
+        """Name on disk of a tensor outside of blocks; the inverse of :meth:`in_module`."""
+        for disk, module in self.renames_outside.items():
+            if path.startswith(f"{module}."):
+                return disk + path.removeprefix(module)
+        return path
 
     def parts(self) -> list[tuple[str, Linears]]:
         """All groups of linears with the name of their part, in model order."""

@@ -214,7 +214,8 @@ def model_layout(
             f"{behind[-1]}"
         )
     wanted = [name for name in others if not family.is_unused_outside(name)]
-    check_provided(config, "", {name: checkpoint.shape(name) for name in wanted}, outer)
+    provided = {family.in_module(name): checkpoint.shape(name) for name in wanted}
+    check_provided(config, "", provided, outer)
     return [
         _block_layout(family, checkpoint, index, blocks.get(index, []), shapes)
         for index, shapes in enumerate(expected)

@@ -25,6 +25,7 @@ from moesaic.methods.parts import (
     PartShape,
     part_reducer,
 )
+from moesaic.orchestrator.experts import clips
 from moesaic.orchestrator.reduction_entries import KIND, Reduced, get_reduction, put_reduction
 from moesaic.orchestrator.statistics import SEPARATOR
 from moesaic.orchestrator.store import Store
@@ -70,6 +71,8 @@ def block_parts(model: StreamedModel) -> list[BlockPart]:
         }
         for kind, modules in kinds.items():
             units = {role: by_module[path] for role, path in modules.items() if path in by_module}
+            if kind == "attention" and clips(model.config):
+                continue  # which looks at single channels of queries, keys and values
             if modules and len(units) == len(modules):
                 shape = _part_shape(model, kind, units)
                 found.append(BlockPart(f"{prefix}.{kind}", layout.index, units, shape))

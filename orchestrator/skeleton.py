@@ -57,11 +57,14 @@ class _Output(SimpleNamespace):
         if name.startswith("__"):
             raise AttributeError(name)
 
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
 
 class _Passthrough(nn.Module):
     """Stands for everything but the head: returns the embeddings as last hidden state."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> SimpleNamespace:
         return _Output(last_hidden_state=inputs_embeds)
 
 
@@ -144,7 +147,10 @@ def _without_body(model: Any) -> Any:
     """The same head and forward over the same modules, but with nothing in front of them."""
     head = object.__new__(type(model))
     head.__dict__.update(model.__dict__)
-    head._modules = {**model._modules, model.base_model_prefix: _Passthrough()}
+    body = _Passthrough()
+    for name, _ in model.base_model.named_children():
+        body.add_module(name, _Passthrough())  # some call a part of the body instead of all of it
+    head._modules = {**model._modules, model.base_model_prefix: body}
     return head
 
 

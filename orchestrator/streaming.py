@@ -428,7 +428,7 @@ class StreamedModel:
         """Whether the head's weight is the embedding's and so not on disk."""
         if self.family.is_encoder:
             return False
-        on_disk = f"{self.family.head}.weight" in self.checkpoint
+        on_disk = self.family.on_disk(f"{self.family.head}.weight") in self.checkpoint
         return bool(self.config.tie_word_embeddings) and not on_disk
 
     def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -438,8 +438,10 @@ class StreamedModel:
         return shapes
 
     def _around(self, **inputs: Tensor) -> list[tuple[Tensor, Call]]:
-        """Hidden state and call of every block; the model's forward passes the last norm, too."""
-        self._fill_outer(self.family.norm)
+        """Hidden state and call of every block; the model's forward passes what stands beside the
+        embedding and the last norm, too."""
+        for path in (*self.family.beside, self.family.norm):
+            self._fill_outer(path)
         return self._skeleton.run(**inputs)
 
     def _fill_outer(self, path: str) -> None:
@@ -456,7 +458,7 @@ class StreamedModel:
                 continue
             full = f"{path}.{name}"
             tied = path == self.family.head and name == "weight" and self._tied_head()
-            disk = f"{self.family.embed}.weight" if tied else full
+            disk = self.family.on_disk(f"{self.family.embed}.weight" if tied else full)
             state[name] = self._placed(full, self._read(disk))
         if state:
             module.load_state_dict(state, assign=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.methods.base import Chain, chain_text, reducing
 from moesaic.orchestrator.assemble import assemble, folder_bytes, header_bytes_bound
+from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.family import families, load_family
@@ -25,6 +26,7 @@ from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import verify
+from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.inline import Project
 from tests.orchestrator.planning import IDS, logits_without_us, streamed_logits
 from tests.orchestrator.projects import make_model_folder
@@ -41,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gpt_oss": {},
     "qwen2_moe": {},
+    "phi": {"partial_rotary_factor": 0.5},  # no gate, attention and MLP side by side
 }
 
 
@@ -111,6 +114,11 @@ def test_parts_are_those_that_families_name() -> None:
         assert not (normed and family.paired), name
 
 
+def test_attention_that_clips_its_values_is_no_part(tiny: Tiny) -> None:
+    kinds = {part.shape.kind for part in block_parts(StreamedModel(Checkpoint(tiny("olmo"))))}
+    assert kinds == {"mlp"}
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_parts_lie_in_their_blocks(model_type: str, measured: Callable[[str], Measured]) -> None:
     own = measured(model_type)
@@ -122,7 +130,7 @@ def test_parts_lie_in_their_blocks(model_type: str, measured: Callable[[str], Me
         if part.shape.kind == "attention":
             assert (part.shape.heads, part.shape.kv_heads) == (4, 2)
             assert part.shape.head_channels == part.shape.value_channels
-            assert part.shape.paired == (model_type != "qwen3")
+            assert part.shape.paired == (model_type not in ("qwen3", "phi"))
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -179,7 +179,8 @@ def module_inputs(model: Any, ids: Tensor, paths: list[str]) -> dict[str, tuple[
 
     def hook(path: str) -> Any:
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found[path] = args[0].flatten(0, -2), output.flatten(0, -2)
+            # A copy: some models clip what a linear gave in its place.
+            found[path] = args[0].flatten(0, -2), output.flatten(0, -2).clone()
 
         return keep
 
