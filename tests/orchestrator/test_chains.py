@@ -276,7 +276,7 @@ def test_methods_for_experts_are_refused_where_there_are_none(
 @pytest.mark.parametrize(
     ("chain", "reason"),
     [
-        ([EORA], "eora corrects what a compression left: put it after one"),
+        ([EORA], "eora corrects what a compression or a merger left: put it after one"),
         ([GPTQ, {"method": "rtn", "bits": 4}], "rtn cannot follow gptq"),
         ([GPTQ, EORA, EORA], "eora comes last in a chain"),
         ([SVD_LLM, {"method": "asvd", "rank": 0.5}], "asvd cannot follow svd_llm"),
