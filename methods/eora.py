@@ -1,8 +1,8 @@
 """EoRA: a correction of low rank for what another method did to a weight.
 
 Liu et al., 2410.21271, section 3: with H = Q S Qᵀ, the SVD of (W - Ŵ)·Q√S, truncated, of which √S
-and Q are undone. Nothing is inverted here (see :mod:`moesaic.methods.low_rank`): inputs that
-calibration never saw need not be left out.
+and Q are undone. Ŵ may as well be what experts were merged into. Nothing is inverted here (see
+:mod:`moesaic.methods.low_rank`): inputs that calibration never saw need not be left out.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,8 @@ Such a method, a *reducer*, is a module of this folder that defines
              experts each keeps; its ``Options`` then have ``window`` (see :func:`window_option`)
 
 A reduction comes first in a chain: what it leaves is a bank like any other, whose statistics are
-sums over those of the experts that went into each new one, and goes on to be quantized.
+sums over those of the experts that went into each new one, and goes on to be quantized. (Where a
+repair follows a merger at once, the layer keeps its experts: :mod:`moesaic.methods.stand_ins`.)
 
 A pruned layer has a router row per expert that is left. A merged one may keep all rows of its
 router, with a map from rows to new experts: a token that is routed to two experts of one group

@@ -359,12 +359,13 @@ def probe_compress(
         if "fisher" in chains.needs(chain):
             sums = {**sums, "fisher": torch.rand(inputs, device=device)}
         weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
+        # What a correction that comes first is asked to correct.
+        nothing = Result({"weight": dense.pack(torch.zeros_like(weights["weight"]))})
 
         def run() -> None:
             # New Stats every time: what a method derives from them would be reused.
             stats = {"weight": Stats(sums)}
-            # What a correction straight after a merger has all to do for.
-            result = Result({"weight": dense.pack(torch.zeros_like(weights["weight"]))})
+            result = nothing
             for end in range(len(chain)):
                 result = chains.apply_link(chain[: end + 1], weights, result.members, stats)
             made.append(result)
