@@ -158,13 +158,13 @@ def test_format_example_rounds_trips_and_multiplies(example: Any, shape: tuple[i
 def test_family_example_names_every_parameter_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "granite.yaml").write_text(EXAMPLES["orchestrator/families/granite.yaml"])
+    (tmp_path / "helium.yaml").write_text(EXAMPLES["orchestrator/families/helium.yaml"])
     (tmp_path / "llama.yaml").write_text((family.FOLDER / "llama.yaml").read_text())
     monkeypatch.setattr(family, "FOLDER", tmp_path)
-    assert family.families() == ["granite", "llama"]
-    granite = family.load_family.__wrapped__("granite")
+    assert family.families() == ["helium", "llama"]
+    helium = family.load_family.__wrapped__("helium")
 
-    config = transformers.GraniteConfig(
+    config = transformers.HeliumConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=24,
@@ -173,12 +173,12 @@ def test_family_example_names_every_parameter_once(
         num_key_value_heads=1,
         tie_word_embeddings=False,
     )
-    names = [granite.embed, granite.norm, granite.head]
+    names = [helium.embed, helium.norm, helium.head]
     for block in range(2):
-        prefix = granite.block.format(block=block)
-        names += [f"{prefix}.{p}" for _, group in granite.parts() for p in group.linears]
-        names += [f"{prefix}.{kept.removesuffix('.weight')}" for kept in granite.kept]
-    model = transformers.GraniteForCausalLM(config)
+        prefix = helium.block.format(block=block)
+        names += [f"{prefix}.{p}" for _, group in helium.parts() for p in group.linears]
+        names += [f"{prefix}.{kept.removesuffix('.weight')}" for kept in helium.kept]
+    model = transformers.HeliumForCausalLM(config)
     assert sorted(f"{name}.weight" for name in names) == sorted(
         n for n, _ in model.named_parameters()
     )

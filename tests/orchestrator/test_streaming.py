@@ -88,8 +88,12 @@ def test_streamed_logits_equal_transformers(
     folder, ids = tiny(model_type, dtype), some_ids(2, 13)
     model = StreamedModel(Checkpoint(folder))
     assert model.dtype == dtype
+    wanted = reference(folder)
     with torch.no_grad():
-        expected = outputs(reference(folder)(ids))
+        for parameter in wanted.parameters():
+            # Where the file's bytes begin at odd places, some products are summed otherwise.
+            parameter.data = parameter.data.clone()
+        expected = outputs(wanted(ids))
     assert expected.std() > 0.1  # random weights that do something
     plain = streamed(model, ids)
     assert plain.dtype == expected.dtype
