@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.loop import WORKER_DIED
-from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
@@ -76,6 +76,7 @@ class _Job:
     asked: Asked
     plan: Plan
     pieces: Mapping[str, str]
+    mixtures: Mixtures
     size: int
     key: str
     started: float = 0.0
@@ -165,15 +166,11 @@ class Trials:
 
     def _made(self, told: Told) -> Made:
         plan = self.plan_of(told)
-        return plan, self._pieces(plan)
+        return plan, *self.pipeline.planned.of(plan.units)
 
     def key(self, plan: Plan) -> str:
         """Names what a plan consists of."""
-        return _key(self._pieces(plan))
-
-    def _pieces(self, plan: Plan) -> dict[str, str]:
-        """Unit → file of its piece."""
-        return plan_pieces(self.experiment, self.experiment.walk, plan.units)
+        return _key(self.pipeline.planned.of(plan.units)[0])
 
     # From trial to trial
 
@@ -203,11 +200,11 @@ class Trials:
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
-            pieces = self._pieces(plan)
-            key, size = _key(pieces), self.pipeline.piece_bytes(pieces)
+            pieces, mixtures = self.pipeline.planned.of(plan.units)
+            key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
-            self.prepared = _Job(asked, plan, pieces, size, key)
+            self.prepared = _Job(asked, plan, pieces, mixtures, size, key)
         return self.prepared
 
     def _meanwhile(self) -> None:
@@ -248,6 +245,7 @@ class Trials:
         arguments = {
             "judge": plain(self.experiment.calibration_judge),
             "pieces": dict(job.pieces),
+            "mixtures": dict(job.mixtures),
         }
         label = f"timing of trial {job.asked.number}"
         return Task(
@@ -273,7 +271,9 @@ class Trials:
             "judge": plain(judge),
             "rows": rows,
             "pieces": dict(job.pieces),
+            "mixtures": dict(job.mixtures),
             "total": self.rungs[-1][1],
+            "sparing": True,
         }
         label = f"trial {job.asked.number}"
         return Task(
@@ -361,7 +361,7 @@ class Trials:
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
         if told.state == "complete" and len(self.study.objectives) > 1:
             self.front = len(self.study.front())
-        self.record.add(told, None if job is None else (job.plan, job.pieces))
+        self.record.add(told, None if job is None else (job.plan, job.pieces, job.mixtures))
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 
