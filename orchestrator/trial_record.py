@@ -39,13 +39,22 @@ class TrialRecord:
         """A finished trial, which waits."""
         self._waiting.append((told, made))
 
-    def write(self) -> None:
-        """Puts all that wait on record.
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def write(self, most: int | None = None) -> None:
+        """Puts those that wait on record, the first ones first.
+
+        Args:
+            most: that many, not all.
 
         Raises:
             RunError: that could not be done; those that were not put there wait on.
         """
-        while self._waiting:
+        left = 0 if most is None else max(0, self.waiting - most)
+        while self.waiting > left:
             self._log(*self._waiting[0])
             del self._waiting[0]
 

@@ -11,7 +11,7 @@ it consists of, and a trial whose plan another one is just being judged with wai
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Failures of one kind, one after another, that end a study.
 _STREAK = 3
 _NO_PLAN = "no plan"
+# Finished trials that may wait to be put on record while plans are made for idle workers.
+_MOST_WAITING = 16
 _ADVICE = {
     WORKER_DIED: "it probably ran out of memory: fewer workers (compute.workers), or fewer"
     " sequences (calibration.length, tune.sequences)",
@@ -113,6 +115,8 @@ class Trials:
         self.best: Told | None = None
         # Of plans that were timed before, by what they consist of.
         self.latencies: dict[str, float] = {}
+        # What follows from results, in their order, and is done once workers have something to do.
+        self._later: list[Callable[[], None]] = []
 
     def run(self) -> None:
         """Trials until there are as many as wanted, or time is up."""
@@ -132,10 +136,12 @@ class Trials:
         tasks = [task for slot in slots for task in self._next(slot)]
         try:
             pool.run(tasks, self._tick, self._meanwhile)
-        except BaseException:
+        except (Exception, KeyboardInterrupt):
             with suppress(RunError):  # of the record: what came first is what is told
+                self._settle()
                 self.record.write()
             raise
+        self._settle()
         self.record.write()
         self.view.finish("trials")
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
@@ -180,6 +186,8 @@ class Trials:
             self.prepared = None
             job.started = time.monotonic()
             if job.key in self.flying:
+                self._settle()  # it may have landed
+            if job.key in self.flying:
                 self.flying[job.key].followers.append(job.asked)
                 continue
             self.flying[job.key] = job
@@ -193,6 +201,7 @@ class Trials:
         if self._late():
             return None
         while self.prepared is None and self.begun < self.options.trials:
+            self._settle()  # the sampler is to know all there is
             asked = self.study.ask()
             self.begun += 1
             try:
@@ -207,10 +216,19 @@ class Trials:
             self.prepared = _Job(asked, plan, pieces, mixtures, size, key)
         return self.prepared
 
-    def _meanwhile(self) -> None:
-        """What no worker waits for: the next trial's plan, and the record of finished ones."""
-        self._prepared()
-        self.record.write()
+    def _meanwhile(self) -> bool:
+        """A step of what no worker waits for: what follows from results, the next trial's plan, the
+        record of finished ones. Whether there may be more."""
+        self._settle()
+        if self.prepared is None and self.record.waiting < _MOST_WAITING and self._prepared():
+            return True
+        self.record.write(1)
+        return self.record.waiting > 0
+
+    def _settle(self) -> None:
+        """Does what was left for later."""
+        while self._later:
+            self._later.pop(0)()
 
     def _late(self) -> bool:
         limit = self.options.timeout
@@ -230,7 +248,7 @@ class Trials:
         job.latency = self.latencies.get(job.key)
         if job.latency is None:
             return self._timing_task(job, slot)
-        self._finish(job, self._mean(job), pruned=False)
+        self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
         return None
 
     def _timing_task(self, job: _Job, slot: int) -> Task:
@@ -239,7 +257,7 @@ class Trials:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
             job.latency = self.latencies[job.key] = result["milliseconds"]
-            self._finish(job, self._mean(job), pruned=False)
+            self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
             return self._next(slot)
 
         arguments = {
@@ -263,7 +281,8 @@ class Trials:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
             key = trial_key(judge, rows, job.pieces)
-            self.experiment.store.put_json("scores", key, result["kl"])
+            put = self.experiment.store.put_json
+            self._later.append(partial(put, "scores", key, result["kl"]))
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
             return self._next(slot) if task is None else [task]
 
@@ -305,10 +324,11 @@ class Trials:
             return True
         pruned = False
         if len(self.rungs) > 1:
+            self._settle()  # it is compared with all that ended before
             pruned = self.study.behind(job.asked, len(job.kl), mean) and not last
         if not pruned and (not last or self.timed):
             return False
-        self._finish(job, mean, pruned)
+        self._later.append(partial(self._finish, job, mean, pruned))
         return True
 
     def _finish(self, job: _Job, mean: float, pruned: bool) -> None:
@@ -339,6 +359,7 @@ class Trials:
         Raises:
             RunError: there were several of the same kind one after another.
         """
+        self._settle()
         text = " ".join(f"{kind}: {reason}".split())[:500]
         for asked in failing:
             self.study.tell_failed(asked, text)
