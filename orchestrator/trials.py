@@ -134,6 +134,7 @@ class Trials:
         slots = range(min(self.options.jobs or pool.size, pool.size))
         self.started = time.monotonic()
         tasks = [task for slot in slots for task in self._next(slot)]
+        self.study.get_ready()
         try:
             pool.run(tasks, self._tick, self._meanwhile)
         except (Exception, KeyboardInterrupt):
@@ -280,9 +281,7 @@ class Trials:
 
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
-            key = trial_key(judge, rows, job.pieces)
-            put = self.experiment.store.put_json
-            self._later.append(partial(put, "scores", key, result["kl"]))
+            self._later.append(partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"]))
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
             return self._next(slot) if task is None else [task]
 
@@ -303,6 +302,9 @@ class Trials:
             done=done,
             failed=partial(self._failed, job, slot),
         )
+
+    def _keep(self, key: str, kl: list[float]) -> None:
+        self.experiment.store.put_json("scores", key, kl)
 
     def _failed(self, job: _Job, slot: int, kind: str, reason: str) -> Iterable[Task]:
         del self.flying[job.key]
