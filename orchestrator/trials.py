@@ -281,7 +281,9 @@ class Trials:
 
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
-            self._later.append(partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"]))
+            self._later.append(
+                partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"])
+            )
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
             return self._next(slot) if task is None else [task]
 

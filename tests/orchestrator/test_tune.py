@@ -17,6 +17,8 @@ from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.study import Study
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
@@ -132,6 +134,45 @@ def test_a_killed_driver_loses_nothing_and_counts_nothing_twice(call: int, make:
     assert not table.filter(regex="knob|start").duplicated().any()
     assert project.json("study.json")["trials"]["all"] == 6
     assert done == max(0, call - 1 - 4)  # four calls remember the dense model
+
+
+def test_the_sampler_knows_all_trials_but_the_one_in_flight(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is left for later is done before the next trial is asked for."""
+    told: list[str] = []
+    asks, tells, puts = Study.ask, Study.tell, Store.put_json
+    judged = resident.evaluate_plan
+
+    def ask(self: Study) -> Any:
+        told.append("ask")
+        return asks(self)
+
+    def tell(self: Study, *arguments: Any) -> None:
+        told.append("tell")
+        tells(self, *arguments)
+
+    def put(self: Store, kind: str, *arguments: Any) -> Any:
+        told.append(f"put {kind}")
+        return puts(self, kind, *arguments)
+
+    def judge(*arguments: Any, **named: Any) -> Any:
+        told.append("judge")
+        return judged(*arguments, **named)
+
+    project = make(tune={"prune": False, "sequences": 4})
+    monkeypatch.setattr(Study, "ask", ask)
+    monkeypatch.setattr(Study, "tell", tell)
+    monkeypatch.setattr(Store, "put_json", put)
+    monkeypatch.setattr(resident, "evaluate_plan", judge)
+    project.tune(6)
+    assert told.count("judge") == trials(project)["plan"].nunique() > 3
+    for place, what in enumerate(told):
+        asked, known, kept = (told[:place].count(name) for name in ("ask", "tell", "put scores"))
+        if what == "ask":
+            assert asked - known <= 1
+        if what == "tell":
+            assert kept == told[:place].count("judge")  # before it is told
 
 
 def test_equal_plans_are_judged_once(make: Make) -> None:
