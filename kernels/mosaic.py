@@ -39,7 +39,6 @@ def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> Compressed
     if sorted(indices) != list(range(len(indices))):
         raise ValueError(f"the slices {sorted(indices)} do not cover 0 … {len(indices) - 1} once")
     first = groups[0][0]
-    described: list[dict[str, Any]] = []
     parts: dict[str, Tensor] = {}
     for number, (tensor, slices) in enumerate(groups):
         if tensor.shape != (len(slices), *first.shape[1:]) or tensor.dtype != first.dtype:
@@ -47,19 +46,28 @@ def pack(groups: Sequence[tuple[CompressedTensor, Sequence[int]]]) -> Compressed
                 f"group {number} is {tensor.shape} {tensor.dtype}, expected"
                 f" {(len(slices), *first.shape[1:])} {first.dtype}"
             )
-        described.append({**nesting.describe(tensor), "slices": list(slices)})
         parts |= nesting.prefixed(f"group{number}_", tensor)
     return CompressedTensor(
         format="mosaic",
         parts=parts,
         shape=(len(indices), *first.shape[1:]),
         dtype=first.dtype,
-        params={_GROUPS: json.dumps(described, sort_keys=True)},
+        params=params_of([(tensor.format, tensor.params, slices) for tensor, slices in groups]),
     )
 
 
+def params_of(groups: Sequence[tuple[str, Mapping[str, Param], Sequence[int]]]) -> dict[str, Param]:
+    """What :func:`pack` puts into the params, from format, params and slices of every group."""
+    described = [
+        {"format": inner, "params": dict(params), "slices": list(slices)}
+        for inner, params, slices in groups
+    ]
+    return {_GROUPS: json.dumps(described, sort_keys=True)}
+
+
 def take(bank: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
-    """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own.
+    """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own, of the
+    same format and params.
 
     A format whose parts do not all have the experts as first dimension defines
     ``take(tensor, slices)``.

@@ -72,11 +72,6 @@ def _described(params: Mapping[str, Param]) -> dict[str, Any]:
     return described
 
 
-def describe(tensor: CompressedTensor) -> dict[str, Any]:
-    """Format and params, as JSON has them."""
-    return {"format": tensor.format, "params": dict(tensor.params)}
-
-
 def prefixed(prefix: str, tensor: CompressedTensor) -> dict[str, Tensor]:
     """The parts under names that begin with ``prefix``."""
     return {f"{prefix}{name}": part for name, part in tensor.parts.items()}

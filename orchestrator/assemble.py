@@ -165,8 +165,15 @@ def _read_headers(
         shapes = {member: piece[member].shape for member in unit.shapes if member in piece}
         if shapes != dict(_expected(unit, piece)):
             raise RunError(f"{path}: holds shapes {shapes}, unit {name} has {dict(unit.shapes)}")
-        pieces[name] = piece if serve == "moesaic" else unplaced(piece)
-    return pieces
+        pieces[name] = piece
+    return _as_loaded(pieces, serve)
+
+
+def _as_loaded(pieces: Mapping[str, Piece], serve: Serve) -> dict[str, Piece]:
+    """Pieces as ``serve`` has them."""
+    return {
+        name: piece if serve == "moesaic" else unplaced(piece) for name, piece in pieces.items()
+    }
 
 
 def _expected(unit: Unit, piece: Piece) -> Mapping[str, tuple[int, ...]]:
@@ -209,12 +216,16 @@ def _originals(model: StreamedModel) -> dict[str, Blob]:
 
 def folder_bytes(
     model: StreamedModel,
-    chosen: Mapping[str, Path | None],
+    pieces: Mapping[str, Piece],
     serve: Serve,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> int:
-    """Bytes of all safetensors files that :func:`assemble` would write, headers included."""
-    tensors = _tensors(model, _read_headers(model, chosen, serve), serve)
+    """Bytes of all safetensors files that :func:`assemble` would write, headers included.
+
+    Args:
+        pieces: unit → what the file of its piece says of itself, or will say.
+    """
+    tensors = _tensors(model, _as_loaded(pieces, serve), serve)
     return sum(file_bytes(shard, _METADATA) for shard in _shards(tensors, int(max_shard_bytes)))
 
 

@@ -14,19 +14,20 @@ mostly the time of unpacking, which says little of any other engine.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import CONSTANTS, EXPERT_MAP, ROUTER
-from moesaic.orchestrator.calibrate import block_units, dense_members, read_ids
+from moesaic.orchestrator.calibrate import block_units, read_ids
 from moesaic.orchestrator.compressed_modules import CompressedExperts, CompressedLinear, Packed
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.low_rank_modules import fuse
-from moesaic.orchestrator.pieces import describe, read_piece
+from moesaic.orchestrator.mixtures import Mixtures, members_of
+from moesaic.orchestrator.pieces import describe
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
@@ -36,9 +37,15 @@ _TOKENS, _REPEATS = 8, 7
 
 @torch.no_grad()
 def measure_plan(
-    state: WorkerState, judge: dict[str, Any], pieces: Mapping[str, str]
+    state: WorkerState,
+    judge: dict[str, Any],
+    pieces: Mapping[str, str],
+    mixtures: Mixtures | None = None,
 ) -> dict[str, Any]:
     """Times the model made of ``pieces`` (unit → file) on tokens of the judge's text.
+
+    Args:
+        mixtures: what ``pieces`` name that is no file.
 
     Returns:
         ``milliseconds``: per token; ``peak_bytes``.
@@ -50,7 +57,7 @@ def measure_plan(
     hidden = [model.embed(row[None, middle : middle + 1]) for row in ids]  # [1, 1, H] each
     seconds = 0.0
     for index in range(model.blocks):
-        block = compressed_block(model, index, pieces)
+        block = compressed_block(model, index, pieces, mixtures or {})
 
         def run(x: Tensor, index: int = index, block: nn.Module = block) -> Tensor:
             return model.run_block(index, block, x)
@@ -82,22 +89,27 @@ def _median_seconds(
     return statistics.median(times)
 
 
-def compressed_block(model: StreamedModel, index: int, pieces: Mapping[str, str]) -> nn.Module:
+def compressed_block(
+    model: StreamedModel, index: int, pieces: Mapping[str, str], mixtures: Mixtures
+) -> nn.Module:
     """A block whose units compute with the packed weights of their pieces; the others are dense."""
     own = [unit for unit in block_units(model, index) if unit.name in pieces]
-    paths = {unit.name: pieces[unit.name] for unit in own}
-    block = model.build_block(index, dense_members(paths))
+    compressed = {unit.name: members_of(pieces[unit.name], mixtures) for unit in own}
+    replaced = {
+        unit: {name: member.effective() for name, member in members.items()}
+        for unit, members in compressed.items()
+    }
+    block = model.build_block(index, replaced)
     for unit in own:
-        path = model.unit_module(unit)
-        block.set_submodule(path, _compressed(block.get_submodule(path), unit, pieces[unit.name]))
+        path, members = model.unit_module(unit), compressed[unit.name]
+        block.set_submodule(path, _compressed(block.get_submodule(path), unit, members))
     block.to(model.device)
     if not model.family.is_encoder:
         fuse(nn.ModuleDict({str(index): block}), model.family)
     return block.requires_grad_(False)
 
 
-def _compressed(dense: nn.Module, unit: Unit, path: str) -> nn.Module:
-    members = read_piece(Path(path))
+def _compressed(dense: nn.Module, unit: Unit, members: Mapping[str, CompressedTensor]) -> nn.Module:
     described = {
         name: describe(member.format, member.shape, member.dtype, member.params)
         for name, member in members.items()

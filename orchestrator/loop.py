@@ -101,16 +101,14 @@ class Loop:
         self._add(tasks)
 
     def run(
-        self, tick: Callable[[list[str]], None] | None, meanwhile: Callable[[], None] | None
+        self, tick: Callable[[list[str]], None] | None, meanwhile: Callable[[], bool] | None
     ) -> None:
         """Until nothing is left."""
         pool, looked = self.pool, self.pool._now()
         try:
             while self.left:
                 self._dispatch()
-                if meanwhile is not None:
-                    meanwhile()
-                for handle in pool._wait(self.running, self._pause()):
+                for handle in self._done(meanwhile):
                     self._finish(handle)
                 if not pool._alive() or pool._now() - looked > _POLL_SECONDS:
                     looked = pool._now()
@@ -129,6 +127,14 @@ class Loop:
     def _queue(self, work: _Work) -> None:
         work.queued = True
         heapq.heappush(self.waiting, (work.task.priority, work.order, work))
+
+    def _done(self, meanwhile: Callable[[], bool] | None) -> list[Any]:
+        """What is done; step by step what there is to do meanwhile, until then."""
+        while meanwhile is not None and meanwhile():
+            done = self.pool._wait(self.running, 0.0)
+            if done:
+                return done
+        return self.pool._wait(self.running, self._pause())
 
     def _pause(self) -> float:
         """Seconds until there is something to look at."""

@@ -346,7 +346,10 @@ def _tune(sizes: Sizes) -> Parts:
     model = sum(sizes.weights(block) for block in blocks)
     offers = sum(unit.parameters * len(sizes.experiment.offers[unit.name]) for unit in units)
     tokens = min(texts.batch, texts.sequences) * texts.length
+    banks = any(unit.kind == "bank" for unit in units)
     return {
+        # A mixture of experts, and the piece that some of them are just taken from.
+        "mixtures": 2 * max(map(sizes.weights, blocks)) if banks else 0,
         "weights": model + max(map(sizes.weights, blocks)) + sizes.outer(),
         "weights of other plans": min(WEIGHT_BYTES, offers * sizes.item),
         "hidden states": HIDDEN_BYTES,
@@ -360,8 +363,7 @@ def _refine(sizes: Sizes) -> Parts:
     """As :func:`_tune`; where slopes are wanted, inputs of all blocks, and a block's gradients."""
     section, texts = sizes.experiment.recipe.refine, sizes.experiment.recipe.calibration
     largest = max(map(sizes.weights, range(sizes.model.blocks)))
-    # A mixture of experts, and the piece that some of them are just taken from.
-    parts = {**_tune(sizes), "mixtures": 2 * largest}
+    parts = _tune(sizes)
     if section is None or "relax" not in section.method:
         return parts
     rows = -(-min(section.sequences, texts.sequences) // BLOCKS)

@@ -38,7 +38,8 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_layers import expert_layers
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
-from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.mixtures import Mixtures
+from moesaic.orchestrator.plan_pieces import PlanPieces, plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
 from moesaic.orchestrator.publish import publish
@@ -264,13 +265,17 @@ class Pipeline:
 
     def file_bytes(self, plan: Plan) -> int:
         """Bytes of the safetensors files of a plan, headers included, exactly."""
-        experiment = self.experiment
-        return self.piece_bytes(plan_pieces(experiment, experiment.walk, plan.units))
+        return self.piece_bytes(*self.planned.of(plan.units))
 
-    def piece_bytes(self, pieces: Mapping[str, str]) -> int:
-        """The same of a plan's pieces, unit → file."""
-        paths = {unit: Path(path) for unit, path in pieces.items()}
-        return folder_bytes(self.experiment.model, paths, self.experiment.recipe.serve)
+    def piece_bytes(self, pieces: Mapping[str, str], mixtures: Mixtures) -> int:
+        """The same of a plan's pieces, as :attr:`planned` gives them."""
+        headers = self.planned.headers(pieces, mixtures)
+        return folder_bytes(self.experiment.model, headers, self.experiment.recipe.serve)
+
+    @cached_property
+    def planned(self) -> PlanPieces:
+        """The pieces of any plan over the dense model's statistics, mixtures not written."""
+        return PlanPieces(self.experiment, self.experiment.walk)
 
     def search(self) -> dict[str, Any]:
         """The plan as ``plan.json`` has it; writes it."""

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moesaic.methods.base import Chain
-from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.choices import Chosen, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.plan_pieces import PlanPieces
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import trial_key
@@ -25,13 +25,13 @@ def swap_losses(
     experiment: Experiment, pool: Pool, view: View, swaps: Sequence[Swap]
 ) -> dict[Swap, float]:
     """KL with one unit under one chain and all others dense."""
-    plans = {}
-    for unit, chain in swaps:
-        chosen = {choice.name: chain for choice in choices(experiment.by_name[unit])}
-        plans[unit, chain] = plan_pieces(experiment, experiment.walk, chosen)
     # Later units first: what comes before them is computed once and kept.
     order = sorted(swaps, key=lambda swap: -experiment.by_name[swap[0]].block)
-    return plan_losses(experiment, pool, view, "swaps", {swap: plans[swap] for swap in order})
+    plans: dict[Swap, Chosen] = {
+        (unit, chain): {choice.name: chain for choice in choices(experiment.by_name[unit])}
+        for unit, chain in order
+    }
+    return plan_losses(experiment, pool, view, "swaps", plans)
 
 
 def judged_rows(experiment: Experiment) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def plan_losses(
     pool: Pool,
     view: View,
     stage: str,
-    plans: Mapping[Any, Mapping[str, str]],
+    plans: Mapping[Any, Chosen],
 ) -> dict[Any, float]:
     """KL of plans to the dense model on calibration text, in nats per token.
 
@@ -53,10 +53,12 @@ def plan_losses(
 
     Args:
         stage: name of the progress bar.
-        plans: name → unit → file of its piece.
+        plans: name → its choices; units without one stay dense.
     """
     store, judge, rows = experiment.store, experiment.calibration_judge, judged_rows(experiment)
-    keys = {name: trial_key(judge, rows, pieces) for name, pieces in plans.items()}
+    finder = PlanPieces(experiment, experiment.walk)
+    made = {name: finder.of(chosen) for name, chosen in plans.items()}
+    keys = {name: trial_key(judge, rows, pieces) for name, (pieces, _) in made.items()}
     known: dict[str, list[float]] = {}
     for key in dict.fromkeys(keys.values()):
         found = store.get_json("scores", key)
@@ -72,10 +74,12 @@ def plan_losses(
             view.advance(stage, 1, result["peak_bytes"])
             return ()
 
+        pieces, mixtures = made[name]
         arguments = {
             "judge": plain(judge),
             "rows": rows,
-            "pieces": dict(plans[name]),
+            "pieces": pieces,
+            "mixtures": mixtures,
             "total": rows[1],
         }
         return Task("resident:evaluate_plan", arguments, stage, done=done)

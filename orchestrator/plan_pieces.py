@@ -1,27 +1,126 @@
 """The pieces of a plan: those of its units, cuts of them written out, and mosaics of them.
 
 A bank whose choices differ is put together from slices of its finished pieces, as a piece in the
-format ``mosaic``. What is left of a linear that was made narrower is put into its place, in the
-format ``channels``. All that is copying, no compression.
+format ``mosaic`` (see :mod:`moesaic.orchestrator.mixtures`); plans that are only judged leave that
+to the worker. What is left of a linear that was made narrower is put into its place, in the format
+``channels``. All that is copying, no compression.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from moesaic.kernels import mosaic
-from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Chain, Unit, reducing
 from moesaic.orchestrator.calibrate import Walk
-from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
+from moesaic.orchestrator.choices import Chosen, chains_of
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.mixtures import (
+    Mixture,
+    described,
+    mixture_of,
+    mosaic_key,
+    outline,
+    packed,
+)
 from moesaic.orchestrator.narrowing import BlockPart, read_narrowed
-from moesaic.orchestrator.pieces import is_cut, read_piece, write_piece
+from moesaic.orchestrator.pieces import Member, is_cut, piece_header, read_piece, write_piece
 from moesaic.orchestrator.store import digest
 
 
+class PlanPieces:
+    """The pieces of one plan after another, as workers that put mixtures together want them.
+
+    Args:
+        walk: whose statistics the pieces were made with.
+    """
+
+    def __init__(self, experiment: Experiment, walk: Walk) -> None:
+        self.experiment = experiment
+        self.walk = walk
+        self._known: dict[tuple[str, Chain], str | None] = {}
+        self._headers: dict[str, Mapping[str, Member]] = {}
+        self._described: dict[str, Mapping[str, Member]] = {}
+
+    def of(self, chosen: Chosen) -> tuple[dict[str, str], dict[str, Mixture]]:
+        """Unit → file of its piece, units that stay dense left out; and what those files hold that
+        need not be there.
+
+        Args:
+            chosen: choices of all units, or of those that are wanted.
+
+        Raises:
+            RunError: a piece that the plan needs is not there.
+        """
+        pieces: dict[str, str] = {}
+        mixtures: dict[str, Mixture] = {}
+        for unit in self.experiment.units:
+            chains = chains_of(unit, chosen)
+            if len(chains) > 1:
+                paths = {chain: self._piece(unit, chain) for chain in chains}
+                key = mosaic_key(unit, paths, chosen)
+                name = str(self.experiment.store.path("mosaics", key))
+                pieces[unit.name], mixtures[name] = name, mixture_of(unit, paths, chosen)
+            elif chains and (path := self.whole(unit, chains[0])) is not None:
+                pieces[unit.name] = path
+        return pieces, mixtures
+
+    def whole(self, unit: Unit, chain: Chain) -> str | None:
+        """File of a unit's piece where all its choices take one chain; None where it stays dense.
+
+        Raises:
+            RunError: the piece is not there.
+        """
+        if (unit.name, chain) not in self._known:
+            self._known[unit.name, chain] = str(self._whole(unit, chain)) if chain else None
+        return self._known[unit.name, chain]
+
+    def headers(
+        self, pieces: Mapping[str, str], mixtures: Mapping[str, Mixture]
+    ) -> dict[str, Mapping[str, Member]]:
+        """Unit → what the file of its piece says, or will say, of itself.
+
+        Raises:
+            RunError: a file is gone, cut off, or no piece.
+        """
+        return {
+            unit: self._header(path) if path not in mixtures else self._mixed(mixtures[path])
+            for unit, path in pieces.items()
+        }
+
+    def _piece(self, unit: Unit, chain: Chain) -> Path:
+        return self.experiment.store.path(
+            "pieces", self.experiment.key(unit.name, chain, self.walk)
+        )
+
+    def _whole(self, unit: Unit, chain: Chain) -> Path:
+        prefix, path = reducing(chain)[0], self._piece(unit, chain)
+        part = self.experiment.shaping.part(unit.name)
+        if prefix and part is not None:
+            key = self.experiment.reduction_key(unit.name, prefix, self.walk)
+            return _placed(self.experiment, unit, part, key, path)
+        return _written_out(self.experiment, path)
+
+    def _header(self, path: str) -> Mapping[str, Member]:
+        if path not in self._headers:
+            with _there():
+                self._headers[path] = piece_header(Path(path))
+        return self._headers[path]
+
+    def _mixed(self, mixture: Mixture) -> Mapping[str, Member]:
+        return described(mixture, self._source)
+
+    def _source(self, path: str) -> Mapping[str, Member]:
+        """What a piece that others are mixed from holds; it may be a cut."""
+        if path not in self._described:
+            with _there():
+                self._described[path] = outline(path)
+        return self._described[path]
+
+
 def plan_pieces(experiment: Experiment, walk: Walk, chosen: Chosen) -> dict[str, str]:
-    """Unit → file of its piece under a plan; units that stay dense are left out.
+    """Unit → file of its piece under a plan, mixtures written; units that stay dense are left out.
 
     Args:
         chosen: choices of all units, or of those that are wanted.
@@ -29,46 +128,23 @@ def plan_pieces(experiment: Experiment, walk: Walk, chosen: Chosen) -> dict[str,
     Raises:
         RunError: a piece that the plan needs is not there.
     """
-    return {
-        unit.name: path
-        for unit in experiment.units
-        if chains_of(unit, chosen)
-        for path in _unit_piece(experiment, walk, unit, chosen)
-    }
+    pieces, mixtures = PlanPieces(experiment, walk).of(chosen)
+    for path, mixture in mixtures.items():
+        key = Path(path).stem
+        if experiment.store.get("mosaics", key) is None:
+            with _there():
+                members = packed(mixture)
+            experiment.store.put("mosaics", key, partial(write_piece, members=members, metadata={}))
+    return pieces
 
 
-def _unit_piece(experiment: Experiment, walk: Walk, unit: Unit, chosen: Chosen) -> Iterator[str]:
-    chains = chains_of(unit, chosen)
-    paths = {
-        chain: experiment.store.path("pieces", experiment.key(unit.name, chain, walk))
-        for chain in chains
-        if chain
-    }
-    prefix = reducing(chains[0])[0]
-    part = experiment.shaping.part(unit.name)
-    if prefix and part is not None:
-        key = experiment.reduction_key(unit.name, prefix, walk)
-        yield str(_placed(experiment, unit, part, key, paths[chains[0]]))
-        return
-    if len(chains) == 1:
-        yield from (str(_written_out(experiment, path)) for path in paths.values())
-        return
-    key = mosaic_key(unit, paths, chosen)
-    entry = experiment.store.get("mosaics", key)
-    if entry is None:
-        members = _mosaic(unit, paths, chosen)
-        entry = experiment.store.put("mosaics", key, lambda p: write_piece(p, members, {}))
-    yield str(entry.path)
-
-
-def mosaic_key(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> str:
-    """Names a mixture of the pieces of a bank.
-
-    Args:
-        paths: piece of every chain that the choices take.
-    """
-    parts = [[c.member, c.expert, paths[chosen[c.name]].stem] for c in choices_in(unit, chosen)]
-    return digest(["mosaic", parts])
+@contextmanager
+def _there() -> Iterator[None]:
+    """A piece that is not there as one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename}: the piece is gone; run the same command again") from None
 
 
 def _placed(
@@ -88,7 +164,7 @@ def _placed(
 
 def _written_out(experiment: Experiment, path: Path) -> Path:
     """A piece that has its tensors in its own file: itself, or what a cut stands for."""
-    try:
+    with _there():
         if not is_cut(path):
             return path
         key = path.stem
@@ -97,27 +173,3 @@ def _written_out(experiment: Experiment, path: Path) -> Path:
             members = read_piece(path)
             entry = experiment.store.put("cuts", key, lambda p: write_piece(p, members, {}))
         return entry.path
-    except FileNotFoundError as error:
-        raise RunError(f"{error.filename}: the piece is gone; run the same command again") from None
-
-
-def _mosaic(unit: Unit, paths: Mapping[Chain, Path], chosen: Chosen) -> dict[str, CompressedTensor]:
-    """Every member of a bank from slices of the pieces of its chains."""
-    try:
-        pieces = {chain: read_piece(path) for chain, path in paths.items()}
-    except FileNotFoundError as error:
-        raise RunError(f"{error.filename}: the piece is gone; run the same command again") from None
-    members = {}
-    for member in unit.shapes:
-        experts: dict[Chain, list[int]] = {}
-        for choice in choices_in(unit, chosen):
-            if choice.member == member and choice.expert is not None:
-                experts.setdefault(chosen[choice.name], []).append(choice.expert)
-        groups = [
-            (mosaic.take(pieces[chain][member], slices), slices)
-            for chain, slices in sorted(experts.items())
-        ]
-        members[member] = groups[0][0] if len(groups) == 1 else mosaic.pack(groups)
-    # What comes with a reduced bank is the same in all pieces.
-    first = next(iter(pieces.values()))
-    return members | {name: value for name, value in first.items() if name not in unit.shapes}

@@ -111,7 +111,7 @@ class Pool:
         self,
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.
 
@@ -119,6 +119,7 @@ class Pool:
             tasks: what can start now.
             tick: called about once a second with the labels of what is running.
             meanwhile: called whenever workers were given work: for what no worker should wait for.
+                It does a step of that and says whether there may be more.
 
         Raises:
             UserError, RunError: as raised by a task, when a task killed its worker repeatedly, or

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, Unit, reducing
-from moesaic.orchestrator.choices import chains_of, choices_in
+from moesaic.orchestrator.choices import choices_in
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment, plain
-from moesaic.orchestrator.plan_pieces import mosaic_key, plan_pieces
+from moesaic.orchestrator.mixtures import Mixture
+from moesaic.orchestrator.plan_pieces import PlanPieces
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.refinement import Refinement, Stage, Watch
 from moesaic.orchestrator.resident import trial_key
@@ -216,39 +217,23 @@ class _Work:
 
 
 class PlanFiles:
-    """The pieces of plans, for workers: mixtures of a bank's pieces are told, not written."""
+    """The pieces of plans, and of what they can change to, for workers."""
 
     def __init__(self, experiment: Experiment, problem: Problem) -> None:
         self.experiment = experiment
         self.problem = problem
-        self._known: dict[tuple[str, Chain], str] = {}
+        self._pieces = PlanPieces(experiment, experiment.walk)
 
-    def of(self, plan: Plan) -> tuple[dict[str, str], dict[str, list[tuple[str, int, str]]]]:
+    def of(self, plan: Plan) -> tuple[dict[str, str], dict[str, Mixture]]:
         """Unit → file of its piece, dense ones left out, and what those are that are no files."""
-        pieces: dict[str, str] = {}
-        mixtures: dict[str, list[tuple[str, int, str]]] = {}
-        for unit in self.experiment.units:
-            chains = chains_of(unit, plan.units)
-            if len(chains) == 1:
-                path = self._whole(unit, chains[0], plan)
-                if path != DENSE:
-                    pieces[unit.name] = path
-                continue
-            paths = {chain: Path(self._whole(unit, chain, plan)) for chain in chains}
-            key = mosaic_key(unit, paths, plan.units)
-            name = str(self.experiment.store.path("mosaics", key))
-            pieces[unit.name] = name
-            mixtures[name] = [
-                (c.member, c.expert, str(paths[plan.units[c.name]]))
-                for c in choices_in(unit, plan.units)
-                if c.expert is not None
-            ]
-        return pieces, mixtures
+        return self._pieces.of(plan.units)
 
     def candidates(self, plan: Plan) -> dict[str, list[str]]:
         """Unit → files of all candidates that it can change to on a straight line."""
         return {
-            unit.name: [self._whole(unit, chain, plan) for chain in self._chains(unit, plan)]
+            unit.name: [
+                self._pieces.whole(unit, chain) or DENSE for chain in self._chains(unit, plan)
+            ]
             for unit in self.experiment.units
         }
 
@@ -286,11 +271,3 @@ class PlanFiles:
         if choice in self.experiment.by_name:
             return choice
         return choice.rsplit(".", 2)[0]
-
-    def _whole(self, unit: Unit, chain: Chain, plan: Plan) -> str:
-        """File of a unit's piece where all its choices take one chain; DENSE if it is left."""
-        if (unit.name, chain) not in self._known:
-            names = [choice.name for choice in choices_in(unit, plan.units)]
-            found = plan_pieces(self.experiment, self.experiment.walk, dict.fromkeys(names, chain))
-            self._known[unit.name, chain] = found.get(unit.name, DENSE)
-        return self._known[unit.name, chain]

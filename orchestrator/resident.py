@@ -7,8 +7,8 @@ reduced, or is to be, has other shapes: its block is built anew. What comes befo
 that changed is not computed again: hidden states between blocks are kept, by what the blocks before
 them consist of.
 
-A mixture of the experts of a bank need not be put together in a file before it is judged: told
-which expert comes from which piece, the worker does it in memory.
+A mixture of the experts of a bank is no file (see :mod:`moesaic.orchestrator.mixtures`): told which
+experts come from which piece, the worker puts it together in memory.
 
 What one worker holds, at most: the model in the dtype it is computed in, ``WEIGHT_BYTES`` of
 weights that were in before or are, ``HIDDEN_BYTES`` of hidden states, and what one batch needs.
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
-from moesaic.orchestrator.bank import ROUTER
+from moesaic.orchestrator.bank import is_reduced
 from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model, sequence_sums
-from moesaic.orchestrator.pieces import piece_header, read_piece
+from moesaic.orchestrator.mixtures import Mixtures, dense
+from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -34,11 +35,9 @@ from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 WEIGHT_BYTES = 1 << 30
 HIDDEN_BYTES = 512 << 20
 _KEY = "resident"
+_MOST_MET = 100_000
 
 Rows = tuple[int, int]
-# Name of a mixture's piece → (member, expert, file of the piece that it comes from), expert by
-# expert.
-Mixtures = Mapping[str, Sequence[tuple[str, int, str]]]
 
 
 class Kept:
@@ -92,13 +91,20 @@ class Resident:
         # Banks of each block that are reduced at the moment.
         self._reduced: list[set[str]] = [set() for _ in self._units]
         self._weights = Kept(weight_bytes)
+        # What is known of pieces by their files: names of members, and whether a bank is reduced.
+        self._members: dict[str, list[str]] = {}
+        self._reducing: dict[str, bool] = {}
+        self._parameters: dict[str, list[str]] = {}  # of units, see _names
         self._hidden = Kept(hidden_bytes)
+        self._met: set[str] = set()  # keys of hidden states that were not kept
 
-    def final(self, judge: Judge, rows: Rows, pieces: Mapping[str, str], total: int) -> Tensor:
+    def final(
+        self, judge: Judge, rows: Rows, pieces: Mapping[str, str], total: int, sparing: bool = False
+    ) -> Tensor:
         """Last hidden states ``[rows, length, H]`` under a plan (unit → file of its piece).
 
         Args:
-            total: number of sequences that plans are judged on altogether.
+            total, sparing: see :func:`evaluate_plan`.
         """
         own = self.by_block(pieces)
         keys = [digest([judge.ids_digest, judge.batch, rows])]
@@ -116,9 +122,18 @@ class Resident:
             module = self.block(index, own[index])
             hidden = [self.model.run_block(index, module, x) for x in hidden]
             self.ran += 1
-            if (index + 1) % step == 0:
+            if (index + 1) % step == 0 and not (sparing and self._first(keys[index + 1])):
                 self._hidden.put(keys[index + 1], hidden)
         return torch.cat(hidden)
+
+    def _first(self, key: str) -> bool:
+        """Whether hidden states are met for the first time, as far as that is remembered."""
+        if key in self._met:
+            return False
+        if len(self._met) >= _MOST_MET:
+            self._met.clear()
+        self._met.add(key)
+        return True
 
     def by_block(self, pieces: Mapping[str, str]) -> list[dict[str, str]]:
         """Pieces by the block that they belong to."""
@@ -148,11 +163,13 @@ class Resident:
             given = {unit: self.members(unit, path) for unit, path in pieces.items()}
             block = self.model.build_block(index, given)
             self.built += 1
-        else:
+        elif changed:
+            state: dict[str, Tensor] = {}
             for unit in changed:
-                block.load_state_dict(self._state(unit, pieces), strict=False, assign=True)
-                self.swapped += 1
+                state |= self._state(unit, pieces)
+            block.load_state_dict(state, strict=False, assign=True)
             block.requires_grad_(False)
+            self.swapped += len(changed)
         self._blocks[index], self._inside[index], self._reduced[index] = block, pieces, reduced
         return block
 
@@ -163,52 +180,38 @@ class Resident:
         if found is None:
             members = self.members(unit.name, path) if path else {}
             state = self.model.unit_state(unit, members)
+            if path in self.mixtures:  # which hardly come back, while their pieces do
+                return {name: state[name] for name in names}
             # What the file maps is read now, not while blocks run.
             found = [state[name].contiguous().clone() for name in names]
-            if path not in self.mixtures:  # which hardly come back, while their pieces do
-                self._weights.put((unit.name, path), found)
+            self._weights.put((unit.name, path), found)
         return dict(zip(names, found, strict=True))
 
     def members(self, unit: str, path: str) -> dict[str, Tensor]:
         """The dense weights of a piece or a mixture, member by member, and what comes with them."""
-        parts = self.mixtures.get(path)
-        if parts is None:
-            return dense_members({unit: path})[unit]
-        mixed = list(dict.fromkeys(member for member, *_ in parts))
-        found: dict[str, Tensor] = {}
-        # One source at a time: a bank may be large, and come from many.
-        for source in dict.fromkeys(source for *_, source in parts):
-            whole = self.whole(source)
-            if not found:  # what comes with a reduced bank is the same in all
-                found = {**whole, **{member: whole[member].clone() for member in mixed}}
-                continue
-            for member in mixed:
-                experts = [e for name, e, other in parts if (name, other) == (member, source)]
-                # Products of factors are wider than weights; widening rounds nothing.
-                own = whole[member][experts]
-                wide = torch.promote_types(found[member].dtype, own.dtype)
-                found[member] = found[member].to(wide)
-                found[member][experts] = own.to(wide)
-        return found
+        mixture = self.mixtures.get(path)
+        return dense_members({unit: path})[unit] if mixture is None else dense(mixture, self.whole)
 
     def whole(self, path: str) -> dict[str, Tensor]:
         """The dense weights of a piece, member by member; kept, for those that come back."""
         found = self._weights.get(path)
-        names = sorted(read_piece(Path(path)))
         if found is None:
             members = dense_members({"": path})[""]
-            found = [members[name].contiguous().clone() for name in names]
+            self._members[path] = sorted(members)
+            found = [members[name].contiguous().clone() for name in self._members[path]]
             self._weights.put(path, found)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(self._members[path], found, strict=True))
 
     def _reduces(self, pieces: Mapping[str, str], unit: Unit) -> bool:
         """Whether the piece of a bank holds fewer or narrower experts, which come with a router."""
         path = pieces.get(unit.name)
         if path is None:
             return False
-        parts = self.mixtures.get(path)
-        file = Path(path if parts is None else parts[0][2])
-        return f"{ROUTER}weight" in piece_header(file)
+        if path in self.mixtures:
+            return is_reduced(self.whole(self.mixtures[path][0][1]))
+        if path not in self._reducing:
+            self._reducing[path] = is_reduced(piece_header(Path(path)))
+        return self._reducing[path]
 
     def weight_names(self, unit: Unit) -> list[str]:
         """Parameters of the block that are the unit's weights."""
@@ -219,10 +222,12 @@ class Resident:
 
     def _names(self, unit: Unit) -> list[str]:
         """The same, and its bias where a linear has one."""
-        bias = f"{self.model.unit_module(unit)}.bias"
-        known = self.model.prototype(unit.block).state_dict()
-        more = [bias] if unit.kind == "linear" and bias in known else []
-        return [*self.weight_names(unit), *more]
+        if unit.name not in self._parameters:
+            bias = f"{self.model.unit_module(unit)}.bias"
+            known = self.model.prototype(unit.block).state_dict()
+            more = [bias] if unit.kind == "linear" and bias in known else []
+            self._parameters[unit.name] = [*self.weight_names(unit), *more]
+        return self._parameters[unit.name]
 
 
 def trial_key(judge: Judge, rows: Rows, pieces: Mapping[str, str]) -> str:
@@ -241,6 +246,7 @@ def evaluate_plan(
     weight_bytes: int = WEIGHT_BYTES,
     hidden_bytes: int = HIDDEN_BYTES,
     mixtures: Mixtures | None = None,
+    sparing: bool = False,
 ) -> dict[str, Any]:
     """KL to the dense model of the sequences ``rows`` under the model made of ``pieces``.
 
@@ -250,6 +256,8 @@ def evaluate_plan(
     Args:
         total: number of sequences that plans are judged on altogether.
         mixtures: what ``pieces`` name that is no file.
+        sparing: keep hidden states between blocks only when they come up again: for plans that
+            seldom begin alike, where memory that is always new costs more than it saves.
 
     Returns:
         ``kl``: sum over each sequence in nats; ``ran``, ``built`` and ``swapped``: blocks that were
@@ -260,7 +268,7 @@ def evaluate_plan(
     held.mixtures = mixtures or {}
     model = held.model
     before = held.ran, held.built, held.swapped
-    final = held.final(plan, rows, pieces, total)
+    final = held.final(plan, rows, pieces, total, sparing)
     ids = read_ids(plan.ids, *rows)
     dense = dense_hidden(plan, rows).to(model.device)
     reference = dense_model(state, plan)

@@ -28,7 +28,6 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pictures import save
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_losses import Swap, judged_rows, plan_losses, swap_losses
-from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.score_pictures import scatter
 from moesaic.orchestrator.scoring import all_rules, obstacle, pairs_of
@@ -212,11 +211,8 @@ class ScoredPipeline(Pipeline):
         )
 
     def _plans(self, pairs: Pairs, plans: Sequence[Plan]) -> Measured | None:
-        pieces = {
-            f"plan {number}": plan_pieces(self.experiment, self.experiment.walk, plan.units)
-            for number, plan in enumerate(plans)
-        }
-        kl = plan_losses(self.experiment, self.pool, self.view, PLANS_KIND, pieces)
+        units = {f"plan {number}": plan.units for number, plan in enumerate(plans)}
+        kl = plan_losses(self.experiment, self.pool, self.view, PLANS_KIND, units)
         chosen = [list(plan.units.items()) for plan in plans]
         return self._measured(PLANS_KIND, pairs, list(kl), chosen, list(kl.values()))
 

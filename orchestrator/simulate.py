@@ -122,7 +122,7 @@ class SimulatedPool(Pool):
         self,
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> None:
         """As the pool's, with a record of which task brought which."""
         super().run([self._traced(task, 0.0) for task in tasks], tick, meanwhile)

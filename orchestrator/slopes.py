@@ -20,10 +20,10 @@ from moesaic.orchestrator.bank import split
 from moesaic.orchestrator.calibrate import read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.gradients import LOGIT_ROWS
+from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.resident import (
     HIDDEN_BYTES,
     WEIGHT_BYTES,
-    Mixtures,
     Resident,
     Rows,
     keep,

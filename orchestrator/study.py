@@ -318,6 +318,13 @@ class Study:
             first.setdefault(tuple(trial.values), trial.number)
         return list(first.values())
 
+    def get_ready(self) -> None:
+        """Imports what :meth:`importances` needs while workers are busy; it takes a moment."""
+        from importlib import import_module
+        from threading import Thread
+
+        Thread(target=import_module, args=("optuna.importance",), daemon=True).start()
+
     def importances(self) -> dict[str, float]:
         """Knob → its share in what makes trials good (PED-ANOVA), the largest first.
 

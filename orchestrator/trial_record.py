@@ -5,13 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moesaic.orchestrator.mixtures import Mixtures, sources
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan
 
-# A plan, and unit → file of its piece.
-Made = tuple[Plan, Mapping[str, str]]
+# A plan, its pieces, and what those of them are that are no files.
+Made = tuple[Plan, Mapping[str, str], Mixtures]
 
 
 def trial_name(number: int) -> str:
@@ -38,13 +39,22 @@ class TrialRecord:
         """A finished trial, which waits."""
         self._waiting.append((told, made))
 
-    def write(self) -> None:
-        """Puts all that wait on record.
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def write(self, most: int | None = None) -> None:
+        """Puts those that wait on record, the first ones first.
+
+        Args:
+            most: that many, not all.
 
         Raises:
             RunError: that could not be done; those that were not put there wait on.
         """
-        while self._waiting:
+        left = 0 if most is None else max(0, self.waiting - most)
+        while self.waiting > left:
             self._log(*self._waiting[0])
             del self._waiting[0]
 
@@ -66,12 +76,21 @@ class TrialRecord:
         )
 
     def _document(self, told: Told, made: Made | None) -> dict[str, Any]:
-        """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store."""
-        plan, pieces = made or self._made(told)
-        root = self._store.root
+        """A trial's plan as ``plan.json`` has it, and the files of its pieces in the store: of a
+        bank that is mixed, those that its experts come from."""
+        plan, pieces, mixtures = made or self._made(told)
+
+        def within(path: str) -> str:
+            return str(Path(path).relative_to(self._store.root))
+
         return {
             **plan.to_json(),
             "file_bytes": told.attributes["bytes"],
             "store": self._store.where,
-            "pieces": {unit: str(Path(path).relative_to(root)) for unit, path in pieces.items()},
+            "pieces": {
+                unit: [within(source) for source in sources(mixtures[path])]
+                if path in mixtures
+                else within(path)
+                for unit, path in pieces.items()
+            },
         }

@@ -11,7 +11,7 @@ it consists of, and a trial whose plan another one is just being judged with wai
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.loop import WORKER_DIED
-from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Failures of one kind, one after another, that end a study.
 _STREAK = 3
 _NO_PLAN = "no plan"
+# Finished trials that may wait to be put on record while plans are made for idle workers.
+_MOST_WAITING = 16
 _ADVICE = {
     WORKER_DIED: "it probably ran out of memory: fewer workers (compute.workers), or fewer"
     " sequences (calibration.length, tune.sequences)",
@@ -76,6 +78,7 @@ class _Job:
     asked: Asked
     plan: Plan
     pieces: Mapping[str, str]
+    mixtures: Mixtures
     size: int
     key: str
     started: float = 0.0
@@ -112,6 +115,8 @@ class Trials:
         self.best: Told | None = None
         # Of plans that were timed before, by what they consist of.
         self.latencies: dict[str, float] = {}
+        # What follows from results, in their order, and is done once workers have something to do.
+        self._later: list[Callable[[], None]] = []
 
     def run(self) -> None:
         """Trials until there are as many as wanted, or time is up."""
@@ -129,12 +134,15 @@ class Trials:
         slots = range(min(self.options.jobs or pool.size, pool.size))
         self.started = time.monotonic()
         tasks = [task for slot in slots for task in self._next(slot)]
+        self.study.get_ready()
         try:
             pool.run(tasks, self._tick, self._meanwhile)
-        except BaseException:
+        except (Exception, KeyboardInterrupt):
             with suppress(RunError):  # of the record: what came first is what is told
+                self._settle()
                 self.record.write()
             raise
+        self._settle()
         self.record.write()
         self.view.finish("trials")
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
@@ -165,15 +173,11 @@ class Trials:
 
     def _made(self, told: Told) -> Made:
         plan = self.plan_of(told)
-        return plan, self._pieces(plan)
+        return plan, *self.pipeline.planned.of(plan.units)
 
     def key(self, plan: Plan) -> str:
         """Names what a plan consists of."""
-        return _key(self._pieces(plan))
-
-    def _pieces(self, plan: Plan) -> dict[str, str]:
-        """Unit → file of its piece."""
-        return plan_pieces(self.experiment, self.experiment.walk, plan.units)
+        return _key(self.pipeline.planned.of(plan.units)[0])
 
     # From trial to trial
 
@@ -182,6 +186,8 @@ class Trials:
         while (job := self._prepared()) is not None:
             self.prepared = None
             job.started = time.monotonic()
+            if job.key in self.flying:
+                self._settle()  # it may have landed
             if job.key in self.flying:
                 self.flying[job.key].followers.append(job.asked)
                 continue
@@ -196,6 +202,7 @@ class Trials:
         if self._late():
             return None
         while self.prepared is None and self.begun < self.options.trials:
+            self._settle()  # the sampler is to know all there is
             asked = self.study.ask()
             self.begun += 1
             try:
@@ -203,17 +210,26 @@ class Trials:
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], _NO_PLAN, str(error))
                 continue
-            pieces = self._pieces(plan)
-            key, size = _key(pieces), self.pipeline.piece_bytes(pieces)
+            pieces, mixtures = self.pipeline.planned.of(plan.units)
+            key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
-            self.prepared = _Job(asked, plan, pieces, size, key)
+            self.prepared = _Job(asked, plan, pieces, mixtures, size, key)
         return self.prepared
 
-    def _meanwhile(self) -> None:
-        """What no worker waits for: the next trial's plan, and the record of finished ones."""
-        self._prepared()
-        self.record.write()
+    def _meanwhile(self) -> bool:
+        """A step of what no worker waits for: what follows from results, the next trial's plan, the
+        record of finished ones. Whether there may be more."""
+        self._settle()
+        if self.prepared is None and self.record.waiting < _MOST_WAITING and self._prepared():
+            return True
+        self.record.write(1)
+        return self.record.waiting > 0
+
+    def _settle(self) -> None:
+        """Does what was left for later."""
+        while self._later:
+            self._later.pop(0)()
 
     def _late(self) -> bool:
         limit = self.options.timeout
@@ -233,7 +249,7 @@ class Trials:
         job.latency = self.latencies.get(job.key)
         if job.latency is None:
             return self._timing_task(job, slot)
-        self._finish(job, self._mean(job), pruned=False)
+        self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
         return None
 
     def _timing_task(self, job: _Job, slot: int) -> Task:
@@ -242,12 +258,13 @@ class Trials:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
             job.latency = self.latencies[job.key] = result["milliseconds"]
-            self._finish(job, self._mean(job), pruned=False)
+            self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
             return self._next(slot)
 
         arguments = {
             "judge": plain(self.experiment.calibration_judge),
             "pieces": dict(job.pieces),
+            "mixtures": dict(job.mixtures),
         }
         label = f"timing of trial {job.asked.number}"
         return Task(
@@ -264,8 +281,9 @@ class Trials:
 
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.view.advance("trials", 0, result["peak_bytes"])
-            key = trial_key(judge, rows, job.pieces)
-            self.experiment.store.put_json("scores", key, result["kl"])
+            self._later.append(
+                partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"])
+            )
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
             return self._next(slot) if task is None else [task]
 
@@ -273,7 +291,9 @@ class Trials:
             "judge": plain(judge),
             "rows": rows,
             "pieces": dict(job.pieces),
+            "mixtures": dict(job.mixtures),
             "total": self.rungs[-1][1],
+            "sparing": True,
         }
         label = f"trial {job.asked.number}"
         return Task(
@@ -284,6 +304,9 @@ class Trials:
             done=done,
             failed=partial(self._failed, job, slot),
         )
+
+    def _keep(self, key: str, kl: list[float]) -> None:
+        self.experiment.store.put_json("scores", key, kl)
 
     def _failed(self, job: _Job, slot: int, kind: str, reason: str) -> Iterable[Task]:
         del self.flying[job.key]
@@ -305,10 +328,11 @@ class Trials:
             return True
         pruned = False
         if len(self.rungs) > 1:
+            self._settle()  # it is compared with all that ended before
             pruned = self.study.behind(job.asked, len(job.kl), mean) and not last
         if not pruned and (not last or self.timed):
             return False
-        self._finish(job, mean, pruned)
+        self._later.append(partial(self._finish, job, mean, pruned))
         return True
 
     def _finish(self, job: _Job, mean: float, pruned: bool) -> None:
@@ -339,6 +363,7 @@ class Trials:
         Raises:
             RunError: there were several of the same kind one after another.
         """
+        self._settle()
         text = " ".join(f"{kind}: {reason}".split())[:500]
         for asked in failing:
             self.study.tell_failed(asked, text)
@@ -361,7 +386,7 @@ class Trials:
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
         if told.state == "complete" and len(self.study.objectives) > 1:
             self.front = len(self.study.front())
-        self.record.add(told, None if job is None else (job.plan, job.pieces))
+        self.record.add(told, None if job is None else (job.plan, job.pieces, job.mixtures))
         if self._rank(told):
             self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
 

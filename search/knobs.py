@@ -363,9 +363,9 @@ class _Weighing:
         scale = math.exp(loss - error)
         mix, own = self.mix, [factor * self.sources.factor(m.shares) for m in measured]
         if mix == 0:
-            return [replace(m, score=f * m.loss) for m, f in zip(measured, own, strict=True)]
+            return [m.scored(f * m.loss) for m, f in zip(measured, own, strict=True)]
         return [
-            replace(m, score=f * m.loss ** (1 - mix) * (scale * m.error) ** mix)
+            m.scored(f * m.loss ** (1 - mix) * (scale * m.error) ** mix)
             for m, f in zip(measured, own, strict=True)
         ]
 

@@ -37,6 +37,7 @@ from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.process import collect_rarely
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.study_terms import rungs
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     check_inputs(arguments)
+    collect_rarely()  # as the command does
     with scratch("trials") as name:
         folder = Path(name)
         recipe = recipe_in(folder / "measured", arguments, 2)

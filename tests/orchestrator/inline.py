@@ -56,7 +56,7 @@ class InlinePool:
         self,
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> None:
         """As :meth:`Pool.run`; tasks without affinity go round."""
         order = itertools.count()
@@ -72,8 +72,8 @@ class InlinePool:
                 self.judged.append(dict(task.arguments))
             if tick is not None:
                 tick([task.label])
-            if meanwhile is not None:
-                meanwhile()
+            while meanwhile is not None and meanwhile():
+                pass
             try:
                 result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
             except Exception as error:

@@ -14,7 +14,7 @@ from moesaic.methods import rtn
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.pieces import write_piece
+from moesaic.orchestrator.pieces import Member, piece_header, write_piece
 from moesaic.orchestrator.streaming import StreamedModel
 
 # Options of a method for a whole unit, or member → options; None leaves the unit dense.
@@ -60,6 +60,11 @@ def make_pieces(
         path = chosen[unit.name] = folder / f"{index}.safetensors"
         write_piece(path, members, {"unit": unit.name})
     return chosen
+
+
+def headers(chosen: Mapping[str, Path | None]) -> dict[str, dict[str, Member]]:
+    """Unit → what the file of its piece says of itself, dense ones left out."""
+    return {unit: piece_header(path) for unit, path in chosen.items() if path is not None}
 
 
 def mixed(index: int, unit: Unit) -> Choice:

@@ -20,7 +20,7 @@ def test_a_timed_block_computes_what_its_pieces_say(model_type: str, tmp_path: P
     hidden = torch.randn(1, 5, model.hidden_size, generator=torch.Generator().manual_seed(1))
     kinds = set()
     for index in range(model.blocks):
-        block = latency.compressed_block(model, index, pieces)
+        block = latency.compressed_block(model, index, pieces, {})
         kinds |= {type(m) for m in block.modules()} & {CompressedLinear, CompressedExperts}
         own = {
             u.name: pieces[u.name] for u in model.units() if u.block == index and u.name in pieces

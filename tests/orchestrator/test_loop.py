@@ -316,3 +316,38 @@ def test_deadlines_are_multiples_of_the_upper_quantile_above_a_floor() -> None:
         known.add("g", 0.1)
     assert known.straggles_after("g") == deadlines.STRAGGLER_SECONDS
     assert known.deadline("g") == deadlines.DEADLINE_SECONDS
+
+
+def test_results_go_before_what_there_is_to_do_meanwhile() -> None:
+    """Steps of 2 s are done as long as there are some, and no worker waits for more than one."""
+    pool = Scripted(["a", "a"], lambda label, worker, times: (5.0 if worker else 3.0, label))
+    told: list[tuple[str, float]] = []
+    left = 6
+
+    def done(result: str) -> Iterable[Task]:
+        told.append((result, pool.clock))
+        return ()
+
+    def meanwhile() -> bool:
+        nonlocal left
+        if left:
+            left -= 1
+            pool.clock += 2.0
+            told.append(("step", pool.clock))
+        return left > 0
+
+    tasks = [Task("f", {}, name, affinity=worker, done=done) for worker, name in enumerate("abcd")]
+    pool.run([*tasks[:2], *(Task("f", {}, t.label, done=done) for t in tasks[2:])], None, meanwhile)
+    assert told == [
+        ("step", 2.0),
+        ("step", 4.0),
+        ("a", 4.0),
+        ("step", 6.0),
+        ("b", 6.0),
+        ("step", 8.0),
+        ("c", 8.0),
+        ("step", 10.0),
+        ("step", 12.0),
+        ("d", 12.0),
+    ]
+    assert [(call.label, call.begun) for call in pool.calls][2:] == [("c", 4.0), ("d", 6.0)]

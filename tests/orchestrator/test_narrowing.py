@@ -28,7 +28,7 @@ from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import verify
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.inline import Project
-from tests.orchestrator.planning import IDS, logits_without_us, streamed_logits
+from tests.orchestrator.planning import IDS, headers, logits_without_us, streamed_logits
 from tests.orchestrator.projects import make_model_folder
 
 RTN = {"method": "rtn", "bits": 4, "group_size": -1}
@@ -85,7 +85,7 @@ class Measured:
         """Writes the folder, compares its bytes with the forecast, and reloads it."""
         assemble(self.model, self.experiment.folder, pieces, serve, output, "card")
         file = output / "model.safetensors"
-        assert folder_bytes(self.model, pieces, serve) == file.stat().st_size
+        assert folder_bytes(self.model, headers(pieces), serve) == file.stat().st_size
         header = file.stat().st_size - sum(t.nbytes for t in load_file(file).values())
         assert header <= header_bytes_bound(
             self.model, self.model.units(), serve, 2, chained=True, narrowed=True

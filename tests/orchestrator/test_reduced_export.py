@@ -28,7 +28,7 @@ from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import verify
 from tests.orchestrator.inline import Project
-from tests.orchestrator.planning import IDS, logits_without_us, streamed_logits
+from tests.orchestrator.planning import IDS, headers, logits_without_us, streamed_logits
 from tests.orchestrator.projects import make_model_folder
 
 FAMILIES = [name for name in families() if load_family(name).experts is not None]
@@ -105,7 +105,7 @@ class Measured:
         assemble(self.model, self.experiment.folder, pieces, serve, output, "card")
         assert verify(output, self.model.checkpoint, pieces, serve, IDS) < 5e-6
         file = output / "model.safetensors"
-        assert folder_bytes(self.model, pieces, serve) == file.stat().st_size
+        assert folder_bytes(self.model, headers(pieces), serve) == file.stat().st_size
         header = file.stat().st_size - sum(t.nbytes for t in load_file(file).values())
         assert header <= header_bytes_bound(
             self.model, self.model.units(), serve, 2, stand_ins=True

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moesaic.kernels import mosaic
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
 from moesaic.orchestrator.experiment import plain
-from moesaic.orchestrator.pieces import read_piece, write_piece
+from moesaic.orchestrator.mixtures import Mixture, packed
+from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.resident import Kept, evaluate_plan, release
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import Tiny
@@ -148,23 +148,40 @@ def test_a_mixture_that_is_told_is_the_one_that_is_written(tiny: Tiny, tmp_path:
         return choose
 
     low, high = (paths(tmp_path / f"{bits}", folder, only_bank(bits))[bank.name] for bits in (2, 5))
-    experts = bank.shapes["gate"][0]
-    parts = [(m, e, low if (e + len(m)) % 2 else high) for e in range(experts) for m in bank.shapes]
-    pieces = {path: read_piece(Path(path)) for path in (low, high)}
-    members = {}
-    for member in bank.shapes:
-        groups = []
-        for path in (low, high):
-            own = [e for m, e, source in parts if (m, source) == (member, path)]
-            groups.append((mosaic.take(pieces[path][member], own), own))
-        members[member] = mosaic.pack(groups)
-    written = tmp_path / "written.safetensors"
-    write_piece(written, members, {})
+    experts = range(bank.shapes["gate"][0])
 
-    told = judged.resident({bank.name: "told"}, mixtures={"told": parts})
+    def mixture(odd: str, even: str) -> Mixture:
+        odds = {member: [e for e in experts if (e + len(member)) % 2] for member in bank.shapes}
+        evens = {member: [e for e in experts if e not in own] for member, own in odds.items()}
+        return [
+            (member, path, own[member])
+            for member in bank.shapes
+            for path, own in ((odd, odds), (even, evens))
+        ]
+
+    one, other = mixture(low, high), mixture(high, low)
+    written = tmp_path / "written.safetensors"
+    write_piece(written, packed(one), {})
+
+    told = judged.resident({bank.name: "told"}, mixtures={"told": one})
     assert told["kl"] == judged.streamed({bank.name: str(written)})
     # Another mixture of the same pieces takes the first one's place.
-    turned = [(m, e, high if source == low else low) for m, e, source in parts]
-    other = judged.resident({bank.name: "turned"}, mixtures={"turned": turned})
-    assert other["kl"] != told["kl"] and other["built"] == 0
-    assert judged.resident({bank.name: "told"}, mixtures={"told": parts})["kl"] == told["kl"]
+    turned = judged.resident({bank.name: "turned"}, mixtures={"turned": other})
+    assert turned["kl"] != told["kl"] and turned["built"] == 0
+    assert judged.resident({bank.name: "told"}, mixtures={"told": one})["kl"] == told["kl"]
+
+
+def test_a_sparing_worker_keeps_what_comes_up_again(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama", num_hidden_layers=4)
+    judged = Judged(folder, tmp_path)
+    third = paths(tmp_path / "third", folder, in_block(2))
+    both = {**third, **paths(tmp_path / "last", folder, in_block(3))}
+    ran = []
+    for pieces in (third, both, third, both):
+        found = judged.resident(pieces, sparing=True)
+        assert found["kl"] == judged.streamed(pieces)
+        ran.append(found["ran"])
+    # What is before the third block is kept the second time, with that block the same; all of the
+    # first plan when it comes up again.
+    assert ran == [4, 4, 1, 1]
+    assert judged.resident(third, sparing=True)["ran"] == 0

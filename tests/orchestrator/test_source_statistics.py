@@ -20,7 +20,7 @@ from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges
 from moesaic.orchestrator.store import Store, digest
 from moesaic.orchestrator.worker import WorkerState
-from tests.orchestrator.inline import Project, measured_store
+from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import VOCABULARY, make_model_folder
 
 SOURCES, LENGTH, SHARDS = (1, 0, 0, 2, 1, 0, 2), 9, 3
@@ -176,6 +176,36 @@ def test_pieces_of_all_kinds_are_measured_under_each_source(project: Project) ->
             assert sum(measurement.shares) == pytest.approx(1) or not any(measurement.shares)
             seen |= {spec.method for spec in measurement.chain if any(measurement.shares)}
     assert seen == {"rtn", "svd_llm", "reap", "modegpt"}
+
+
+def test_a_run_killed_again_and_again_measures_the_same(
+    project: Project, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Project(tmp_path, model, monkeypatch)
+    killed.write(**APART)
+    kills = 0
+    while True:
+        try:
+            killed.run(size=2, kill_at=4, stages=("measure",))
+        except Killed:
+            kills += 1
+        else:
+            break
+    assert kills > 3
+    one, two = (
+        {file.relative_to(p.folder): file.read_bytes() for file in p.folder.rglob("*.safetensors")}
+        for p in (project, killed)
+    )
+    kinds = ("stats", "gradients", "reductions", "pieces", "errors")
+    for kind in kinds:
+        own = {name for name in one if name.parts[1] == kind}
+        assert own and own == {name for name in two if name.parts[1] == kind}
+        assert all(one[name] == two[name] for name in own)
+    ours, theirs = (
+        results.measurements(open_experiment(p.folder / "recipe.yaml", p.output)).measurements
+        for p in (project, killed)
+    )
+    assert [(m.unit, m.shares) for m in ours] == [(m.unit, m.shares) for m in theirs]
 
 
 def test_the_plan_without_weights_is_that_of_pooled_statistics(

@@ -9,11 +9,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from moesaic.methods.base import Chain, Spec
 from moesaic.orchestrator import latency, resident, study_terms
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.mixtures import Mixtures, members_of
+from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.study import Study
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
@@ -56,6 +61,14 @@ def make(model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return project
 
 
+def chains(units: dict[str, Any]) -> dict[str, Chain]:
+    """The choices of a plan, from its JSON."""
+    return {
+        name: tuple(Spec.of(s["method"], s["options"]) for s in specs)
+        for name, specs in units.items()
+    }
+
+
 def trials(project: Project) -> pd.DataFrame:
     return pd.read_parquet(project.output / "trials.parquet")
 
@@ -77,10 +90,18 @@ def test_a_study_leaves_all_that_a_run_does_and_its_best_plan(make: Make) -> Non
     assert list(table["start"][:4]) == ["as predicted", "even", "greedy", "reductions × 4"]
     assert table["predicted_loss"][2] >= table["predicted_loss"][0]  # that one is exact
 
+    # Mixtures of experts are files in the plan that was taken alone.
+    mixed = [call["mixtures"] for call in project.judged]
+    assert sum(map(len, mixed)) > len(mixed)
+    written = {str(path) for path in (project.folder / "store" / "mosaics").rglob("*.safetensors")}
+    assert written == set(mixed[best["trial"]])
+
     # A trial's KL is that of the same plan, streamed.
     experiment = open_experiment(project.folder / "recipe.yaml", project.output)
     judge, rows = plain(experiment.calibration_judge), (0, 12)
-    kl = evaluate_rows(WorkerState(1), judge, rows, project.judged[0]["pieces"])["kl"]
+    documents = [told[6]() for told in project.tracked]
+    pieces = plan_pieces(experiment, experiment.walk, chains(documents[0]["units"]))
+    kl = evaluate_rows(WorkerState(1), judge, rows, pieces)["kl"]
     assert math.fsum(kl) / (12 * 23) == pytest.approx(table["kl"][0], rel=1e-12)
     # Some reduced a bank, others did not: both ways of putting pieces into place were used.
     assert len({tuple(sorted(call["pieces"].values())) for call in project.judged}) > 2
@@ -113,6 +134,45 @@ def test_a_killed_driver_loses_nothing_and_counts_nothing_twice(call: int, make:
     assert not table.filter(regex="knob|start").duplicated().any()
     assert project.json("study.json")["trials"]["all"] == 6
     assert done == max(0, call - 1 - 4)  # four calls remember the dense model
+
+
+def test_the_sampler_knows_all_trials_but_the_one_in_flight(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is left for later is done before the next trial is asked for."""
+    told: list[str] = []
+    asks, tells, puts = Study.ask, Study.tell, Store.put_json
+    judged = resident.evaluate_plan
+
+    def ask(self: Study) -> Any:
+        told.append("ask")
+        return asks(self)
+
+    def tell(self: Study, *arguments: Any) -> None:
+        told.append("tell")
+        tells(self, *arguments)
+
+    def put(self: Store, kind: str, *arguments: Any) -> Any:
+        told.append(f"put {kind}")
+        return puts(self, kind, *arguments)
+
+    def judge(*arguments: Any, **named: Any) -> Any:
+        told.append("judge")
+        return judged(*arguments, **named)
+
+    project = make(tune={"prune": False, "sequences": 4})
+    monkeypatch.setattr(Study, "ask", ask)
+    monkeypatch.setattr(Study, "tell", tell)
+    monkeypatch.setattr(Store, "put_json", put)
+    monkeypatch.setattr(resident, "evaluate_plan", judge)
+    project.tune(6)
+    assert told.count("judge") == trials(project)["plan"].nunique() > 3
+    for place, what in enumerate(told):
+        asked, known, kept = (told[:place].count(name) for name in ("ask", "tell", "put scores"))
+        if what == "ask":
+            assert asked - known <= 1
+        if what == "tell":
+            assert kept == told[:place].count("judge")  # before it is told
 
 
 def test_equal_plans_are_judged_once(make: Make) -> None:
@@ -154,9 +214,12 @@ def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) 
     assert study["best"]["kl"] == fitting["kl"].min()
 
 
-def as_long_as_large(state: Any, judge: Any, pieces: dict[str, str]) -> dict[str, Any]:
+def as_long_as_large(
+    state: Any, judge: Any, pieces: dict[str, str], mixtures: Mixtures
+) -> dict[str, Any]:
     """A clock that ticks per byte."""
-    size = sum(Path(path).stat().st_size for path in pieces.values())
+    members = [m for path in pieces.values() for m in members_of(path, mixtures).values()]
+    size = sum(member.nbytes for member in members)
     return {"milliseconds": size / 1e5, "peak_bytes": 0}
 
 
@@ -219,12 +282,12 @@ def test_a_plan_that_cannot_be_timed_is_a_failed_trial(
 ) -> None:
     calls = 0
 
-    def once(state: Any, judge: Any, pieces: dict[str, str]) -> dict[str, Any]:
+    def once(state: Any, **given: Any) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise RuntimeError("no kernel image is available")
-        return as_long_as_large(state, judge, pieces)
+        return as_long_as_large(state, **given)
 
     monkeypatch.setattr(latency, "measure_plan", once)
     project = make(tune={"objectives": ["kl", "latency"], "sequences": 2})
