@@ -7,15 +7,17 @@ processes do not count.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesaic.methods.base import Unit
 from moesaic.methods.hessian import factorise
 from moesaic.orchestrator import experts
-from moesaic.orchestrator.statistics import add_gram, mirror
+from moesaic.orchestrator.statistics import GradientObserver, add_gram, mirror
 
 # Bytes of the matrices that a probe goes round: more than a core's own cache holds; and how many
 # they are at most.
@@ -36,7 +38,7 @@ def shortest(call: Callable[[], object], device: str) -> float:
         device: ``cpu``, ``cuda``, or another word for what is timed by the clock.
     """
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < _SECONDS and len(times) < _REPEATS):
+    while len(times) < 3 or (sum(times) < _SECONDS and len(times) < _REPEATS):
         started = _now(device)
         call()
         times.append(_now(device) - started)
@@ -77,10 +79,24 @@ def _bank(rows: int, inputs: int, width: int, dtype: torch.dtype, device: str) -
     return _round(each, 6.0 * rows * inputs * width, device), inputs, width
 
 
-def _experts(
-    rows: int, inputs: int, width: int, dtype: torch.dtype, device: str
-) -> tuple[float, Callable[[Tensor], Tensor], Tensor]:
-    """Operations of a visit to some experts by ``rows`` tokens each, the visit, and the tokens."""
+@dataclass(frozen=True)
+class _Visit:
+    """Some experts, and as many tokens for each.
+
+    Attributes:
+        operations: of all of them.
+        bank: as transformers' experts modules are.
+        unit: the bank's.
+        call: what it is called with.
+    """
+
+    operations: float
+    bank: SimpleNamespace
+    unit: Unit
+    call: experts.Routed
+
+
+def _visit(rows: int, inputs: int, width: int, dtype: torch.dtype, device: str) -> _Visit:
     count, inputs, width = _bank(rows, inputs, width, dtype, device)
 
     def gate(x: Tensor) -> Tensor:
@@ -99,28 +115,34 @@ def _experts(
     index = (torch.arange(count * rows, device=device) % count)[:, None]
     weights = torch.ones(count * rows, 1, device=device).to(dtype)
     x = torch.randn(count * rows, inputs, device=device).to(dtype)
-    visit = lambda hidden: experts.forward(bank, hidden, index, weights)  # noqa: E731
-    return 6.0 * count * rows * inputs * width, visit, x
+    shapes = {"gate": (count, width, inputs), "up": (count, width, inputs)}
+    shapes["down"] = (count, inputs, width)
+    unit = Unit("probe", "bank", 0, "experts", shapes, {"gate": "in", "up": "in", "down": "mid"})
+    operations = 6.0 * count * rows * inputs * width
+    return _Visit(operations, bank, unit, experts.Routed(x, index, weights))
 
 
 def probe_experts(rows: int, inputs: int, width: int, dtype: torch.dtype, device: str) -> float:
     """Operations per second of experts that some tokens each are gathered for and given back."""
-    operations, visit, x = _experts(rows, inputs, width, dtype, device)
+    visit = _visit(rows, inputs, width, dtype, device)
+    call = (visit.call.hidden, visit.call.index, visit.call.weights)
     with torch.no_grad():
-        return operations / shortest(lambda: visit(x), device)
+        return visit.operations / shortest(lambda: experts.forward(visit.bank, *call), device)
 
 
 def probe_reverse(rows: int, inputs: int, width: int, dtype: torch.dtype, device: str) -> float:
-    """The same of experts that run forward and back: twice the operations."""
-    operations, visit, x = _experts(rows, inputs, width, dtype, device)
-    x.requires_grad_(True)
+    """The same of experts that run forward and back, and tell gradients: twice the operations."""
+    visit = _visit(rows, inputs, width, dtype, device)
+    observer = GradientObserver([visit.unit], torch.device(device))
+    span, x = range(visit.bank.num_experts), visit.call.hidden.requires_grad_(True)
 
     def back() -> None:
         with torch.enable_grad():
-            y = visit(x)
+            y = torch.zeros_like(x)
+            experts.visit(visit.bank, visit.unit, observer, "routed", None, visit.call, span, y)
             torch.autograd.grad(y, x, torch.ones_like(y))
 
-    return 2 * operations / shortest(back, device)
+    return 2 * visit.operations / shortest(back, device)
 
 
 def probe_gram(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:

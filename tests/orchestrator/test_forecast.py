@@ -335,7 +335,7 @@ def test_speeds_of_this_machine_are_positive(tmp_path: Path, moe: Path) -> None:
     assert speeds.copy > 0
     assert set(speeds.compress) == set(experiment.recipe.chains())
     for entry in speeds.compress.values():
-        assert [rows for rows, _ in entry.rows] == [32, 256, 2048]
+        assert [rows for rows, _ in entry.rows] == [32, 256, 1024]
         assert all(seconds > 0 for _, seconds in entry.rows)
         assert entry.bank > 0 and entry.dense > 0
 
