@@ -23,7 +23,7 @@ def head_start(
     recipe_file: Path,
     output: Path | None,
     driver: str,
-    make: Callable[[Compute], Pool] = Pool,
+    make: Callable[[Compute], Pool] | None = None,
 ) -> Iterator[Pool | None]:
     """A pool whose workers are on their way, or None where the run is to start them when it must.
 
@@ -31,7 +31,7 @@ def head_start(
         recipe_file: of the run.
         output: its folder, if it was named.
         driver: module to import meanwhile.
-        make: the pool.
+        make: a pool of another class.
 
     Raises:
         UserError: something is wrong with the recipe.
@@ -42,7 +42,7 @@ def head_start(
         return
     importing = threading.Thread(target=importlib.import_module, args=(driver,))
     importing.start()
-    with make(recipe.compute) as pool:
+    with (make or Pool)(recipe.compute) as pool:
         begun: Pool | None = pool
         try:
             pool.begin()

@@ -322,6 +322,61 @@ def test_time_follows_tokens_candidates_and_workers(tmp_path: Path, moe: Path) -
     assert seconds("back", propagate=True)["total"] > one["total"]
 
 
+@pytest.mark.usefixtures("fixed_speeds")
+def test_what_no_model_changes_is_added_to_stages_with_something_left(
+    tmp_path: Path, moe: Path
+) -> None:
+    experiment = _open(tmp_path, moe)
+    team, blocks = Crew(1, 1, 1, "cpu", ""), list(range(experiment.model.blocks))
+
+    def seconds(left: stage_times.Left, each: float) -> dict[str, float]:
+        overheads = dict.fromkeys(stage_times.OVERHEADS, each)
+        return stage_times.predict_seconds(experiment, team, left, overheads=overheads)
+
+    every = stage_times.Left(blocks, len(blocks), experiment.offers)
+    more = {stage: t - seconds(every, 0.0)[stage] for stage, t in seconds(every, 2.0).items()}
+    assert more == pytest.approx({**dict.fromkeys(stage_times.OVERHEADS, 2.0), "total": 16.0})
+    rest = seconds(stage_times.Left([], 0, {}), 2.0)
+    assert rest["calibrate"] == rest["gradients"] == rest["measure"] == 0
+    assert rest["start"] == rest["report"] == 2.0
+
+
+@pytest.mark.usefixtures("fixed_speeds")
+def test_attention_grows_with_the_length_of_sequences(tmp_path: Path, moe: Path) -> None:
+    def clock(length: int) -> timing.Clock:
+        calibration = {"sequences": 12, "length": length, "gradient_sequences": 0}
+        experiment = _open(tmp_path / str(length), moe, calibration=calibration)
+        return timing.Clock(experiment, Crew(1, 1, 1, "cpu", ""))
+
+    short, long = clock(16), clock(48)
+    heads, channels = short.load_of_worker.heads, short.load_of_worker.channels
+    assert short.attention() == pytest.approx(16 * heads * channels * 1e-9)
+    assert long.attention() == pytest.approx(3 * short.attention())
+
+
+@pytest.mark.usefixtures("fixed_speeds")
+def test_a_hessian_is_factorised_once_for_chains_that_want_the_same(
+    tmp_path: Path, moe: Path
+) -> None:
+    def seconds(**options: Any) -> float:
+        own = {
+            "candidates": [{"method": "gptq", "group_size": 16, **options}],
+            "budget": {"bits_per_weight": 8},
+        }
+        experiment = _open(tmp_path, moe, baselines=None, **own)
+        clock = timing.Clock(experiment, Crew(1, 1, 1, "cpu", ""))
+        unit = next(unit for unit in experiment.units if unit.kind == "bank")
+        known: set[Any] = set()
+        chains = experiment.offers[unit.name]
+        return sum(clock.factors([unit], unit.sites["gate"], chain, known) for chain in chains)
+
+    one = seconds(bits=4)
+    assert one == pytest.approx(8 * 48**3 / 1e9)
+    assert seconds(bits=[3, 4]) == pytest.approx(one)
+    assert seconds(bits=4, damp=[0.01, 0.02]) == pytest.approx(2 * one)
+    assert seconds(method="rtn", bits=4) == 0
+
+
 def test_speeds_of_this_machine_are_positive(tmp_path: Path, moe: Path) -> None:
     experiment = _open(tmp_path, moe)
     threads = torch.get_num_threads()
