@@ -23,23 +23,26 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from moesaic.methods.base import Chain, Spec, Unit, compressing, link_module, methods
-from moesaic.orchestrator import machine
+from moesaic.orchestrator import machine, probes
 from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Speeds
+from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
+from moesaic.orchestrator.overheads import measure_overheads
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.timing import SpeedSource
 from moesaic.orchestrator.worker import WorkerState
 
-SCHEMA = 1
+SCHEMA = 2
 _DTYPES = (torch.float32, torch.bfloat16)
 _ROWS, _WIDTHS = (4, 32, 256, 2048), {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}
 # Rows and inputs of the weights that are factorised; time is taken to grow with their cube.
 _FACTORED = 768
+# Tokens of sequences that attend to one another, heads and channels of each.
+_LENGTHS, _HEADS, _CHANNELS = (256, 2048), 8, 64
 _HIDDEN, _VOCABULARY = 2048, 4096
 _CALLS = 300
 _FILE_VALUES = 16 << 20
@@ -59,9 +62,14 @@ def run_bench(output: Path | None, recipe: Path | None, threads: int, view: View
     chains = list({_key(chain): chain for chain in [*_of_recipe(recipe), *_single()]}.values())
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sizes = {kind: _sizes(kind) for kind in kinds}
-    total = sum(2 * len(own) + len(chains) + 4 for own in sizes.values()) + 6
+    beside = 2 * len(_LENGTHS) + len(_DTYPES) + 3
+    total = sum(
+        4 * len(own) + len(chains) + 2 * len(_WIDTHS[kind]) + beside for kind, own in sizes.items()
+    )
+    total += 6 + 1 + 1
     view.stage("bench", total)
     done = lambda: view.advance("bench", 1, machine_bytes())  # noqa: E731
+    place = (output or Path()).resolve().parent
     with machine.using_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         devices = {_name(kind): _device(kind, threads, sizes[kind], chains, done) for kind in kinds}
@@ -70,7 +78,11 @@ def run_bench(output: Path | None, recipe: Path | None, threads: int, view: View
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe_machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "host": {**_disk((output or Path()).resolve().parent, done), **_ray(threads, done)},
+        "host": {
+            **_disk(place, done),
+            **_ray(threads, done),
+            "overheads": _overheads(threads, place, done),
+        },
         "devices": devices,
     }
     if output is not None:
@@ -136,26 +148,48 @@ def _device(
     dtype = _DTYPES[kind == "cuda"]
     square = {"weight": (_FACTORED, _FACTORED)}
     units = [Unit("probe", "linear", 0, "mlp", square, {"weight": "probe"})]
-    products = each(sizes, lambda s: machine.probe_matmul(s[1], s[2], s[2], s[0], kind))
-    grams = each(sizes, lambda s: machine.probe_hessian(s[1], s[2], s[0], kind))
+    tables: dict[str, Callable[[torch.dtype, int, int], float]] = {
+        "matmul": lambda d, rows, width: probes.probe_matmul(rows, width, width, d, kind),
+        "gram": lambda d, rows, width: probes.probe_gram(rows, width, d, kind),
+        "experts": lambda d, rows, width: probes.probe_experts(rows, width, width, d, kind),
+        "reverse": lambda d, rows, width: probes.probe_reverse(rows, width, width, d, kind),
+    }
+    measured = {name: each(sizes, lambda s, p=probe: p(*s)) for name, probe in tables.items()}
+    looks = [(dtype, length) for dtype in _DTYPES for length in _LENGTHS]
+    attention = each(looks, lambda s: probes.probe_attention(s[1], _HEADS, _CHANNELS, s[0], kind))
+    widths = _WIDTHS[kind]
+    sums = each(widths, lambda width: probes.probe_sums(width, kind))
+    judging = each(widths, lambda width: probes.probe_product(width, kind))
+    wide, factor = each(
+        [probes.probe_wide, lambda k: probes.probe_factor(_FACTORED, k)], lambda probe: probe(kind)
+    )
     solved = each(chains, lambda chain: machine.probe_compress(chain, dtype, kind, units))
     head = each(_DTYPES, lambda d: machine.probe_head(_HIDDEN, _VOCABULARY, d, kind))
-    add, copy = each([machine.probe_add, machine.probe_copy], lambda probe: probe(kind))
+    (copy,) = each([machine.probe_copy], lambda probe: probe(kind))
     memory = psutil.virtual_memory().total if kind == "cpu" else torch.cuda.mem_get_info(0)[1]
     return {
         "kind": kind,
         "threads": threads,
         "memory_bytes": memory,
-        "matmul": [[*_plain(s), speed] for s, speed in zip(sizes, products, strict=True)],
-        "gram": [[*_plain(s), speed] for s, speed in zip(sizes, grams, strict=True)],
+        **{
+            name: [[*_plain(s), speed] for s, speed in zip(sizes, found, strict=True)]
+            for name, found in measured.items()
+        },
+        "attention": [
+            [_plain_dtype(dtype), length, seconds]
+            for (dtype, length), seconds in zip(looks, attention, strict=True)
+        ],
+        "sums": [list(pair) for pair in zip(widths, sums, strict=True)],
+        "product": [list(pair) for pair in zip(widths, judging, strict=True)],
+        "wide": wide,
+        "factor": factor,
         "head": {
             _plain_dtype(d): seconds / (_HIDDEN * _VOCABULARY)
             for d, seconds in zip(_DTYPES, head, strict=True)
         },
-        "add": add,
         "copy": None if math.isinf(copy) else copy,
         "solve": [
-            {"chain": _key(chain), **vars(entry)}
+            {"chain": _key(chain), **vars(entry), "rows": [list(pair) for pair in entry.rows]}
             for chain, entry in zip(chains, solved, strict=True)
         ],
     }
@@ -189,6 +223,7 @@ def _disk(folder: Path, done: Callable[[], None]) -> dict[str, float]:
             "save": lambda: machine.probe_save(place),
             "digest": lambda: machine.probe_digest(place),
             "write": lambda: machine.probe_write(place),
+            "entry": lambda: machine.probe_entry(place),
             "host_add": lambda: machine.probe_add("cpu"),
         }
         found = {}
@@ -214,6 +249,12 @@ def _ray(threads: int, done: Callable[[], None]) -> dict[str, float]:
         call = (time.perf_counter() - started) / _CALLS
     done()
     return {"worker_start": start, "call": call}
+
+
+def _overheads(threads: int, place: Path, done: Callable[[], None]) -> dict[str, float]:
+    found = measure_overheads(threads, place)
+    done()
+    return found
 
 
 # What was measured before
@@ -263,20 +304,30 @@ def bench_speeds(found: Mapping[str, Any], device: Mapping[str, Any], file: str)
         file: for messages.
     """
 
-    def speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
+    def speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
         model, host = experiment.model, found["host"]
-        dtype, few = _plain_dtype(model.dtype), expert_tokens or tokens
+        dtype, few = _plain_dtype(model.dtype), load.few or load.tokens
+        hidden = model.hidden_size
         widths = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
-        narrow = max(widths, default=model.hidden_size)
+        # Of the three sides of an expert's products, two are the hidden size.
+        narrow = round((hidden * max(widths, default=hidden)) ** 0.5)
+        visits = device["experts" if widths else "matmul"]
+        back = device["reverse" if widths else "matmul"]
         return Speeds(
-            matmul=_between(device["matmul"], dtype, tokens, model.hidden_size),
-            hessian=_between(device["gram"], dtype, tokens, model.hidden_size),
-            expert_matmul=_between(device["matmul"], dtype, few, narrow),
-            expert_hessian=_between(device["gram"], dtype, few, model.hidden_size),
-            head=device["head"][dtype] * model.hidden_size * model.vocab_size,
+            matmul=_between(device["matmul"], dtype, load.tokens, hidden),
+            hessian=_between(device["gram"], dtype, load.tokens, hidden),
+            expert_matmul=_between(visits, dtype, few, narrow),
+            expert_hessian=_between(device["gram"], dtype, few, hidden),
+            expert_reverse=_between(back, dtype, load.fewer or load.length, narrow),
+            attention=_nearest([e[1:] for e in device["attention"] if e[0] == dtype], load.length),
+            wide=device["wide"],
+            head=device["head"][dtype] * hidden * model.vocab_size,
             read=host["read"],
-            add=device["add"],
+            sums=_nearest(device["sums"], hidden),
+            product=_nearest(device["product"], hidden),
+            factor=device["factor"],
             write=host["write"],
+            entry=host["entry"],
             compress=_solving(device["solve"], experiment.recipe.chains(), file),
             save=host["save"],
             digest=host["digest"],
@@ -296,11 +347,21 @@ def _between(table: Sequence[Sequence[Any]], dtype: str, rows: int, width: int) 
     return float(np.exp(np.interp(math.log(max(rows, 1)), np.log(counts), np.log(speeds))))
 
 
+def _nearest(table: Sequence[Sequence[float]], size: float) -> float:
+    """The figure of the size that is nearest, as a factor."""
+    return float(min(table, key=lambda entry: abs(math.log(entry[0] / size)))[1])
+
+
 def _solving(
     table: Sequence[Mapping[str, Any]], chains: Sequence[Chain], file: str
 ) -> dict[Chain, Compressing]:
     known = {
-        entry["chain"]: Compressing(entry["column"], entry["weight"], entry["dense"], entry["cube"])
+        entry["chain"]: Compressing(
+            tuple((rows, seconds) for rows, seconds in entry["rows"]),
+            entry["bank"],
+            entry["dense"],
+            entry["cube"],
+        )
         for entry in table
     }
     found = {}
@@ -320,20 +381,33 @@ def bench_table(found: Mapping[str, Any]) -> Table:
     """What was measured, for people."""
     table = Table("", "size", "", title=None)
     for name, device in found["devices"].items():
-        for what in ("matmul", "gram"):
+        for what in ("matmul", "gram", "experts", "reverse"):
             for dtype, rows, width, speed in device[what]:
                 label = f"{name} {what} {dtype}"
                 table.add_row(label, f"{rows} × {width} × {width}", f"{speed / 1e9:,.1f} GFLOP/s")
         for entry in device["solve"]:
-            text = f"{entry['column'] * 1e6:.1f} µs/column, {entry['weight'] * 1e9:.2f} ns/weight"
+            text = ", ".join(
+                f"{seconds / rows * 1e9:,.1f} ns/weight at {rows} rows"
+                for rows, seconds in entry["rows"]
+            )
             if entry["cube"]:
                 text = f"{entry['cube'] * 1e12:.2f} ps/weight and singular value"
             table.add_row(name, entry["chain"], text)
-        for what in ("add", "copy"):
-            if device[what]:
-                table.add_row(f"{name} {what}", "", f"{device[what] / 1e9:.2f} GB/s")
+        for what in ("sums", "product"):
+            unit = "GB/s" if what == "sums" else "GFLOP/s"
+            for width, speed in device[what]:
+                table.add_row(f"{name} {what}", f"{width} × {width}", f"{speed / 1e9:.2f} {unit}")
+        for dtype, length, seconds in device["attention"]:
+            text = f"{4e-9 / seconds:,.1f} GFLOP/s"
+            table.add_row(f"{name} attention {dtype}", f"{length} tokens", text)
+        table.add_row(f"{name} single values", "", f"{1e-9 / device['wide']:.2f} billion/s")
+        table.add_row(f"{name} factor", "", f"{device['factor'] / 1e9:.1f} billion in³/s")
+        if device["copy"]:
+            table.add_row(f"{name} copy", "", f"{device['copy'] / 1e9:.2f} GB/s")
     for what in ("read", "save", "digest", "host_add"):
         table.add_row(f"host {what}", "", f"{found['host'][what] / 1e9:.2f} GB/s")
-    for what in ("write", "call", "worker_start"):
+    for what in ("write", "entry", "call", "worker_start"):
         table.add_row(f"host {what}", "", f"{found['host'][what] * 1e3:,.2f} ms")
+    for stage, seconds in found["host"]["overheads"].items():
+        table.add_row(f"run {stage}", "whatever the model", f"{seconds:.2f} s")
     return table

@@ -3,7 +3,11 @@
 Matrix products reach half of what the sheet says, memory and links 70 %. A product with few tokens
 is held up by reading weights, a Hessian of few tokens by reading and writing sums. What solving
 takes is on no data sheet: a column costs what launching some twenty kernels does, a weight some
-passes over memory, more where clipping is searched; a factorisation runs at a tenth of float32.
+passes over memory, more where clipping is searched; a factorisation runs at a tenth of float32, and
+so does one of a Hessian, which takes four operations per cube of its inputs. Attention runs at a
+quarter of the tensor cores' peak, a shard's sums pass over memory twelve times, an operation on
+single values twice. Experts on the way back are as fast as forward: what starting many small
+kernels takes is in neither.
 """
 
 from dataclasses import dataclass
@@ -13,10 +17,15 @@ import torch
 from moesaic.methods.base import Chain, compressing, link_module
 from moesaic.methods.chains import can_be_cut
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Speeds
+from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
 from moesaic.orchestrator.timing import SpeedSource
 
-_OF_PRODUCTS, _OF_BANDWIDTH, _OF_FACTORISING = 0.5, 0.7, 0.1
+_OF_PRODUCTS, _OF_BANDWIDTH, _OF_FACTORISING, _OF_ATTENTION = 0.5, 0.7, 0.1, 0.25
+# Passes over memory of a shard's sums (zeros, filling, mirroring, adding), and bytes per value of
+# an operation in float32 that reads two and writes one.
+_SUM_PASSES, _VALUE_BYTES = 12, 12
+# Operations per cube of a Hessian's inputs: Cholesky's n³/3, inverse and feedback, in float64.
+_FACTOR_OPERATIONS = 4
 _COLUMN_SECONDS = 1e-4
 # Bytes of memory traffic per weight: to quantize it, with a search for clipping, to unpack it.
 _QUANTIZE, _SEARCH, _UNPACK = 80, 1600, 8
@@ -56,6 +65,7 @@ class Host:
 
     read: float
     write: float
+    entry: float
     save: float
     digest: float
     host_add: float
@@ -69,9 +79,9 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
     """
     sheet = DATA_SHEETS[gpu]
 
-    def speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
+    def speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
         model, memory = experiment.model, _OF_BANDWIDTH * sheet.bandwidth
-        dtype, few = model.dtype, expert_tokens or tokens
+        dtype, few = model.dtype, load.few or load.tokens
         peak = sheet.float32 if dtype == torch.float32 else sheet.tensor
         products, single = _OF_PRODUCTS * peak, _OF_PRODUCTS * sheet.float32
 
@@ -83,14 +93,20 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
 
         softmax = 20 * model.vocab_size / memory  # logits in float32, five times
         return Speeds(
-            matmul=product(tokens),
-            hessian=gram(tokens),
+            matmul=product(load.tokens),
+            hessian=gram(load.tokens),
             expert_matmul=product(few),
             expert_hessian=gram(few),
+            expert_reverse=product(load.fewer or load.length),
+            attention=4 / (_OF_ATTENTION * peak),
+            wide=_VALUE_BYTES / memory,
             head=2 * model.hidden_size * model.vocab_size / products + softmax,
             read=host.read,
-            add=memory / 4,
+            sums=memory / _SUM_PASSES,
+            product=single,
+            factor=_OF_FACTORISING * sheet.float32 / _FACTOR_OPERATIONS,
             write=host.write,
+            entry=host.entry,
             compress={
                 chain: _solving(compressing(chain), sheet)
                 for chain in experiment.recipe.chains()
@@ -113,11 +129,11 @@ def _solving(chain: Chain, sheet: DataSheet) -> Compressing:
     memory = _OF_BANDWIDTH * sheet.bandwidth
     if any(can_be_cut(chain[: end + 1]) for end in range(len(chain))):
         cube = _SVD_OPERATIONS / (_OF_FACTORISING * sheet.float32)
-        return Compressing(0.0, 0.0, _UNPACK / memory, cube=cube)
+        return Compressing((), 0.0, _UNPACK / memory, cube=cube)
     column = weight = 0.0
     for spec in chain:
         searched = getattr(spec.parsed(), "clip", "none") != "none"
         weight += (_SEARCH if searched else _QUANTIZE) / memory
         if "hessian" in link_module(spec.method).NEEDS:
             column += _COLUMN_SECONDS
-    return Compressing(column, weight, _UNPACK / memory)
+    return Compressing(((0, column), (1, column + weight)), weight, _UNPACK / memory)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.methods.base import Chain, Event, Unit, chain_text
-from moesaic.orchestrator import memory, timing
-from moesaic.orchestrator.bench import bench_source
+from moesaic.orchestrator import memory, stage_times
+from moesaic.orchestrator.bench import bench_source, read_bench
 from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
@@ -139,8 +139,11 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
     stages = memory.predict_memory(sizes)
     store = memory.predict_store(sizes)
     source = None if bench is None else bench_source(bench, team.device)
-    seconds = timing.predict_seconds(experiment, team, left, source)
-    told = timing.METHOD if bench is None else f"operations counted, over the speeds of {bench}"
+    overheads = stage_times.OVERHEADS if bench is None else read_bench(bench)["host"]["overheads"]
+    seconds = stage_times.predict_seconds(experiment, team, left, source, overheads)
+    told = (
+        stage_times.METHOD if bench is None else f"operations counted, over the speeds of {bench}"
+    )
     peak = max(parts["total"] for parts in stages.values())
     _, events = expert_load(experiment, experiment.walk)
     events += _expected_events(experiment, left.blocks)
@@ -175,12 +178,12 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
     }
 
 
-def _left(experiment: Experiment) -> timing.Left:
+def _left(experiment: Experiment) -> stage_times.Left:
     """What the store lacks; entries are checked as a resuming run checks them."""
     walk, store = experiment.walk, experiment.store
     blocks = range(experiment.model.blocks)
     missing = missing_pairs(experiment, walk, experiment.offers)
-    return timing.Left(
+    return stage_times.Left(
         blocks=[b for b in blocks if store.get("stats", walk.stats_key(b)) is None],
         gradients=sum(
             store.get("gradients", walk.gradients_key(b)) is None
@@ -218,7 +221,7 @@ def _bytes(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _work(experiment: Experiment, left: timing.Left) -> dict[str, int]:
+def _work(experiment: Experiment, left: stage_times.Left) -> dict[str, int]:
     section, blocks = experiment.recipe.calibration, experiment.model.blocks
     pairs = sum(len(chains) for chains in experiment.offers.values())
     return {

@@ -7,7 +7,7 @@ machine alone, with a store that holds nothing yet.
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +16,23 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
 
 
 @contextmanager
-def head_start(recipe_file: Path, output: Path | None, driver: str) -> Iterator[Pool | None]:
+def head_start(
+    recipe_file: Path,
+    output: Path | None,
+    driver: str,
+    make: Callable[[Compute], Pool] | None = None,
+) -> Iterator[Pool | None]:
     """A pool whose workers are on their way, or None where the run is to start them when it must.
 
     Args:
         recipe_file: of the run.
         output: its folder, if it was named.
         driver: module to import meanwhile.
+        make: a pool of another class.
 
     Raises:
         UserError: something is wrong with the recipe.
@@ -36,7 +43,7 @@ def head_start(recipe_file: Path, output: Path | None, driver: str) -> Iterator[
         return
     importing = threading.Thread(target=importlib.import_module, args=(driver,))
     importing.start()
-    with Pool(recipe.compute) as pool:
+    with (make or Pool)(recipe.compute) as pool:
         begun: Pool | None = pool
         try:
             pool.begin()

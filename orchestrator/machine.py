@@ -1,12 +1,14 @@
 """What this machine can do: how many workers fit, and how fast the operations of a run are here.
 
-The speeds are measured in about two seconds on matrices of the model's widths, cut where they are
-large, as an undisturbed process has them. They are rough: one size stands for all of a kind.
+The speeds are measured in some seconds on matrices of the model's widths, cut where they are large,
+as an undisturbed process has them (see :mod:`moesaic.orchestrator.probes`). One size stands for all
+of a kind.
 """
 
+import bisect
 import math
 import os
-import time
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,19 +34,32 @@ from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.placing import shares
+from moesaic.orchestrator.probes import (
+    WIDTH,
+    probe_attention,
+    probe_experts,
+    probe_factor,
+    probe_gram,
+    probe_matmul,
+    probe_product,
+    probe_reverse,
+    probe_sums,
+    probe_wide,
+    shortest,
+)
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import own_room
-from moesaic.orchestrator.statistics import StatisticsObserver, add_gram
-from moesaic.orchestrator.store import file_digest, write_atomically
+from moesaic.orchestrator.statistics import StatisticsObserver
+from moesaic.orchestrator.store import Store, digest, file_digest, write_atomically
 
-# One matrix product of a measurement takes at most this many operations, on sides of at most
-# this width.
-_PROBE_OPERATIONS = {"cpu": 2e8, "cuda": 2e12}
-_PROBE_WIDTH = {"cpu": 2048, "cuda": 8192}
-_PROBE_SECONDS = 0.1
-_PROBE_REPEATS = 5
-# A layer to compress: inputs (at least) and the two numbers of rows that give the slope.
-_LAYER_INPUTS, _LAYER_ROWS = 256, (32, 512)
+# A layer to compress: inputs (at least) and numbers of rows.
+_LAYER_INPUTS, _LAYER_ROWS = 256, (32, 256, 1024)
+# Experts and rows of each of a bank to compress.
+_BANK = (8, 128)
+# How far inputs differ in size: standard deviation of the logarithm of their root mean squares, 0.2
+# to 0.6 in the bundled model, SmolLM2 and random ones. Where they are alike, clipping is found in
+# half the time.
+_SPREAD = 0.4
 _READ_BYTES, _ADD_BYTES, _SAVE_BYTES = 64 << 20, 16 << 20, 16 << 20
 _HEAD_ROWS = 64
 
@@ -105,15 +120,34 @@ def crew(compute: Compute) -> Crew:
 
 @dataclass(frozen=True)
 class Compressing:
-    """Seconds of a chain: per column of a site, per weight, and per weight to make dense again.
+    """What a chain takes.
 
-    Where it factorises weights, ``cube`` is the time per weight and singular value instead.
+    Attributes:
+        rows: (rows of a linear, seconds per input of theirs), by rising rows; between and beyond
+            them time grows evenly.
+        bank: seconds per weight of experts that are solved together; 0 where the chain takes none.
+        dense: seconds per weight to make dense again.
+        cube: seconds per weight and singular value, where weights are factorised; there is nothing
+            in ``rows`` then.
     """
 
-    column: float
-    weight: float
+    rows: tuple[tuple[int, float], ...]
+    bank: float
     dense: float
     cube: float = 0.0
+
+    def seconds(self, experts: int, rows: int, inputs: int) -> float:
+        """Of weights ``[experts, rows, inputs]`` that are solved together; 0 experts: a linear."""
+        if experts:
+            alike = self.seconds(0, experts * rows, inputs)
+            return max(alike, self.bank * experts * rows * inputs)
+        if not self.rows:
+            return 0.0
+        if rows <= self.rows[0][0] or len(self.rows) == 1:
+            return inputs * self.rows[0][1]
+        place = min(bisect.bisect_left(self.rows, (rows, 0.0)), len(self.rows) - 1)
+        (low, first), (high, last) = self.rows[place - 1 : place + 1]
+        return inputs * (first + (rows - low) * max(0.0, last - first) / (high - low))
 
 
 @dataclass(frozen=True)
@@ -122,16 +156,25 @@ class Speeds:
 
     Attributes:
         matmul: operations per second of a linear, in the model's dtype.
-        hessian: operations per second of x xᵀ, in float32.
-        expert_matmul, expert_hessian: the same with the few tokens that one expert sees of a batch.
+        hessian: operations per second of adding x xᵀ to a Hessian, in float32.
+        expert_matmul: operations per second of experts with the few tokens that each sees of a
+            batch, which are gathered for it and given back.
+        expert_hessian: as ``hessian``, with these tokens.
+        expert_reverse: as ``expert_matmul``, forward and back, with the tokens of one sequence.
+        attention: seconds per token, token that it looks at, and channel.
+        wide: seconds per value of an operation on single values.
         head: seconds per token for logits and their log-softmax.
         read: bytes per second of a tensor read from the checkpoint and checked.
-        add: bytes per second of an array that is set to zero and added to.
+        sums: bytes per second of a shard's Hessians that are made, filled, made symmetric and added
+            to others.
+        product: operations per second of weights times Hessians, in float32.
+        factor: cubes of its inputs per second of a Hessian that is factorised.
         write: seconds to write a small file so that it survives a crash.
-        compress: chain → seconds; chains of methods that take no linears are not in it.
+        entry: seconds for a small entry of the store.
+        compress: chain → what it takes; chains of methods that take no linears are not in it.
         save: bytes per second of a large file that is written and flushed.
         digest: bytes per second of a file whose digest is taken.
-        host_add: as ``add``, on the processor.
+        host_add: bytes per second of an array that is set to zero and added to, on the processor.
         copy: bytes per second between the processor's memory and the device's; without one,
             infinite.
     """
@@ -140,10 +183,16 @@ class Speeds:
     hessian: float
     expert_matmul: float
     expert_hessian: float
+    expert_reverse: float
+    attention: float
+    wide: float
     head: float
     read: float
-    add: float
+    sums: float
+    product: float
+    factor: float
     write: float
+    entry: float
     compress: Mapping[Chain, Compressing]
     save: float
     digest: float
@@ -161,104 +210,84 @@ def using_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
-    """Shortest time of a few calls: the first sets things up.
+@dataclass(frozen=True)
+class Load:
+    """What a worker computes at a time.
 
-    On a processor it is the time of its cores, so that other processes do not count.
+    Attributes:
+        tokens: of a batch.
+        few: of them that one expert sees; 0 in a dense model.
+        fewer: the same of one sequence.
+        length: of a sequence.
+        heads, channels: of its attention, and of each head.
     """
-    times: list[float] = []
-    while len(times) < 2 or (sum(times) < _PROBE_SECONDS and len(times) < _PROBE_REPEATS):
-        started = _now(device)
-        call()
-        times.append(_now(device) - started)
-    return max(min(times), 1e-9)
 
-
-def _now(device: str) -> float:
-    if device == "cpu":
-        return time.process_time() / torch.get_num_threads()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    tokens: int
+    few: int
+    fewer: int
+    length: int
+    heads: int
+    channels: int
 
 
 @torch.no_grad()
-def measure_speeds(experiment: Experiment, crew: Crew, tokens: int, expert_tokens: int) -> Speeds:
-    """Measures this machine with the threads of one worker.
-
-    Args:
-        tokens: of one batch.
-        expert_tokens: of one batch that one expert sees; 0 in a dense model.
-    """
-    model = experiment.model
-    hidden = model.hidden_size
+def measure_speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
+    """Measures this machine with the threads of one worker."""
+    model, device = experiment.model, crew.device
+    hidden, dtype = model.hidden_size, model.dtype
     with using_threads(crew.cpus), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        linears = [unit.shapes["weight"][0] for unit in model.units() if unit.kind == "linear"]
-        banks = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
-        out, few = max(linears, default=hidden), expert_tokens or tokens
-        narrow = max(banks, default=out)
+        units = model.units()
+        linears = [unit.shapes["weight"][0] for unit in units if unit.kind == "linear"]
+        banks = [unit.shapes["gate"][1] for unit in units if unit.kind == "bank"]
+        matmul = probe_matmul(load.tokens, hidden, max(linears, default=hidden), dtype, device)
+        # A dense model has no experts.
+        bank = (hidden, max(banks, default=hidden), dtype, device)
+        visited = probe_experts(load.few, *bank) if banks else matmul
         return Speeds(
-            matmul=probe_matmul(tokens, hidden, out, model.dtype, crew.device),
-            hessian=probe_hessian(tokens, hidden, model.dtype, crew.device),
-            expert_matmul=probe_matmul(few, hidden, 2 * narrow, model.dtype, crew.device),
-            expert_hessian=probe_hessian(few, hidden, model.dtype, crew.device),
-            head=probe_head(hidden, model.vocab_size, model.dtype, crew.device),
+            matmul=matmul,
+            hessian=probe_gram(load.tokens, hidden, dtype, device),
+            expert_matmul=visited,
+            expert_hessian=probe_gram(load.few or load.tokens, hidden, dtype, device),
+            expert_reverse=probe_reverse(load.fewer, *bank) if banks else matmul,
+            attention=probe_attention(load.length, load.heads, load.channels, dtype, device),
+            wide=probe_wide(device),
+            head=probe_head(hidden, model.vocab_size, dtype, device),
             read=probe_read(experiment.original.checkpoint),
-            add=probe_add(crew.device),
+            sums=probe_sums(hidden, device),
+            product=probe_product(hidden, device),
+            factor=probe_factor(hidden, device),
             write=probe_write(experiment.store.root),
-            compress=_compressing(experiment, crew.device),
+            entry=probe_entry(experiment.store.root),
+            compress=_compressing(experiment, device),
             save=probe_save(experiment.store.root),
             digest=probe_digest(experiment.store.root),
             host_add=probe_add("cpu"),
-            copy=probe_copy(crew.device),
+            copy=probe_copy(device),
         )
 
 
-def _cut(rows: int, inputs: int, out: int, device: str) -> tuple[int, int, int]:
-    inputs, out = min(inputs, _PROBE_WIDTH[device]), min(out, _PROBE_WIDTH[device])
-    return max(1, min(rows, int(_PROBE_OPERATIONS[device] / (2 * inputs * out)))), inputs, out
-
-
-def probe_matmul(rows: int, inputs: int, out: int, dtype: torch.dtype, device: str) -> float:
-    rows, inputs, out = _cut(rows, inputs, out, device)
-    x = torch.randn(rows, inputs, device=device).to(dtype)
-    weight = torch.randn(out, inputs, device=device).to(dtype)
-    seconds = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
-    return 2 * rows * inputs * out / seconds
-
-
-def probe_hessian(rows: int, inputs: int, dtype: torch.dtype, device: str) -> float:
-    rows, inputs, _ = _cut(rows, inputs, inputs, device)
-    x = torch.randn(rows, inputs, device=device).to(dtype)
-    total = torch.zeros(inputs, inputs, device=device)
-
-    def add() -> None:
-        add_gram(total, x.float())
-
-    return 2 * rows * inputs * inputs / _seconds(add, device)
-
-
 def probe_head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> float:
-    width = _PROBE_WIDTH[device]
+    width = WIDTH[device]
     rows, inputs, out = _HEAD_ROWS, min(hidden, width), min(vocabulary, 2 * width)
-    x = torch.randn(rows, inputs, device=device).to(dtype)
+    # Logits as small as a model's: exp takes ten times as long where most results are denormal.
+    x = (torch.randn(rows, inputs, device=device) / inputs**0.5).to(dtype)
     weight = torch.randn(out, inputs, device=device).to(dtype)
     logits = torch.nn.functional.linear(x, weight)
-    product = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
-    softmax = _seconds(lambda: logits.float().log_softmax(-1).exp().sum(-1), device)
+    product = shortest(lambda: torch.nn.functional.linear(x, weight), device)
+    softmax = shortest(lambda: logits.float().log_softmax(-1).exp().sum(-1), device)
     return (product * hidden / inputs + softmax) * vocabulary / out / rows
 
 
 def probe_read(checkpoint: Checkpoint) -> float:
     sizes = sorted((checkpoint.nbytes(name), name) for name in checkpoint.names())
     size, name = next((s for s in reversed(sizes) if s[0] <= _READ_BYTES), sizes[0])
-    return size / _seconds(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "disk")
+    return size / shortest(lambda: checkpoint.check_finite(name, checkpoint.read(name)), "disk")
 
 
 def probe_add(device: str) -> float:
     other = torch.ones(_ADD_BYTES // 4, device=device)
-    return _ADD_BYTES / _seconds(lambda: torch.zeros_like(other).add_(other), device)
+    return _ADD_BYTES / shortest(lambda: torch.zeros_like(other).add_(other), device)
 
 
 def probe_write(folder: Path) -> float:
@@ -268,7 +297,13 @@ def probe_write(folder: Path) -> float:
         write_atomically(path, _fill)
         path.unlink()
 
-    return _seconds(write, "disk")
+    return shortest(write, "disk")
+
+
+def probe_entry(folder: Path) -> float:
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as name:
+        store = Store(Path(name))
+        return shortest(lambda: store.put("errors", digest("probe"), _fill), "disk")
 
 
 def probe_save(folder: Path) -> float:
@@ -278,14 +313,14 @@ def probe_save(folder: Path) -> float:
         write_atomically(path, lambda temporary: _fill(temporary, data))
         path.unlink()
 
-    return _SAVE_BYTES / _seconds(write, "disk")
+    return _SAVE_BYTES / shortest(write, "disk")
 
 
 def probe_load(folder: Path) -> float:
     path = folder / f".probe-{uuid.uuid4().hex}"
     _fill(path, bytes(_SAVE_BYTES))
     try:
-        return _SAVE_BYTES / _seconds(path.read_bytes, "disk")
+        return _SAVE_BYTES / shortest(path.read_bytes, "disk")
     finally:
         path.unlink()
 
@@ -294,7 +329,7 @@ def probe_digest(folder: Path) -> float:
     path = folder / f".probe-{uuid.uuid4().hex}"
     _fill(path, bytes(_SAVE_BYTES))
     try:
-        return _SAVE_BYTES / _seconds(lambda: file_digest(path), "disk")
+        return _SAVE_BYTES / shortest(lambda: file_digest(path), "disk")
     finally:
         path.unlink()
 
@@ -303,7 +338,7 @@ def probe_copy(device: str) -> float:
     if device == "cpu":
         return math.inf
     there = torch.ones(_ADD_BYTES // 4, device=device)
-    return _ADD_BYTES / _seconds(there.cpu, device)
+    return _ADD_BYTES / shortest(there.cpu, device)
 
 
 def _fill(path: Path, data: bytes = bytes(4096)) -> None:
@@ -311,22 +346,28 @@ def _fill(path: Path, data: bytes = bytes(4096)) -> None:
 
 
 def _compressing(experiment: Experiment, device: str) -> dict[Chain, Compressing]:
-    """Measures one chain of every method and setting of its switches.
+    """Measures one chain of every method and setting of its switches, that with the middle number
+    of bits.
 
-    Numbers among the options (bits, group size) are taken not to change the time much; flags and
-    names (act-order, clipping) do.
+    Flags and names among the options (act-order, clipping) change the time most.
     """
-    known: dict[tuple[tuple[str, object], ...], Compressing] = {}
+    alike: dict[tuple[tuple[str, object], ...], list[Chain]] = {}
     found: dict[Chain, Compressing] = {}
     for chain in experiment.recipe.chains():
         rest = compressing(chain)
         if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
             continue
-        key = tuple(switches(rest))
-        if key not in known:
-            known[key] = probe_compress(rest, experiment.dtype, device, experiment.units)
-        found[chain] = known[key]
+        alike.setdefault(tuple(switches(rest)), []).append(chain)
+    for own in alike.values():
+        middle = sorted(own, key=_bits)[len(own) // 2]
+        rest = compressing(middle)
+        speed = probe_compress(rest, experiment.dtype, device, experiment.units)
+        found |= dict.fromkeys(own, speed)
     return found
+
+
+def _bits(chain: Chain) -> int:
+    return sum(getattr(spec.parsed(), "bits", 0) for spec in compressing(chain))
 
 
 def switches(chain: Chain) -> Iterator[tuple[str, object]]:
@@ -340,25 +381,29 @@ def switches(chain: Chain) -> Iterator[tuple[str, object]]:
 def probe_compress(
     chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]
 ) -> Compressing:
-    few, many = _LAYER_ROWS
+    counts = list(_LAYER_ROWS)
     widths = [*range(_LAYER_INPUTS, 4 * _LAYER_INPUTS, 8)]
     widths += sorted({shape[-1] for unit in units for shape in unit.shapes.values()})
     factoring = any(chains.can_be_cut(chain[: end + 1]) for end in range(len(chain)))
     if factoring:  # ranks are given for layers as large as the model's
-        few = many = max(_LAYER_INPUTS, *(min(s[-2:]) for u in units for s in u.shapes.values()))
-    fits = (w for w in widths if not chains.misfit("linear", {"weight": (few, w)}, chain))
+        square = max(_LAYER_INPUTS, *(min(s[-2:]) for u in units for s in u.shapes.values()))
+        counts = [square]
+    fits = (w for w in widths if not chains.misfit("linear", {"weight": (counts[0], w)}, chain))
     inputs = next(fits)
     made: list[Result] = []
 
-    def layer(rows: int) -> Callable[[], None]:
-        unit = Unit("probe", "linear", 0, "mlp", {"weight": (rows, inputs)}, {"weight": "probe"})
+    def layer(rows: int, batch: tuple[int, ...] = ()) -> Callable[[], None]:
+        shape = (rows, inputs)
+        unit = Unit("probe", "linear", 0, "mlp", {"weight": shape}, {"weight": "probe"})
         needed = tuple(chains.needs(chain) - OUTPUT_STATISTICS.keys())
         observer = StatisticsObserver([unit], needed, torch.device(device))
-        observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device), None)
+        sizes = (_SPREAD * torch.randn(inputs, device=device)).exp()
+        observer.inputs("probe", torch.randn(2 * inputs, inputs, device=device) * sizes, None)
         sums = observer.finish()["probe"].sums
         if "fisher" in chains.needs(chain):
             sums = {**sums, "fisher": torch.rand(inputs, device=device)}
-        weights = {"weight": torch.randn(rows, inputs, device=device).to(dtype)}
+        sums = {name: value.expand((*batch, *value.shape)).clone() for name, value in sums.items()}
+        weights = {"weight": torch.randn(*batch, *shape, device=device).to(dtype)}
         # What a correction that comes first is asked to correct.
         nothing = Result({"weight": dense.pack(torch.zeros_like(weights["weight"]))})
 
@@ -372,17 +417,17 @@ def probe_compress(
 
         return run
 
-    short = long = _seconds(layer(few), device)
+    times = [shortest(layer(rows), device) for rows in counts]
+    unpack = shortest(made[-1].members["weight"].dense, device) / (counts[-1] * inputs)
     if factoring:
-        unpack = _seconds(made[-1].members["weight"].dense, device) / (few * inputs)
-        return Compressing(0.0, 0.0, unpack, cube=short / (few * inputs * min(few, inputs)))
-    long = _seconds(layer(many), device)
-    weight = max(0.0, (long - short) / ((many - few) * inputs))
-    return Compressing(
-        column=max(0.0, short / inputs - weight * few),
-        weight=weight,
-        dense=_seconds(made[-1].members["weight"].dense, device) / (many * inputs),
-    )
+        cube = times[0] / (square * inputs * min(square, inputs))
+        return Compressing((), 0.0, unpack, cube=cube)
+    each = tuple((rows, seconds / inputs) for rows, seconds in zip(counts, times, strict=True))
+    bank = 0.0
+    if all("bank" in link_module(spec.method).SCOPE for spec in chain):
+        experts, rows = _BANK
+        bank = shortest(layer(rows, (experts,)), device) / (experts * rows * inputs)
+    return Compressing(each, bank, unpack)
 
 
 def describe_machine() -> str:

@@ -29,15 +29,16 @@ from moesaic.orchestrator.memory import Sizes
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.simulate import Links, Outcome, SimulatedPool
+from moesaic.orchestrator.stage_times import OVERHEADS, closing
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.store import Store
-from moesaic.orchestrator.timing import START_SECONDS, Clock, Cost, SpeedSource
+from moesaic.orchestrator.timing import Clock, Cost, SpeedSource
 
 # Of the driver for one task, where nobody measured it: two cores, Ray 2.60.
 CALL_SECONDS = 2e-3
 # Numbers of walkers that are tried besides what the recipe says.
 _WALKERS = (1, 2, 4, 8)
-_OF_HOST = ("read", "write", "save", "digest", "host_add")
+_OF_HOST = ("read", "write", "entry", "save", "digest", "host_add")
 # Parts of a worker's memory that are not on its device.
 _HOST_PARTS = ("hidden states", "process", "allocator", "compiled products")
 
@@ -130,7 +131,8 @@ def predict_on(
     except RecipeError as error:
         raise UserError("\n".join(f"{recipe_file}: {text}" for text in error.args)) from None
     source, call, told = cluster_speeds(experiment, nodes, bench)
-    found = outlook(experiment, nodes, source, call, told)
+    overheads = OVERHEADS if bench is None else read_bench(bench)["host"]["overheads"]
+    found = outlook(experiment, nodes, source, call, told, overheads)
     found["walkers"] = _walkers(experiment, nodes, source, call, found)
     model = {"recipe": recipe.name, "model": str(experiment.folder)}
     return {**model, "weights_are_here": experiment.weights_are_here, **found}
@@ -195,6 +197,7 @@ def _host(experiment: Experiment) -> Host:
     return Host(
         read=machine.probe_load(root),
         write=machine.probe_write(root),
+        entry=machine.probe_entry(root),
         save=machine.probe_save(root),
         digest=machine.probe_digest(root),
         host_add=machine.probe_add("cpu"),
@@ -228,7 +231,12 @@ def simulated(experiment: Experiment, cluster: Cluster, clock: Clock, call: floa
 
 
 def outlook(
-    experiment: Experiment, cluster: Cluster, source: SpeedSource, call: float, told: str
+    experiment: Experiment,
+    cluster: Cluster,
+    source: SpeedSource,
+    call: float,
+    told: str,
+    overheads: Mapping[str, float],
 ) -> dict[str, Any]:
     """Time, memory, store and network of a run on the cluster, as plain data.
 
@@ -236,6 +244,7 @@ def outlook(
         source: of a worker's speeds.
         call: seconds of the driver per task.
         told: where the speeds are from, for people.
+        overheads: stage → seconds that do not depend on the model.
     """
     team = cluster.crew(experiment.recipe.compute)
     sizes = Sizes(experiment, team)
@@ -243,7 +252,12 @@ def outlook(
     store = memory.predict_store(sizes)
     clock = Clock(experiment, team, source)
     found = simulated(experiment, cluster, clock, call)
-    evaluate = clock.evaluate() / clock.evaluators()
+    first = sum(overheads[name] for name in ("calibrate", "gradients", "measure"))
+    seconds = {
+        "start": overheads["start"],
+        "calibrate and measure": found.makespan + first,
+        **closing(clock, overheads),
+    }
     places = {name: _placed(parts, team) for name, parts in stages.items()}
     beside = max(1, cluster.places(experiment.recipe.compute).count(0))
     node = min(group.node_memory for group in cluster.nodes)
@@ -252,12 +266,7 @@ def outlook(
         "workers": team.workers,
         "device": team.device,
         "speeds": told,
-        "time": {
-            "start": START_SECONDS,
-            "calibrate and measure": found.makespan,
-            "evaluate": evaluate,
-            "total": START_SECONDS + found.makespan + evaluate,
-        },
+        "time": {**seconds, "total": sum(seconds.values())},
         "stages": _stages(found),
         "memory": {
             "stages": places,
@@ -332,7 +341,8 @@ def show_outlook(found: Mapping[str, Any], console: Console) -> None:
         duration(run["makespan"]),
         style="bold",
     )
-    table.add_row("evaluate", "", "", "", duration(found["time"]["evaluate"]))
+    for name in ("start", "search", "evaluate", "assemble", "report"):
+        table.add_row(name, "", "", "", duration(found["time"][name]))
     console.print(table)
     room = found["memory"]
     table = new_table("largest worker", "device", "processor")

@@ -151,6 +151,7 @@ def run_recipe(
     stages: Sequence[str],
     register: str | None = None,
     pool: Pool | None = None,
+    view: View | None = None,
 ) -> Mapping[str, Any]:
     """Runs stages and what they need; with ``report`` among them, MLflow keeps the record.
 
@@ -159,6 +160,7 @@ def run_recipe(
             (which needs the two before it).
         register: name in the registry, instead of the recipe's ``tracking.register_as``.
         pool: for the work, if it was made before.
+        view: who is told of the stages, instead of one on stderr.
 
     Returns:
         what ``--json`` prints.
@@ -172,7 +174,7 @@ def run_recipe(
         with (
             _started(recipe_file, recipe, folder, "run"),
             Tracker(recipe.tracking, recipe.name, folder, run_params(recipe)) as tracker,
-            _pipeline(recipe, folder, pool) as pipeline,
+            _pipeline(recipe, folder, pool, view=view) as pipeline,
         ):
             result["tracking_uri"] = tracker.uri
             budgets = _run(pipeline, stages, result)
@@ -183,7 +185,7 @@ def run_recipe(
     else:
         with (
             _started(recipe_file, recipe, folder, " ".join(stages)),
-            _pipeline(recipe, folder, pool) as pipeline,
+            _pipeline(recipe, folder, pool, view=view) as pipeline,
         ):
             _run(pipeline, stages, result)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -301,12 +303,13 @@ def _pipeline(
     begun: Pool | None,
     make: Callable[[Experiment, Pool, View], Pipeline] = Pipeline,
     check: Callable[[Experiment], None] = lambda experiment: None,
+    view: View | None = None,
 ) -> Iterator[Pipeline]:
     experiment = _ready(Experiment(recipe, output))
     check(experiment)
     check_refine(experiment)
-    with View() as view, begun or Pool(recipe.compute) as pool:
-        yield make(experiment, pool, view)
+    with view or View() as shown, begun or Pool(recipe.compute) as pool:
+        yield make(experiment, pool, shown)
 
 
 def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> Budgets | None:

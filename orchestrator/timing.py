@@ -1,22 +1,24 @@
-"""How long the stages of a run will take, from counted operations and measured speeds.
+"""What the work of a run costs one worker, from counted operations and measured speeds.
 
-A token costs two operations per weight that it meets, a Hessian two per pair of inputs; what a
-method takes per column and per weight was measured on one small layer, its matrix products are
-counted. Every call of a layer adds a little that does not depend on sizes. All of it is divided by
-the workers that can share it. Expect a factor of two either way; reading from a slow disk and
-other users of the machine come on top.
+A token costs two operations per weight that it meets, and four per token that it looks at and
+channel; a Hessian costs two per pair of inputs; what a method takes was measured on small layers,
+its products with Hessians are counted. Operations on single values are counted per layer, calls of
+a layer add a little that does not depend on sizes. What a run takes besides is in
+:mod:`moesaic.orchestrator.stage_times`.
 """
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from moesaic.methods import gptq
 from moesaic.methods.base import Chain, Unit, compressing, link_module, reducers_of
 from moesaic.methods.chains import but_for_rank, can_be_cut
 from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Crew, Speeds, measure_speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds, measure_speeds
 from moesaic.orchestrator.memory import (
     Sizes,
     error_bytes,
@@ -27,33 +29,16 @@ from moesaic.orchestrator.memory import (
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import Node, covered, ranges
 
-# Ray and its workers, until torch and transformers are loaded: measured on two cores.
-START_SECONDS = 15.0
 # One call of a layer with its hooks, whatever its size: measured on one core.
 _CALL_SECONDS = 2e-4
 
-# Speeds of one worker for an experiment; of a batch's tokens, and of those that one expert sees.
-SpeedSource = Callable[[Experiment, Crew, int, int], Speeds]
+# Operations on every value of a token's hidden state in a block, besides the products: two norms of
+# six, turning queries and keys by their places and their own norms, two sums; and where statistics
+# are taken, two float32 copies, and what the block did to the state.
+_VALUES_IN_BLOCK, _VALUES_WATCHED = 20, 9
 
-METHOD = (
-    "operations counted from shapes, over the speeds of this machine measured just now, as if it"
-    " were idle; rough: expect a factor of two either way"
-)
-
-
-@dataclass(frozen=True)
-class Left:
-    """What an earlier run did not finish.
-
-    Attributes:
-        blocks: whose statistics lack.
-        gradients: number of blocks whose gradients lack.
-        pairs: unit → chains that lack.
-    """
-
-    blocks: list[int]
-    gradients: int
-    pairs: Mapping[str, list[Chain]]
+# Speeds of one worker for an experiment, at what it computes at a time.
+SpeedSource = Callable[[Experiment, Crew, Load], Speeds]
 
 
 @dataclass(frozen=True)
@@ -92,31 +77,52 @@ class Clock:
         banks = [unit for unit in self.model.units() if unit.kind == "bank"]
         self.experts = banks[0].shapes["gate"][0] if banks else 0
         self.per_token = (experts_per_token(self.model.config) or self.experts) if banks else 0
-        tokens = self.sizes.batch_tokens()
-        few = max(1, tokens * self.per_token // self.experts) if banks else 0
-        speeds = (source or measure_speeds)(experiment, crew, tokens, few)
+        self.load_of_worker = self._load()
+        speeds = (source or measure_speeds)(experiment, crew, self.load_of_worker)
         # Pooling takes next to nothing.
         self.speeds = replace(speeds, head=0.0) if self.model.family.is_encoder else speeds
+
+    def _load(self) -> Load:
+        """What the worker computes at a time."""
+        tokens, length, config = self.sizes.batch_tokens(), self.sizes.length, self.model.config
+        heads = int(getattr(config, "num_attention_heads", 1))
+        channels = getattr(config, "head_dim", None) or self.model.hidden_size // heads
+
+        def seen(count: int) -> int:
+            return max(1, count * self.per_token // self.experts) if self.experts else 0
+
+        return Load(tokens, seen(tokens), seen(length), length, heads, int(channels))
 
     def taken(self, cost: Cost) -> float:
         """Seconds of a cost where nobody else reads or writes."""
         return cost.seconds + cost.read / self.speeds.read + cost.written / self.speeds.save
 
-    def linears(self, block: int, tokens: int) -> float:
-        """The layers of a block for ``tokens`` tokens."""
-        seconds = 0.0
+    def linears(self, block: int, tokens: int, back: bool = False) -> float:
+        """The layers of a block for ``tokens`` tokens, and their attention to one another.
+
+        Args:
+            back: at the speed of experts that run forward and back.
+        """
+        seconds, load = tokens * self.attention(), self.load_of_worker
+        experts = self.speeds.expert_reverse if back else self.speeds.expert_matmul
         for unit in self.sizes.block_units(block):
             if unit.kind == "linear":
                 seconds += 2 * tokens * unit.parameters / self.speeds.matmul
             else:
                 met = unit.parameters * self.per_token / self.experts
-                seconds += 2 * tokens * met / self.speeds.expert_matmul
-        return seconds
+                seconds += 2 * tokens * met / experts
+        values = max(self.model.hidden_size, load.heads * load.channels)
+        return seconds + tokens * values * _VALUES_IN_BLOCK * self.speeds.wide
+
+    def attention(self) -> float:
+        """Looking at the other tokens of a sequence, per token of a block."""
+        load = self.load_of_worker
+        return load.length * load.heads * load.channels * self.speeds.attention
 
     def calls(self, block: int, batches: int) -> float:
         """What layers cost besides their arithmetic, for a number of batches."""
         units = self.sizes.block_units(block)
-        layers = sum(2 * u.shapes["gate"][0] if u.kind == "bank" else 1 for u in units)
+        layers = sum(unit.kind == "linear" for unit in units)
         return _CALL_SECONDS * batches * (layers + 4)
 
     def load(self, block: int) -> Cost:
@@ -126,7 +132,8 @@ class Clock:
     def statistics(self, block: int, tokens: int) -> float:
         """Hessians of the sites of a block, and for ``experts: all`` the inputs of its experts."""
         everything = self.experiment.recipe.calibration.experts == "all"
-        units, seconds = self.sizes.block_units(block), 0.0
+        units = self.sizes.block_units(block)
+        seconds = tokens * self.model.hidden_size * _VALUES_WATCHED * self.speeds.wide
         for names, group in sites(units).items():
             for site in names:
                 experts, _, inputs = site_shape(group, site)
@@ -160,7 +167,7 @@ class Clock:
         seconds += self.every_expert(block) * share + self.calls(block, batches)
         seconds += self.parted(block, span, tokens)
         # Sums of every shard begin at zero, and are added to those before them.
-        seconds += len(rows) * size / self.speeds.add
+        seconds += len(rows) * size / self.speeds.sums
         seconds += (2 * states + nodes * size) / self.speeds.copy
         seconds += (len(rows) * (1 + bool(walk.gradients)) + nodes) * self.speeds.write
         return self.load(block) + Cost(seconds, written=states + kept + nodes * size)
@@ -215,7 +222,8 @@ class Clock:
         sizes, nodes = self.sizes, self.nodes(spans)
         size = sizes.sums(block) if what == "stats" else sizes.gradients(block)
         seconds = nodes * size / self.speeds.host_add + size / self.speeds.digest
-        return Cost(seconds + 2 * self.speeds.write, nodes * size, size)
+        seconds += size / 4 * self.speeds.wide  # whether all of it is finite
+        return Cost(seconds + self.speeds.entry, nodes * size, size)
 
     def reverse(self, block: int, span: Node) -> Cost:
         """Gradients of some shards back through a block; from the losses in the last one.
@@ -229,7 +237,7 @@ class Clock:
         tokens, again = sequences * sizes.length, int(walk.fisher)
         nodes = self.nodes([span])
         size, states = sizes.gradients(block), tokens * self.token_bytes
-        seconds = (2 + 2 * again + bool(walk.pooling)) * self.linears(block, tokens)
+        seconds = (2 + 2 * again + bool(walk.pooling)) * self.linears(block, tokens, back=True)
         seconds += (3 + again) * self.calls(block, sequences)
         if block == self.model.blocks - 1:
             seconds += (3 + again) * tokens * self.speeds.head
@@ -313,13 +321,14 @@ class Clock:
         size = sum(experiment.dense_bytes(unit) for unit in group)
         chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
         made: set[Hashable] = set()
+        factored: set[Hashable] = set()
         # A reduction is read and written, and run beside the layer as it is.
         prefixes = set(filter(None, map(reducers_of, chains)))
         once = 2 * self.every_expert(group[0].block) * self.per_token / max(1, self.experts)
         seconds, written = len(prefixes) * once, 0.0
         for chain in chains:
             todo = [unit for unit in group if chain in pairs[unit.name]]
-            seconds += 4 * speeds.write * len(todo)
+            seconds += 2 * speeds.entry * len(todo)
             if can_be_cut(chain):
                 if but_for_rank(chain) in made:
                     continue
@@ -327,6 +336,7 @@ class Clock:
             written += sum(experiment.predicted_bytes(unit, chain) for unit in todo)
             written += sum(error_bytes(unit) for unit in todo)
             seconds += sum(self.compress(todo, site, chain) for site in names)
+            seconds += sum(self.factors(todo, site, chain, factored) for site in names)
         seconds += written / speeds.digest + (stats + size + written) / speeds.copy
         read = stats + size + len(prefixes) * size
         return Cost(seconds, read, written + len(prefixes) * size)
@@ -339,14 +349,32 @@ class Clock:
             return 0.0
         parts, _ = slices(experts, rows, inputs, self.crew.device)
         weights = experts * rows * inputs
-        products = 4.0 * weights * inputs  # Δw H and w H
-        if any("hessian" in link_module(spec.method).NEEDS for spec in compressing(chain)):
-            products += weights * inputs + experts * inputs**3  # feedback, factorisation
+        together = math.ceil(experts / parts) if units[0].kind == "bank" else 0
+        # Δw H and w H; and what rounding moves to the columns that follow.
+        products = 4.0 * weights * inputs
+        if _wants_hessian(chain):
+            products += weights * inputs
         return (
-            speed.column * inputs * parts
-            + (speed.weight + speed.dense + speed.cube * min(rows, inputs)) * weights
-            + products / self.speeds.hessian
+            parts * speed.seconds(together, rows, inputs)
+            + (speed.dense + speed.cube * min(rows, inputs)) * weights
+            + products / self.speeds.product
         )
+
+    def factors(self, units: list[Unit], site: str, chain: Chain, known: set[Hashable]) -> float:
+        """Factorising the Hessians of a site, unless that is kept from an earlier chain.
+
+        Args:
+            known: what is kept; what this chain leaves is added.
+        """
+        experts, _, inputs = site_shape(units, site)
+        if not _wants_hessian(chain):
+            return 0.0
+        key = (site, *((spec.method, *_factoring(spec.parsed())) for spec in compressing(chain)))
+        if key in known:
+            return 0.0
+        if 4 * experts * inputs**2 <= gptq.KEEP_BYTES:
+            known.add(key)
+        return experts * inputs**3 / self.speeds.factor
 
     def evaluate(self) -> float:
         """The dense model, every baseline and the plans on the held-out text."""
@@ -370,32 +398,10 @@ class Clock:
         return min(self.crew.workers, EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
 
 
-def predict_seconds(
-    experiment: Experiment, crew: Crew, left: Left, source: SpeedSource | None = None
-) -> dict[str, float]:
-    """Stage → seconds of what is left to do with the crew's workers; ``total`` is their sum.
-
-    Args:
-        source: of a worker's speeds; by default they are measured, on this machine.
-    """
-    clock = Clock(experiment, crew, source)
-    jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
-    found = {
-        "start": START_SECONDS,
-        "calibrate": clock.walked(left.blocks),
-        "gradients": clock.gradients(left.gradients) / clock.walkers,
-        "measure": clock.measure(left.pairs) / max(1, min(crew.workers, jobs)),
-        "evaluate": clock.evaluate() / clock.evaluators(),
-    }
-    if experiment.recipe.propagate:
-        found["propagate"] = _propagate(clock)
-    return {**found, "total": sum(found.values())}
+def _wants_hessian(chain: Chain) -> bool:
+    return any("hessian" in link_module(spec.method).NEEDS for spec in compressing(chain))
 
 
-def _propagate(clock: Clock) -> float:
-    """Every plan solved again from front to back: two passes per block, one chain per unit."""
-    experiment = clock.experiment
-    plans = len(experiment.recipe.baselines) + len(experiment.recipe.budget.each)
-    passes = 2 * clock.walked(list(range(experiment.model.blocks)))
-    first = {name: chains[:1] for name, chains in experiment.offers.items()}
-    return plans * (passes + clock.measure(first) / clock.crew.workers)
+def _factoring(options: object) -> tuple[Any, ...]:
+    """Options that a Hessian's factors depend on."""
+    return getattr(options, "damp", None), getattr(options, "act_order", None)

@@ -34,12 +34,12 @@ WALKERS = (1, 4, 8)
 BITS = {"method": "gptq", "act_order": True, "clip": "weighted"}
 # Bytes per second of one worker that reads, writes, takes digests and adds on the processor, and
 # seconds for a small file: a node of a cluster with a parallel file system.
-HOST = Host(read=2e9, write=1e-3, save=2e9, digest=0.8e9, host_add=5e9)
+HOST = Host(read=2e9, write=1e-3, entry=1e-3, save=2e9, digest=0.8e9, host_add=5e9)
 FILES = (
     f"a worker reads {HOST.read / 1e9:g} and writes {HOST.save / 1e9:g} GB/s (assumed), digests at"
     f" {HOST.digest / 1e9:g}, adds at {HOST.host_add / 1e9:g} GB/s"
 )
-FAST = Host(read=8e9, write=1e-3, save=8e9, digest=0.8e9, host_add=5e9)
+FAST = Host(read=8e9, write=1e-3, entry=1e-3, save=8e9, digest=0.8e9, host_add=5e9)
 
 
 @dataclass(frozen=True)

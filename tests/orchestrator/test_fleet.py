@@ -24,6 +24,7 @@ from moesaic.orchestrator.fleet import (
 from moesaic.orchestrator.outlook import predict_on, show_outlook
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.stage_times import OVERHEADS
 from moesaic.orchestrator.stages import Calibration
 from tests.orchestrator.inline import InlinePool
 from tests.orchestrator.projects import make_model_folder, make_recipe
@@ -107,17 +108,30 @@ def unit_costs(**device: Any) -> dict[str, Any]:
         "matmul": [[*size, 1e9] for size in sizes],
         "gram": [[*size, 1e9] for size in sizes],
         "head": {"float32": 1e-9, "bfloat16": 1e-9},
-        "add": 1e9,
+        "experts": [[*size, 1e9] for size in sizes],
+        "reverse": [[*size, 1e9] for size in sizes],
+        "attention": [[dtype, 256, 1e-10] for dtype in ("float32", "bfloat16")],
+        "sums": [[256, 1e9]],
+        "product": [[256, 1e9]],
+        "wide": 1e-9,
+        "factor": 1e9,
         "copy": None,
         "solve": [
-            {"chain": bench._key(chain), "column": 1e-6, "weight": 1e-9, "dense": 1e-9, "cube": 0}
+            {
+                "chain": bench._key(chain),
+                "rows": [[32, 1e-6], [256, 1.2e-6]],
+                "bank": 1e-9,
+                "dense": 1e-9,
+                "cube": 0,
+            }
             for chain in bench._single()
         ],
         **device,
     }
-    host = dict.fromkeys(("read", "save", "digest", "host_add"), 1e9)
-    host |= {"write": 1e-3, "call": 1e-3, "worker_start": 1.0}
-    about = {"schema": 1, "date": "2026-01-01", "machine": "one", "versions": {}}
+    host: dict[str, Any] = dict.fromkeys(("read", "save", "digest", "host_add"), 1e9)
+    host |= {"write": 1e-3, "entry": 1e-3, "call": 1e-3, "worker_start": 1.0}
+    host["overheads"] = dict.fromkeys(OVERHEADS, 1.0)
+    about = {"schema": bench.SCHEMA, "date": "2026-01-01", "machine": "one", "versions": {}}
     return {**about, "host": host, "devices": {"cpu": own}}
 
 
@@ -215,7 +229,7 @@ def test_memory_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "needs" in found["short"]["calibrate host memory"]
 
 
-@pytest.mark.parametrize("change", [{"schema": 2}, {"devices": {}}])
+@pytest.mark.parametrize("change", [{"schema": 1}, {"devices": {}}])
 def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     file = written(tmp_path, {**unit_costs(), **change})
     with pytest.raises(UserError, match=r"bench\.json: "):
@@ -234,6 +248,9 @@ def test_bench_measures_what_it_reads(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "_sizes", lambda kind: [(torch.float32, 8, 64)])
     monkeypatch.setattr(bench, "_single", lambda: iter([CHAIN]))
     monkeypatch.setattr(bench, "_ray", lambda threads, done: {"call": 1e-3, "worker_start": 1.0})
+    monkeypatch.setattr(bench, "measure_overheads", lambda threads, place: dict(OVERHEADS))
+    monkeypatch.setattr(bench, "_WIDTHS", {"cpu": (64,)})
+    monkeypatch.setattr(bench, "_LENGTHS", (64,))
     monkeypatch.setattr(bench, "_FILE_VALUES", 1 << 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "bench.json"
@@ -242,7 +259,10 @@ def test_bench_measures_what_it_reads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert bench.read_bench(file) == found
     (device,) = found["devices"].values()
     assert device["copy"] is None and device["matmul"][0][:3] == ["float32", 8, 64]
-    rates = [device["matmul"][0][3], device["gram"][0][3], device["add"], *found["host"].values()]
+    rates = [device[name][0][3] for name in ("matmul", "gram", "experts", "reverse")]
+    rates += [device["sums"][0][1], device["product"][0][1], device["wide"], device["factor"]]
+    rates += [value for name, value in found["host"].items() if name != "overheads"]
+    assert found["host"]["overheads"] == OVERHEADS
     assert all(0 < rate < math.inf for rate in rates)
     assert [entry["chain"] for entry in device["solve"]] == [bench._key(CHAIN)]
     assert bench.bench_table(found).row_count > 8

@@ -15,11 +15,11 @@ from rich.console import Console
 from safetensors import safe_open
 
 from moesaic.methods.base import Stats
-from moesaic.orchestrator import timing
+from moesaic.orchestrator import stage_times, timing
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast, inspect_model, show_forecast, show_model
-from moesaic.orchestrator.machine import Compressing, Crew, Speeds, crew, measure_speeds
+from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds, crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes, held_adding, held_sums, predict_memory
 from moesaic.orchestrator.resident import HIDDEN_BYTES
 from moesaic.orchestrator.results import measurements, problem
@@ -44,13 +44,27 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
+# Operations, bytes or cubes per second.
+_RATES = ["matmul", "hessian", "product", "factor", "read", "sums", "save", "digest", "host_add"]
+_RATES += [f"expert_{name}" for name in ("matmul", "hessian", "reverse")]
+
+
 @pytest.fixture
 def fixed_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds of a machine that never changes."""
 
     def speeds(experiment: Any, *_: Any) -> Speeds:
-        compress = dict.fromkeys(experiment.recipe.chains(), Compressing(1e-4, 1e-7, 1e-9))
-        return Speeds(1e9, 1e9, 1e9, 1e9, 1e-4, 1e9, 1e9, 1e-3, compress, 1e9, 1e9, 1e9, math.inf)
+        solving = Compressing(((32, 1e-4), (256, 1.2e-4)), 1e-7, 1e-9)
+        return Speeds(
+            **dict.fromkeys(_RATES, 1e9),
+            attention=1e-9,
+            wide=1e-9,
+            head=1e-4,
+            write=1e-3,
+            entry=1e-3,
+            compress=dict.fromkeys(experiment.recipe.chains(), solving),
+            copy=math.inf,
+        )
 
     monkeypatch.setattr(timing, "measure_speeds", speeds)
 
@@ -291,8 +305,9 @@ def test_time_follows_tokens_candidates_and_workers(tmp_path: Path, moe: Path) -
         experiment = _open(tmp_path / name, moe, **changes)
         team = Crew(changes.get("compute", {}).get("workers", 1), 2, 1, "cpu", "")
         blocks = list(range(experiment.model.blocks))
-        left = timing.Left(blocks, len(blocks), experiment.offers)
-        return timing.predict_seconds(experiment, team, left)
+        left = stage_times.Left(blocks, len(blocks), experiment.offers)
+        nothing = dict.fromkeys(stage_times.OVERHEADS, 0.0)
+        return stage_times.predict_seconds(experiment, team, left, overheads=nothing)
 
     one = seconds("one")
     more_text = seconds("text", calibration={"sequences": 48}, evaluation={"sequences": 32})
@@ -307,18 +322,77 @@ def test_time_follows_tokens_candidates_and_workers(tmp_path: Path, moe: Path) -
     assert seconds("back", propagate=True)["total"] > one["total"]
 
 
+@pytest.mark.usefixtures("fixed_speeds")
+def test_what_no_model_changes_is_added_to_stages_with_something_left(
+    tmp_path: Path, moe: Path
+) -> None:
+    experiment = _open(tmp_path, moe)
+    team, blocks = Crew(1, 1, 1, "cpu", ""), list(range(experiment.model.blocks))
+
+    def seconds(left: stage_times.Left, each: float) -> dict[str, float]:
+        overheads = dict.fromkeys(stage_times.OVERHEADS, each)
+        return stage_times.predict_seconds(experiment, team, left, overheads=overheads)
+
+    every = stage_times.Left(blocks, len(blocks), experiment.offers)
+    more = {stage: t - seconds(every, 0.0)[stage] for stage, t in seconds(every, 2.0).items()}
+    assert more == pytest.approx({**dict.fromkeys(stage_times.OVERHEADS, 2.0), "total": 16.0})
+    rest = seconds(stage_times.Left([], 0, {}), 2.0)
+    assert rest["calibrate"] == rest["gradients"] == rest["measure"] == 0
+    assert rest["start"] == rest["report"] == 2.0
+
+
+@pytest.mark.usefixtures("fixed_speeds")
+def test_attention_grows_with_the_length_of_sequences(tmp_path: Path, moe: Path) -> None:
+    def clock(length: int) -> timing.Clock:
+        calibration = {"sequences": 12, "length": length, "gradient_sequences": 0}
+        experiment = _open(tmp_path / str(length), moe, calibration=calibration)
+        return timing.Clock(experiment, Crew(1, 1, 1, "cpu", ""))
+
+    short, long = clock(16), clock(48)
+    heads, channels = short.load_of_worker.heads, short.load_of_worker.channels
+    assert short.attention() == pytest.approx(16 * heads * channels * 1e-9)
+    assert long.attention() == pytest.approx(3 * short.attention())
+
+
+@pytest.mark.usefixtures("fixed_speeds")
+def test_a_hessian_is_factorised_once_for_chains_that_want_the_same(
+    tmp_path: Path, moe: Path
+) -> None:
+    def seconds(**options: Any) -> float:
+        own = {
+            "candidates": [{"method": "gptq", "group_size": 16, **options}],
+            "budget": {"bits_per_weight": 8},
+        }
+        experiment = _open(tmp_path, moe, baselines=None, **own)
+        clock = timing.Clock(experiment, Crew(1, 1, 1, "cpu", ""))
+        unit = next(unit for unit in experiment.units if unit.kind == "bank")
+        known: set[Any] = set()
+        chains = experiment.offers[unit.name]
+        return sum(clock.factors([unit], unit.sites["gate"], chain, known) for chain in chains)
+
+    one = seconds(bits=4)
+    assert one == pytest.approx(8 * 48**3 / 1e9)
+    assert seconds(bits=[3, 4]) == pytest.approx(one)
+    assert seconds(bits=4, damp=[0.01, 0.02]) == pytest.approx(2 * one)
+    assert seconds(method="rtn", bits=4) == 0
+
+
 def test_speeds_of_this_machine_are_positive(tmp_path: Path, moe: Path) -> None:
     experiment = _open(tmp_path, moe)
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
-    speeds = measure_speeds(experiment, crew(experiment.recipe.compute), 96, 24)
+    load = Load(tokens=96, few=24, fewer=6, length=24, heads=4, channels=16)
+    speeds = measure_speeds(experiment, crew(experiment.recipe.compute), load)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)
     rates = [value for name, value in vars(speeds).items() if name not in ("compress", "copy")]
     assert all(0 < value < math.inf for value in rates)
     assert speeds.copy > 0
     assert set(speeds.compress) == set(experiment.recipe.chains())
-    assert all(entry.column + entry.weight > 0 for entry in speeds.compress.values())
+    for entry in speeds.compress.values():
+        assert [rows for rows, _ in entry.rows] == [32, 256, 1024]
+        assert all(seconds > 0 for _, seconds in entry.rows)
+        assert entry.bank > 0 and entry.dense > 0
 
 
 @pytest.mark.usefixtures("fixed_speeds")
