@@ -183,7 +183,7 @@ def test_members_of_a_bank_may_be_corrected_beside_others(project: Project) -> N
     paths = [_path(experiment, unit, chain) for chain in (plain, _corrected(offered)[0])]
     source = {"gate": paths[0], "up": paths[1], "down": paths[1]}
     held = Resident(experiment.model, 1 << 20, 1 << 20)
-    held.mixtures = {"mixed": [(m, e, str(source[m])) for e in range(8) for m in unit.shapes]}
+    held.mixtures = {"mixed": [(m, str(source[m]), range(8)) for m in unit.shapes]}
     found = held.members(unit.name, "mixed")
     for member, path in source.items():
         assert torch.equal(found[member].float(), read_piece(path)[member].effective().float())
