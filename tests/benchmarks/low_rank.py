@@ -52,6 +52,7 @@ from moesaic.search.base import searches
 # Worst to best, as papers have it for large models at a fifth removed.
 EXPECTED = ("svd", "fwsvd", "asvd", "svd_llm", "modegpt")
 EXPECTED_AT = 0.2
+BITS = 16  # of a dense weight
 # Goal for KL, searched against uniform.
 GOAL = 0.8
 UNIFORM, SEARCHED, BY_ERROR = "uniform", "searched", "searched by error"
@@ -79,7 +80,11 @@ def amount(name: str) -> str:
 
 
 def uniform_rank(model: Path, method: str, removed: float) -> float:
-    """The share that removes as much; a base that a bank's experts have in common counts, too."""
+    """The share that removes as much; a base that a bank's experts have in common counts, too, as
+    do single weights that stay, with a bit for every weight that says which."""
+    density = options_of(method).model_fields.get("density")
+    if amount(method) == "rank" and density is not None:
+        return round(max(1 - removed - density.default - 1 / BITS, 1e-3), 6)
     if not is_whole(method):
         return round(1 - removed, 6)
     units = StreamedModel(Checkpoint(model)).units()
