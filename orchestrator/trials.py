@@ -10,7 +10,6 @@ it consists of, and a trial whose plan another one is just being judged with wai
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import plain
-from moesaic.orchestrator.loop import WORKER_DIED
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.resident import Rows, trial_key
@@ -28,6 +26,7 @@ from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.study import Asked, Study, Told
 from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
+from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
 from moesaic.orchestrator.trial_record import Made, TrialRecord
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Plan
@@ -36,18 +35,8 @@ from moesaic.search.knobs import GREEDY, Allocator, Value
 if TYPE_CHECKING:
     from moesaic.orchestrator.tune import TunedPipeline
 
-# Failures of one kind, one after another, that end a study.
-_STREAK = 3
-_NO_PLAN = "no plan"
 # Finished trials that may wait to be put on record while plans are made for idle workers.
 _MOST_WAITING = 16
-_ADVICE = {
-    WORKER_DIED: "it probably ran out of memory: fewer workers (compute.workers), or fewer"
-    " sequences (calibration.length, tune.sequences)",
-    "MemoryError": "fewer workers (compute.workers), or fewer sequences (tune.sequences)",
-    "OutOfMemoryError": "fewer workers per GPU, or fewer sequences (tune.sequences)",
-    "not finite": "the budget ruins the model: give more, or fix a knob (tune.knobs)",
-}
 
 
 def _key(pieces: Mapping[str, str]) -> str:
@@ -107,9 +96,8 @@ class Trials:
         # The trial that the next idle worker takes.
         self.prepared: _Job | None = None
         self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
-        self.finished = self.failed = self.front = 0
-        self.reasons: Counter[str] = Counter()
-        self.streak: list[str] = []
+        self.finished = self.front = 0
+        self.failures = Failures()
         self.timed = section(self.experiment).timed
         self.limits = limits(self.experiment)
         self.best: Told | None = None
@@ -148,7 +136,7 @@ class Trials:
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
-        for reason, count in self.reasons.most_common():
+        for reason, count in self.failures.reasons.most_common():
             self.view.line(f"failed ×{count}: {reason}")
 
     def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
@@ -208,7 +196,7 @@ class Trials:
             try:
                 plan = self.plan(asked.values, asked.start)
             except (RecipeError, Infeasible, ValueError) as error:
-                self._fail([asked], _NO_PLAN, str(error))
+                self._fail([asked], NO_PLAN, str(error))
                 continue
             pieces, mixtures = self.pipeline.planned.of(plan.units)
             key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
@@ -324,7 +312,7 @@ class Trials:
         last = rows == self.rungs[-1]
         if not math.isfinite(mean):
             del self.flying[job.key]
-            self._fail(job.members, "not finite", f"its KL is {mean}")
+            self._fail(job.members, NOT_FINITE, f"its KL is {mean}")
             return True
         pruned = False
         if len(self.rungs) > 1:
@@ -367,21 +355,16 @@ class Trials:
         text = " ".join(f"{kind}: {reason}".split())[:500]
         for asked in failing:
             self.study.tell_failed(asked, text)
-            self.failed += 1
-            self.reasons[text] += 1
+            self.failures.reasons[text] += 1
             self.view.line(f"trial {asked.number} failed: {text}")
             self._count(asked, None)
-        if kind == _NO_PLAN:
-            return
-        self.streak = [*(k for k in self.streak if k == kind), kind]
-        if len(self.streak) >= _STREAK:
-            advice = _ADVICE.get(kind, "--debug shows more; finished trials are kept")
-            raise RunError(f"{_STREAK} trials in a row failed: {text}: {advice}")
+        self.failures.happened(kind, text)
 
     def _count(self, asked: Asked, job: _Job | None) -> None:
         """A trial was told; one that failed without its job."""
         self.finished += 1
-        self.streak = self.streak if job is None else []
+        if job is not None:
+            self.failures.succeeded()
         self.view.advance("trials")
         told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
         if told.state == "complete" and len(self.study.objectives) > 1:
@@ -403,7 +386,7 @@ class Trials:
 
     def _pace(self) -> str:
         minutes = (time.monotonic() - self.started) / 60
-        failed = f", {self.failed} failed" if self.failed else ""
+        failed = f", {self.failures.count} failed" if self.failures.count else ""
         return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
 
     def _tick(self, running: list[str]) -> None:

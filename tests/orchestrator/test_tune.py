@@ -323,17 +323,24 @@ def test_a_failed_trial_is_recorded_and_the_study_goes_on(
     assert [told[4] for told in project.tracked].count("failed") == 4
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (MemoryError("no room"), "no room: fewer workers"),
+        (FileNotFoundError(2, "No such file", "x.safetensors"), "x.safetensors': a piece is gone"),
+    ],
+)
 def test_three_failures_of_a_kind_stop_the_study_with_advice(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    error: Exception, advice: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make(tune={"prune": False})
 
     def never(*arguments: Any, **named: Any) -> Any:
-        raise MemoryError("no room")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(resident, "evaluate_plan", never)
-        with pytest.raises(RunError, match=r"3 trials in a row.*no room: fewer workers"):
+        with pytest.raises(RunError, match=rf"3 trials in a row.*{advice}"):
             project.tune(8)
     assert len(project.tracked) == 3
     project.tune(5)
