@@ -386,12 +386,10 @@ def bench_table(found: Mapping[str, Any]) -> Table:
                 label = f"{name} {what} {dtype}"
                 table.add_row(label, f"{rows} × {width} × {width}", f"{speed / 1e9:,.1f} GFLOP/s")
         for entry in device["solve"]:
-            text = ", ".join(
-                f"{seconds / rows * 1e9:,.1f} ns/weight at {rows} rows"
-                for rows, seconds in entry["rows"]
-            )
-            if entry["cube"]:
-                text = f"{entry['cube'] * 1e12:.2f} ps/weight and singular value"
+            text = f"{entry['cube'] * 1e12:.2f} ps/weight and singular value"
+            if not entry["cube"]:
+                (few, slow), *_, (many, fast) = entry["rows"]
+                text = f"{slow / few * 1e9:,.1f} to {fast / many * 1e9:,.1f} ns/weight"
             table.add_row(name, entry["chain"], text)
         for what in ("sums", "product"):
             unit = "GB/s" if what == "sums" else "GFLOP/s"

@@ -270,7 +270,7 @@ def measure_speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
 def probe_head(hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> float:
     width = WIDTH[device]
     rows, inputs, out = _HEAD_ROWS, min(hidden, width), min(vocabulary, 2 * width)
-    # Logits as small as a model's: exp takes ten times as long where most results are denormal.
+    # Logits as small as a model's: exp takes ten times as long where its results are denormal.
     x = (torch.randn(rows, inputs, device=device) / inputs**0.5).to(dtype)
     weight = torch.randn(out, inputs, device=device).to(dtype)
     logits = torch.nn.functional.linear(x, weight)

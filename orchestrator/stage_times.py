@@ -18,14 +18,14 @@ from moesaic.orchestrator.timing import Clock, SpeedSource
 # Seconds of each stage that do not depend on the model, by moesaic bench on two cores of an
 # AMD EPYC, November 2026.
 OVERHEADS: Mapping[str, float] = {
-    "start": 11.0,
-    "calibrate": 2.0,
-    "gradients": 0.3,
+    "start": 9.0,
+    "calibrate": 3.0,
+    "gradients": 0.1,
     "measure": 0.3,
-    "search": 0.3,
-    "evaluate": 0.3,
-    "assemble": 6.0,
-    "report": 3.0,
+    "search": 0.1,
+    "evaluate": 0.2,
+    "assemble": 7.0,
+    "report": 2.5,
 }
 # Tokens that a written model is compared on; see pipeline.py.
 _VERIFIED_TOKENS = 128

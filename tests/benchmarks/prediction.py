@@ -4,10 +4,10 @@
 
 Random Mixture-of-Experts checkpoints are written. First the seconds of a run that no model changes
 are measured, as ``moesaic bench`` does. Then each model is predicted (its speeds are measured just
-before) and run from an empty store in a process of its own, from its start to its end; ``--own``
-adds model folders. Predictions are for an idle machine. On one that is not, look at the cores'
-time: it leaves out waiting for others, but includes what two processes do at a time. Six minutes on
-two cores.
+before; with ``--bench FILE`` all comes from that file) and run from an empty store in a process of
+its own, from its start to its end; ``--own`` adds model folders. Predictions are for an idle
+machine. On one that is not, look at the cores' time: it leaves out waiting for others, but includes
+what two processes do at a time. Five minutes on two cores.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from common import arguments_parser, median, progress, report, scratch, table, w
 from memory import random_text
 from random_moe import make_random_moe
 
+from moesaic.orchestrator.bench import bench_source, read_bench
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import crew
 from moesaic.orchestrator.overheads import measure_overheads
@@ -65,7 +66,7 @@ def random_case(gigabytes: float, hidden: int, experts: int, width: int, sequenc
 CASES = (
     random_case(0.02, 256, 16, 128, 32),
     random_case(0.1, 512, 32, 256, 32),
-    random_case(0.4, 1024, 32, 512, 32),
+    random_case(0.3, 1024, 32, 512, 32),
 )
 
 
@@ -96,7 +97,8 @@ def once(
     blocks = list(range(experiment.model.blocks))
     left = Left(blocks, len(blocks), experiment.offers)
     team = crew(experiment.recipe.compute)
-    predicted = predict_seconds(experiment, team, left, overheads=overheads)
+    source = None if arguments.bench is None else bench_source(arguments.bench, "cpu")
+    predicted = predict_seconds(experiment, team, left, source, overheads)
     shutil.rmtree(folder / "store", ignore_errors=True)
     taken = timed_run(file, folder / "out")
     found = {
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="of one thread each")
     parser.add_argument("--runs", type=int, default=1, help="of each model; medians are told")
     parser.add_argument("--sizes", type=int, default=len(CASES), help="how many of the three")
+    parser.add_argument("--bench", type=Path, help="unit costs (moesaic bench --output)")
     parser.add_argument("--own", type=own_case, nargs="*", default=[], metavar="NAME=FOLDER")
     arguments = parser.parse_args()
     rows: list[list[str]] = []
@@ -144,8 +147,11 @@ def main() -> None:
     with scratch("prediction") as name:
         folder = Path(name)
         arguments.text = arguments.heldout = [random_text(folder / "text.txt", CHARACTERS)]
-        progress("what no model changes")
-        overheads = measure_overheads(1, folder)
+        if arguments.bench is None:
+            progress("what no model changes")
+            overheads = measure_overheads(1, folder)
+        else:
+            overheads = read_bench(arguments.bench)["host"]["overheads"]
         for case in (*CASES[: arguments.sizes], *arguments.own):
             arguments.model = case.folder or folder / "model"
             if case.folder is None:
