@@ -28,10 +28,11 @@ from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds
 from moesaic.orchestrator.overheads import measure_overheads
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Compute, load_recipe
+from moesaic.orchestrator.solving import Compressing, probe_compress, switches
 from moesaic.orchestrator.timing import SpeedSource
 from moesaic.orchestrator.worker import WorkerState
 
@@ -162,7 +163,7 @@ def _device(
     wide, factor = each(
         [probes.probe_wide, lambda k: probes.probe_factor(_FACTORED, k)], lambda probe: probe(kind)
     )
-    solved = each(chains, lambda chain: machine.probe_compress(chain, dtype, kind, units))
+    solved = each(chains, lambda chain: probe_compress(chain, dtype, kind, units))
     head = each(_DTYPES, lambda d: machine.probe_head(_HIDDEN, _VOCABULARY, d, kind))
     (copy,) = each([machine.probe_copy], lambda probe: probe(kind))
     memory = psutil.virtual_memory().total if kind == "cpu" else torch.cuda.mem_get_info(0)[1]
@@ -206,8 +207,8 @@ def _key(chain: Chain) -> str:
     """Methods and switches: chains that are alike in these are taken to be equally fast."""
     parts = []
     for spec in chain:
-        switches = [f"{name}={value}" for name, value in machine.switches((spec,)) if value != ""]
-        parts.append(" ".join([spec.method, *switches]))
+        own = [f"{name}={value}" for name, value in switches((spec,)) if value != ""]
+        parts.append(" ".join([spec.method, *own]))
     return " → ".join(parts)
 
 

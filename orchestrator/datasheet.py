@@ -17,7 +17,8 @@ import torch
 from moesaic.methods.base import Chain, link_module, reducing
 from moesaic.methods.chains import can_be_cut
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds
+from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.timing import SpeedSource
 
 _OF_PRODUCTS, _OF_BANDWIDTH, _OF_FACTORISING, _OF_ATTENTION = 0.5, 0.7, 0.1, 0.25
