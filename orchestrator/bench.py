@@ -19,7 +19,6 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import torch
-from rich.table import Table
 from safetensors.torch import save_file
 
 from moesaic.methods.base import Chain, Spec, Unit, compressing, link_module, methods
@@ -28,11 +27,12 @@ from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds
 from moesaic.orchestrator.overheads import measure_overheads
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.recipe_sections import Compute
+from moesaic.orchestrator.solving import Compressing, probe_compress, switches
 from moesaic.orchestrator.timing import SpeedSource
 from moesaic.orchestrator.worker import WorkerState
 
@@ -163,7 +163,7 @@ def _device(
     wide, factor = each(
         [probes.probe_wide, lambda k: probes.probe_factor(_FACTORED, k)], lambda probe: probe(kind)
     )
-    solved = each(chains, lambda chain: machine.probe_compress(chain, dtype, kind, units))
+    solved = each(chains, lambda chain: probe_compress(chain, dtype, kind, units))
     head = each(_DTYPES, lambda d: machine.probe_head(_HIDDEN, _VOCABULARY, d, kind))
     (copy,) = each([machine.probe_copy], lambda probe: probe(kind))
     memory = psutil.virtual_memory().total if kind == "cpu" else torch.cuda.mem_get_info(0)[1]
@@ -207,8 +207,8 @@ def _key(chain: Chain) -> str:
     """Methods and switches: chains that are alike in these are taken to be equally fast."""
     parts = []
     for spec in chain:
-        switches = [f"{name}={value}" for name, value in machine.switches((spec,)) if value != ""]
-        parts.append(" ".join([spec.method, *switches]))
+        own = [f"{name}={value}" for name, value in switches((spec,)) if value != ""]
+        parts.append(" ".join([spec.method, *own]))
     return " → ".join(parts)
 
 
@@ -375,37 +375,3 @@ def _solving(
             )
         found[chain] = known[_key(rest)]
     return found
-
-
-def bench_table(found: Mapping[str, Any]) -> Table:
-    """What was measured, for people."""
-    table = Table("", "size", "", title=None)
-    for name, device in found["devices"].items():
-        for what in ("matmul", "gram", "experts", "reverse"):
-            for dtype, rows, width, speed in device[what]:
-                label = f"{name} {what} {dtype}"
-                table.add_row(label, f"{rows} × {width} × {width}", f"{speed / 1e9:,.1f} GFLOP/s")
-        for entry in device["solve"]:
-            text = f"{entry['cube'] * 1e12:.2f} ps/weight and singular value"
-            if not entry["cube"]:
-                (few, slow), *_, (many, fast) = entry["rows"]
-                text = f"{slow / few * 1e9:,.1f} to {fast / many * 1e9:,.1f} ns/weight"
-            table.add_row(name, entry["chain"], text)
-        for what in ("sums", "product"):
-            unit = "GB/s" if what == "sums" else "GFLOP/s"
-            for width, speed in device[what]:
-                table.add_row(f"{name} {what}", f"{width} × {width}", f"{speed / 1e9:.2f} {unit}")
-        for dtype, length, seconds in device["attention"]:
-            text = f"{4e-9 / seconds:,.1f} GFLOP/s"
-            table.add_row(f"{name} attention {dtype}", f"{length} tokens", text)
-        table.add_row(f"{name} single values", "", f"{1e-9 / device['wide']:.2f} billion/s")
-        table.add_row(f"{name} factor", "", f"{device['factor'] / 1e9:.1f} billion in³/s")
-        if device["copy"]:
-            table.add_row(f"{name} copy", "", f"{device['copy'] / 1e9:.2f} GB/s")
-    for what in ("read", "save", "digest", "host_add"):
-        table.add_row(f"host {what}", "", f"{found['host'][what] / 1e9:.2f} GB/s")
-    for what in ("write", "entry", "call", "worker_start"):
-        table.add_row(f"host {what}", "", f"{found['host'][what] * 1e3:,.2f} ms")
-    for stage, seconds in found["host"]["overheads"].items():
-        table.add_row(f"run {stage}", "whatever the model", f"{seconds:.2f} s")
-    return table

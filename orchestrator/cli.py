@@ -329,7 +329,8 @@ def bench(
     """Measures what work costs on this machine: products, solving, files, Ray."""
 
     def work() -> Mapping[str, Any]:
-        from moesaic.orchestrator.bench import bench_table, run_bench
+        from moesaic.orchestrator.bench import run_bench
+        from moesaic.orchestrator.bench_table import bench_table
         from moesaic.orchestrator.console import View
 
         with View() as view:

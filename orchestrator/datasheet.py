@@ -6,8 +6,8 @@ takes is on no data sheet: a column costs what launching some twenty kernels doe
 passes over memory, more where clipping is searched; a factorisation runs at a tenth of float32, and
 so does one of a Hessian, which takes four operations per cube of its inputs. Attention runs at a
 quarter of the tensor cores' peak, a shard's sums pass over memory twelve times, an operation on
-single values twice. Experts on the way back are as fast as forward: what starting many small
-kernels takes is in neither.
+single values twice. A visit to an expert takes what starting its kernels does, besides its
+products; there and back it takes that twice.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import torch
 from moesaic.methods.base import Chain, compressing, link_module
 from moesaic.methods.chains import can_be_cut
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds
+from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.timing import SpeedSource
 
 _OF_PRODUCTS, _OF_BANDWIDTH, _OF_FACTORISING, _OF_ATTENTION = 0.5, 0.7, 0.1, 0.25
@@ -27,6 +28,8 @@ _SUM_PASSES, _VALUE_BYTES = 12, 12
 # Operations per cube of a Hessian's inputs: Cholesky's n³/3, inverse and feedback, in float64.
 _FACTOR_OPERATIONS = 4
 _COLUMN_SECONDS = 1e-4
+# Starting the kernels of two products with all that is around them.
+_VISIT_SECONDS = 4e-4
 # Bytes of memory traffic per weight: to quantize it, with a search for clipping, to unpack it.
 _QUANTIZE, _SEARCH, _UNPACK = 80, 1600, 8
 # Operations per weight and singular value (Golub & Van Loan, Matrix Computations, section 8.6).
@@ -91,13 +94,22 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
         def gram(rows: int) -> float:
             return min(single, 2 * rows * memory / 8)
 
+        widths = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
+
+        def visit(rows: int) -> float:
+            """Operations per second of an expert that so many tokens visit."""
+            if not widths:
+                return product(rows)
+            work = 6.0 * rows * model.hidden_size * max(widths)
+            return work / (work / product(rows) + _VISIT_SECONDS)
+
         softmax = 20 * model.vocab_size / memory  # logits in float32, five times
         return Speeds(
             matmul=product(load.tokens),
             hessian=gram(load.tokens),
-            expert_matmul=product(few),
+            expert_matmul=visit(few),
             expert_hessian=gram(few),
-            expert_reverse=product(load.fewer or load.length),
+            expert_reverse=visit(load.fewer or load.length),
             attention=4 / (_OF_ATTENTION * peak),
             wide=_VALUE_BYTES / memory,
             head=2 * model.hidden_size * model.vocab_size / products + softmax,

@@ -10,10 +10,9 @@ a layer add a little that does not depend on sizes. What a run takes besides is 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moesaic.methods import gptq
-from moesaic.methods.base import Chain, Unit, compressing, link_module, reducers_of
+from moesaic.methods.base import Chain, Unit, compressing, reducers_of
 from moesaic.methods.chains import but_for_rank, can_be_cut
 from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.errors import RunError
@@ -26,6 +25,7 @@ from moesaic.orchestrator.memory import (
     sites,
     slices,
 )
+from moesaic.orchestrator.solving import factoring, wants_hessian
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import Node, covered, ranges
 
@@ -352,7 +352,7 @@ class Clock:
         together = math.ceil(experts / parts) if units[0].kind == "bank" else 0
         # Δw H and w H; and what rounding moves to the columns that follow.
         products = 4.0 * weights * inputs
-        if _wants_hessian(chain):
+        if wants_hessian(chain):
             products += weights * inputs
         return (
             parts * speed.seconds(together, rows, inputs)
@@ -367,9 +367,9 @@ class Clock:
             known: what is kept; what this chain leaves is added.
         """
         experts, _, inputs = site_shape(units, site)
-        if not _wants_hessian(chain):
+        if not wants_hessian(chain):
             return 0.0
-        key = (site, *((spec.method, *_factoring(spec.parsed())) for spec in compressing(chain)))
+        key = (site, *((spec.method, *factoring(spec.parsed())) for spec in compressing(chain)))
         if key in known:
             return 0.0
         if 4 * experts * inputs**2 <= gptq.KEEP_BYTES:
@@ -396,12 +396,3 @@ class Clock:
         """Workers that can share the evaluation."""
         texts = self.experiment.recipe.evaluation
         return min(self.crew.workers, EVALUATION_PARTS, math.ceil(texts.sequences / texts.batch))
-
-
-def _wants_hessian(chain: Chain) -> bool:
-    return any("hessian" in link_module(spec.method).NEEDS for spec in compressing(chain))
-
-
-def _factoring(options: object) -> tuple[Any, ...]:
-    """Options that a Hessian's factors depend on."""
-    return getattr(options, "damp", None), getattr(options, "act_order", None)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moesaic.methods.base import Spec
 from moesaic.orchestrator import bench
+from moesaic.orchestrator.bench_table import bench_table
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.fleet import (
@@ -265,4 +266,4 @@ def test_bench_measures_what_it_reads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["host"]["overheads"] == OVERHEADS
     assert all(0 < rate < math.inf for rate in rates)
     assert [entry["chain"] for entry in device["solve"]] == [bench._key(CHAIN)]
-    assert bench.bench_table(found).row_count > 8
+    assert bench_table(found).row_count > 8

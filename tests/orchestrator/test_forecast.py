@@ -19,11 +19,12 @@ from moesaic.orchestrator import stage_times, timing
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.forecast import forecast, inspect_model, show_forecast, show_model
-from moesaic.orchestrator.machine import Compressing, Crew, Load, Speeds, crew, measure_speeds
+from moesaic.orchestrator.machine import Crew, Load, Speeds, crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes, held_adding, held_sums, predict_memory
 from moesaic.orchestrator.resident import HIDDEN_BYTES
 from moesaic.orchestrator.results import measurements, problem
 from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import SiteStats, covered, ranges, tree_sum
 from moesaic.search.base import Budget, Infeasible, search_module

@@ -8,7 +8,7 @@ import torch
 
 from moesaic.methods.base import Spec, Unit
 from moesaic.orchestrator import experts, probes
-from moesaic.orchestrator.machine import Compressing, probe_compress
+from moesaic.orchestrator.solving import Compressing, probe_compress
 
 COLD = probes._COLD_MATRICES
 F32 = torch.float32
