@@ -104,6 +104,12 @@ def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     return _repacked(tensor, parts, chosen)
 
 
+def take_params(params: Mapping[str, Param], slices: Sequence[int]) -> dict[str, Param]:
+    """The params of what :func:`take` gives."""
+    numbers = _numbers(params)
+    return {**params, _MAP: json.dumps([numbers[index] for index in slices])}
+
+
 def joined(banks: Sequence[CompressedTensor]) -> CompressedTensor:
     """Banks one behind the other: stand-ins of one number are the same, and lie there once."""
     numbers: list[int] = []

@@ -65,6 +65,18 @@ def params_of(groups: Sequence[tuple[str, Mapping[str, Param], Sequence[int]]]) 
     return {_GROUPS: json.dumps(described, sort_keys=True)}
 
 
+def taken_params(
+    format_name: str, params: Mapping[str, Param], slices: Sequence[int]
+) -> Mapping[str, Param]:
+    """The params of what :func:`take` makes of a bank of this format and these params.
+
+    A format whose params tell something of every expert defines ``take_params(params, slices)``.
+    """
+    own = getattr(format_module(format_name), "take_params", None)
+    found: Mapping[str, Param] = params if own is None else own(params, slices)
+    return found
+
+
 def take(bank: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     """Some experts of a bank ``[E, out, in]``, in the given order, as a bank of their own, of the
     same format and params.

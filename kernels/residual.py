@@ -56,6 +56,15 @@ def take(tensor: CompressedTensor, slices: Sequence[int]) -> CompressedTensor:
     return pack(mosaic.take(base, slices), mosaic.take(correction, slices))
 
 
+def take_params(params: Mapping[str, Param], slices: Sequence[int]) -> dict[str, Param]:
+    """The params of what :func:`take` gives."""
+    found = {}
+    for name in ("base", "residual"):
+        inner, own = nesting.member_format(params, name)
+        found[name] = (inner, mosaic.taken_params(inner, own, slices))
+    return nesting.nested_params(found)
+
+
 def joined(banks: Sequence[CompressedTensor]) -> CompressedTensor:
     """Banks one behind the other; see :func:`mosaic.joined`."""
     base, correction = zip(*map(members, banks), strict=True)

@@ -118,7 +118,9 @@ def described(mixture: Mixture, piece: Callable[[str], Mapping[str, Member]]) ->
         name, params = first.format, first.params
         if len(own) > 1:
             name = "mosaic"
-            params = mosaic.params_of([(m.format, m.params, experts) for m, experts in own])
+            params = mosaic.params_of(
+                [(m.format, mosaic.taken_params(m.format, m.params, e), e) for m, e in own]
+            )
         shape = (sum(len(experts) for _, experts in own), *first.shape[1:])
         sizes = format_module(name).part_shapes(shape, first.dtype, params)
         placed = {part: _nowhere(tuple(size), dtype) for part, (size, dtype) in sizes.items()}

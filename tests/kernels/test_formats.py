@@ -196,6 +196,15 @@ def test_slice_of_a_bank_is_the_slice_of_its_dense_weight(name: str, dtype: torc
         assert torch.equal(bank[expert].dense(), dense[expert])
 
 
+# Nothing is taken of what was put together, and channels are of linears.
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"mosaic", "channels"}))
+def test_what_is_taken_of_a_bank_is_told_by_its_params(name: str) -> None:
+    bank, slices = example(name, (5, 35, 42), torch.float32), [4, 0, 2]
+    taken = mosaic.take(bank, slices)
+    assert dict(taken.params) == dict(mosaic.taken_params(name, bank.params, slices))
+    assert torch.equal(taken.dense(), bank.dense()[slices])
+
+
 def test_slice_is_refused_when_the_weight_is_no_bank(name: str) -> None:
     with pytest.raises(IndexError, match="not a bank"):
         example(name, (35, 42), torch.float32)[0]
