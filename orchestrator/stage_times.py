@@ -18,14 +18,14 @@ from moesaic.orchestrator.timing import Clock, SpeedSource
 # Seconds of each stage that do not depend on the model, by moesaic bench on two cores of an
 # AMD EPYC, November 2026.
 OVERHEADS: Mapping[str, float] = {
-    "start": 9.0,
+    "start": 12.0,
     "calibrate": 3.0,
     "gradients": 0.1,
-    "measure": 0.3,
+    "measure": 0.2,
     "search": 0.1,
-    "evaluate": 0.2,
-    "assemble": 7.0,
-    "report": 2.5,
+    "evaluate": 0.1,
+    "assemble": 4.7,
+    "report": 1.3,
 }
 # Tokens that a written model is compared on; see pipeline.py.
 _VERIFIED_TOKENS = 128
