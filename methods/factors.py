@@ -10,6 +10,7 @@ and each expert's factors are made anew for what the rounded base leaves of its 
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,9 +76,8 @@ def quantize_shared(
     for name, tensor in members.items():
         base, deltas = delta.members(tensor)
         bases[_base(name)] = base.dense()
-        pooled[_base(name)] = Stats(
-            {key: stats[name][key].sum(0, dtype=stats[name][key].dtype) for key in _NEEDS}
-        )
+        # Members of one site share what is derived of it.
+        pooled[_base(name)] = stats[name].derived("all experts", partial(_pooled, stats[name]))
         ranks[name] = lowrank.factors(deltas)[0].shape[-1]
     first = method_module(method).compress(bases, pooled, options)
     exact = Result({})
@@ -97,6 +97,11 @@ def quantize_shared(
         for name, deltas in second.members.items()
     }
     return Result(packed, first.events + exact.events + second.events)
+
+
+def _pooled(stats: Stats) -> Stats:
+    """Statistics of the inputs of all experts together."""
+    return Stats({key: stats[key].sum(0, dtype=stats[key].dtype) for key in _NEEDS})
 
 
 def quantize_factors(

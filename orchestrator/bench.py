@@ -69,7 +69,7 @@ def run_bench(output: Path | None, recipe: Path | None, threads: int, view: View
     total += 6 + 1 + 1
     view.stage("bench", total)
     done = lambda: view.advance("bench", 1, machine_bytes())  # noqa: E731
-    place = (output or Path()).resolve().parent
+    place = output.resolve().parent if output is not None else Path.cwd()
     with machine.using_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         devices = {_name(kind): _device(kind, threads, sizes[kind], chains, done) for kind in kinds}

@@ -213,7 +213,19 @@ def model_layout(
             f"{config}: {len(expected)} blocks (num_hidden_layers), but the files have block "
             f"{behind[-1]}"
         )
+    top, _, inner = family.block.partition(".")
+    bare = re.compile(re.escape(inner).replace(r"\{block\}", r"\d+") + r"\..*")
+    if not blocks and any(map(bare.fullmatch, others)):
+        raise UserError(
+            f"{checkpoint.path}: its tensors are named without {top!r}, as a model without its head"
+            " saves them: load it with AutoModelForCausalLM and save it again"
+        )
     wanted = [name for name in others if not family.is_unused_outside(name)]
+    for name in wanted:
+        if family.on_disk(family.in_module(name)) != name:
+            raise UserError(
+                f"{checkpoint.path}: tensor {name} matches no pattern of family {family.model_type}"
+            )
     provided = {family.in_module(name): checkpoint.shape(name) for name in wanted}
     check_provided(config, "", provided, outer)
     return [

@@ -9,8 +9,8 @@ layers. For what the allocator keeps of freed memory, a share is added.
 import math
 from collections.abc import Iterable, Sequence
 
-from moesaic.methods import gptq
-from moesaic.methods.base import Unit, compressing, link_module
+from moesaic.methods import chains, gptq
+from moesaic.methods.base import Unit, compressing, link_module, merge_of
 from moesaic.orchestrator.adding import STEP_BYTES
 from moesaic.orchestrator.block_sizes import BlockSizes, experts_per_token
 from moesaic.orchestrator.compression import ERROR_BYTES
@@ -254,9 +254,13 @@ def _measure(sizes: Sizes, units: list[Unit]) -> Parts:
     judging = [_judging(shape, sizes.item) for unit in units for shape in unit.shapes.values()]
     dense = sum(experiment.dense_bytes(unit) for unit in units)
     inputs = sum(size for site, size in stats.items() if site in own)
+    offered = [chain for unit in units for chain in experiment.offers[unit.name]]
+    # The dense model's statistics come beside; so do merged experts, and what they are merged of.
+    both = experiment.recipe.propagate and any(map(chains.refits, offered))
+    merged = dense * 2 if any(map(merge_of, offered)) else 0
     parts = {
-        "weights": dense * (2 if fused else 1) + sizes.outer(),
-        "statistics": sum(stats.values()),
+        "weights": dense * (2 if fused else 1) + merged + sizes.outer(),
+        "statistics": sum(stats.values()) * (2 if both else 1),
         "factors": sum(_factors(experiment, size) for site, size in stats.items() if site in own),
         "hidden states": sizes.hidden(),
         "working copies": compressed + max(*solving, *judging),

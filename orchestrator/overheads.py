@@ -38,7 +38,12 @@ def tiny_recipe(folder: Path, threads: int) -> Path:
         "candidates": [_ROUND],
         "baselines": {"rtn": _ROUND},
         "evaluation": _TEXT,
-        "compute": {"workers": 1, "cpus_per_worker": threads, "gpus_per_worker": 0},
+        "compute": {
+            "address": "local",
+            "workers": 1,
+            "cpus_per_worker": threads,
+            "gpus_per_worker": 0,
+        },
         "store": "store",
     }
     file = folder / "tiny.yaml"

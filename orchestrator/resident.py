@@ -233,7 +233,8 @@ class Resident:
 def trial_key(judge: Judge, rows: Rows, pieces: Mapping[str, str]) -> str:
     """Names what :func:`evaluate_plan` finds; ``pieces`` is unit → file."""
     made_of = judge.key({unit: Path(path).stem for unit, path in pieces.items()})
-    return digest(["trial", made_of, list(rows), code_digest("orchestrator/resident.py")])
+    code = code_digest(*(f"orchestrator/{name}.py" for name in ("bank", "mixtures", "resident")))
+    return digest(["trial", made_of, list(rows), code])
 
 
 @torch.no_grad()

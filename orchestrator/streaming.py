@@ -432,7 +432,23 @@ class StreamedModel:
         return bool(self.config.tie_word_embeddings) and not on_disk
 
     def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = _shapes(self._skeleton.model)
+        """Parameters around the blocks → shape.
+
+        Raises:
+            UserError: something that the family names is not there, or something else is.
+        """
+        family, model = self.family, self._skeleton.model
+        shapes = _shapes(model)
+        known = list(filter(None, (family.embed, *family.beside, family.norm, family.head)))
+        modules = {name for name, _ in model.named_modules()}
+        missing = [path for path in known if path not in modules]
+        other = [name for name in shapes if not name.startswith(tuple(f"{p}." for p in known))]
+        if missing or other:
+            what = f"has no {missing[0]}" if missing else f"has {other[0]} outside of its blocks"
+            raise UserError(
+                f"{self.checkpoint.path / 'config.json'}: the model {what}, which family"
+                f" {family.model_type} does not know"
+            )
         if self._tied_head():
             del shapes[f"{self.family.head}.weight"]
         return shapes

@@ -126,9 +126,9 @@ class Trials:
         try:
             pool.run(tasks, self._tick, self._meanwhile)
         except (Exception, KeyboardInterrupt):
-            with suppress(RunError):  # of the record: what came first is what is told
-                self._settle()
-                self.record.write()
+            for finish in (self._settle, self.record.write):
+                with suppress(RunError):  # of the record: what came first is what is told
+                    finish()
             raise
         self._settle()
         self.record.write()

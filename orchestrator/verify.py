@@ -162,7 +162,8 @@ def _compute_in_float32(model: nn.Module, family: Family) -> None:
             if name != holder:
                 _widen_while_at_work(module)
         return
-    _widen_while_at_work(model.get_submodule(family.norm))
+    for path in (*family.beside, family.norm):
+        _widen_while_at_work(model.get_submodule(path))
     _widen_rows(model.get_submodule(family.embed))
     head: Any = model.get_submodule(family.head)
 

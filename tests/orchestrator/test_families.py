@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -208,6 +208,45 @@ def test_unmatched_tensor_outside_blocks_is_named(altered: Path) -> None:
 def test_missing_tensor_is_named(altered: Path, name: str) -> None:
     edit_weights(altered, **{name.replace(".", "__"): None})
     assert f"asks for a parameter {name} that is in no file" in message(altered)
+
+
+def renamed(folder: Path, change: Callable[[str], str]) -> Path:
+    """The same tensors by other names."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({change(name): value for name, value in tensors.items()}, folder / MODEL)
+    return folder
+
+
+MODEL = "model.safetensors"
+
+
+def test_models_saved_without_their_head_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("bloom"), tmp_path / "model"))
+    text = message(renamed(folder, lambda name: name.removeprefix("transformer.")))
+    assert "named without 'transformer'" in text and "AutoModelForCausalLM" in text
+
+
+def test_a_tensor_that_is_named_as_its_module_although_others_are_not_is_told(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny("gpt_neox"), tmp_path / "model"))
+    text = message(renamed(folder, lambda name: name.replace("embed_out", "lm_head")))
+    assert "tensor lm_head.weight matches no pattern of family gpt_neox" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"do_layer_norm_before": False}, "no model.decoder.final_layer_norm"),
+        ({"word_embed_proj_dim": 24}, "model.decoder.project_out.weight outside of its blocks"),
+    ],
+)
+def test_what_stands_around_the_blocks_and_is_not_known_is_told(
+    change: dict[str, object], told: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny("opt"), tmp_path / "model"))
+    edit_config(folder, **change)
+    assert told in message(folder)
 
 
 def test_missing_outer_tensor_is_named(altered: Path) -> None:

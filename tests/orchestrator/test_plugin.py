@@ -67,7 +67,9 @@ def test_reloaded_logits_are_those_of_the_plan(model_type: str, tiny: Tiny, tmp_
     assert verify(tmp_path / "out", model.checkpoint, chosen, "moesaic", IDS) < 2e-6
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "granitemoe", "gemma3_text"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt_oss", "granitemoe", "gemma3_text", "bloom", "opt", "gpt_neox"]
+)
 def test_weights_of_half_precision_are_rounded_once(
     model_type: str, tiny: Tiny, tmp_path: Path
 ) -> None:
