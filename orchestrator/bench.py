@@ -128,7 +128,7 @@ def _of_recipe(file: Path | None) -> list[Chain]:
     if file is None:
         return []
     found = [compressing(chain) for chain in load_recipe(file).chains()]
-    return [c for c in found if c and all("linear" in link_module(s.method).SCOPE for s in c)]
+    return list(filter(None, found))
 
 
 def _device(
@@ -367,7 +367,7 @@ def _solving(
     found = {}
     for chain in chains:
         rest = compressing(chain)
-        if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
+        if not rest:
             continue
         if _key(rest) not in known:
             raise UserError(

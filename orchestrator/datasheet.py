@@ -122,7 +122,7 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
             compress={
                 chain: _solving(compressing(chain), sheet)
                 for chain in experiment.recipe.chains()
-                if _takes_linears(compressing(chain))
+                if compressing(chain)
             },
             save=host.save,
             digest=host.digest,
@@ -131,10 +131,6 @@ def sheet_speeds(gpu: str, host: Host) -> SpeedSource:
         )
 
     return speeds
-
-
-def _takes_linears(chain: Chain) -> bool:
-    return bool(chain) and all("linear" in link_module(spec.method).SCOPE for spec in chain)
 
 
 def _solving(chain: Chain, sheet: DataSheet) -> Compressing:

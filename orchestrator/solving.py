@@ -1,6 +1,7 @@
 """What compressing takes: chains are run on small layers and on a small bank of experts."""
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ def solving_times(
     found: dict[Chain, Compressing] = {}
     for chain in offered:
         rest = compressing(chain)
-        if not rest or any("linear" not in link_module(s.method).SCOPE for s in rest):
+        if not rest:
             continue
         alike.setdefault(tuple(switches(rest)), []).append(chain)
     for own in alike.values():
@@ -108,7 +109,10 @@ def probe_compress(
     if factoring:  # ranks are given for layers as large as the model's
         square = max(_LAYER_INPUTS, *(min(s[-2:]) for u in units for s in u.shapes.values()))
         counts = [square]
-    fits = (w for w in widths if not chains.misfit("linear", {"weight": (counts[0], w)}, chain))
+    # What works on banks alone is given one.
+    kind = "linear" if all("linear" in link_module(s.method).SCOPE for s in chain) else "bank"
+    whole = (_BANK[0],) if kind == "bank" else ()
+    fits = (w for w in widths if not chains.misfit(kind, {"weight": (*whole, counts[0], w)}, chain))
     inputs = next(fits)
     made: list[Result] = []
 
@@ -137,8 +141,9 @@ def probe_compress(
 
         return run
 
-    times = [shortest(layer(rows), device) for rows in counts]
-    unpack = shortest(made[-1].members["weight"].dense, device) / (counts[-1] * inputs)
+    experts = math.prod(whole)
+    times = [shortest(layer(rows, whole), device) / experts for rows in counts]
+    unpack = shortest(made[-1].members["weight"].dense, device) / (experts * counts[-1] * inputs)
     if factoring:
         cube = times[0] / (square * inputs * min(square, inputs))
         return Compressing((), 0.0, unpack, cube=cube)

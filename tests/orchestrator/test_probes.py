@@ -97,3 +97,11 @@ def test_factorisations_are_measured_by_their_cube_others_by_rows_and_in_a_bank(
     assert rounded.bank > 0 and rounded.cube == 0 and len(rounded.rows) == 3
     factors = probe_compress((Spec.of("svd", {"rank": 8}),), F32, "cpu", units)
     assert factors.bank == 0 and factors.cube > 0 and factors.rows == ()
+
+
+def test_what_works_on_banks_alone_is_measured_on_one() -> None:
+    units = [Unit("u", "bank", 0, "experts", {"weight": (4, 48, 64)}, {"weight": "s"})]
+    shared = Spec.of("delta_moe", {"rank": 8})
+    for chain in ((shared,), (shared, Spec.of("rtn", {"bits": 4, "group_size": 8}))):
+        found = probe_compress(chain, F32, "cpu", units)
+        assert not found.rows and found.cube > 0 and found.dense > 0
