@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from moesaic.methods.base import reducers
+from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.store import digest
 from tests.orchestrator.tiny import save_tiny
@@ -86,3 +88,21 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     name = f"b{digest(str(tmp_path))[:20]}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def reductions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The reducers that were called, in order."""
+    calls: list[str] = []
+    for name in reducers():
+        module: Any = reducer_module(name)
+
+        def counted(
+            layer: ExpertLayer, options: Any, name: str = name, reduce: Any = module.reduce
+        ) -> Reduction:
+            calls.append(name)
+            result: Reduction = reduce(layer, options)
+            return result
+
+        monkeypatch.setattr(module, "reduce", counted)
+    yield calls

@@ -1,6 +1,5 @@
 """Runs in which experts are corrected from merged ones: `[merger, eora]`, no expert goes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.kernels import residual
 from moesaic.methods.base import Chain, Unit
-from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
 from moesaic.orchestrator.compressed_modules import CompressedExperts
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -46,24 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return Project(tmp_path / "one", model, monkeypatch)
-
-
-@pytest.fixture
-def reductions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The mergers that were called, in order."""
-    calls: list[str] = []
-    for name in ("hc_smoe", "m_smoe", "sub_moe"):
-        module: Any = reducer_module(name)
-
-        def counted(
-            layer: ExpertLayer, options: Any, name: str = name, reduce: Any = module.reduce
-        ) -> Reduction:
-            calls.append(name)
-            result: Reduction = reduce(layer, options)
-            return result
-
-        monkeypatch.setattr(module, "reduce", counted)
-    yield calls
 
 
 def _open(project: Project) -> Experiment:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.methods.base import Spec, chain_text, reducers
-from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
 from moesaic.orchestrator import run
 from moesaic.orchestrator.compression import Bench
 from moesaic.orchestrator.experiment import Experiment
@@ -44,24 +42,6 @@ def project(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Pro
     made = Project(tmp_path / "one", model, monkeypatch)
     made.write(**JOINT)
     return made
-
-
-@pytest.fixture
-def reductions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The reducers that were called, in order."""
-    calls: list[str] = []
-    for name in reducers():
-        module: Any = reducer_module(name)
-
-        def counted(
-            layer: ExpertLayer, options: Any, name: str = name, reduce: Any = module.reduce
-        ) -> Reduction:
-            calls.append(name)
-            result: Reduction = reduce(layer, options)
-            return result
-
-        monkeypatch.setattr(module, "reduce", counted)
-    yield calls
 
 
 def entries(project: Project, *kinds: str) -> dict[str, bytes]:
