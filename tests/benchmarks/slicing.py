@@ -84,7 +84,7 @@ def main() -> None:
                 if not rows:
                     rows.append(row("original", "", [one["dense"] for one in found]))
                 axes = "shortcuts" if shortcuts else "shared"
-                rows.append(row(f"{hidden:g}", axes, [one["sliced"] for one in found]))
+                rows.append(row(f"{hidden:g}", axes, [one["plan"] for one in found]))
     text = (
         f"{name}{f' as {arguments.model_type}' if arguments.model_type else ''}:"
         f" {arguments.sequences} × {arguments.length} calibration tokens,"
