@@ -275,9 +275,11 @@ def refitted(weight: Tensor, right: Tensor, transform: Tensor) -> tuple[Tensor, 
         float64 ``[out, rank]`` and ``[rank, in]``.
     """
     seen = right @ transform  # [rank, in]
-    diagonal = torch.linalg.qr(seen.mT)[1].diagonal().abs()
+    basis, mix = torch.linalg.qr(seen.mT)  # (R T)ᵀ = basis · mix
+    diagonal = mix.diagonal().abs()
     kept = diagonal > diagonal.max() * len(right) * torch.finfo(right.dtype).eps
-    basis, mix = torch.linalg.qr(seen[kept].mT)  # (R T)ᵀ = basis · mix
+    if not kept.all():
+        basis, mix = torch.linalg.qr(seen[kept].mT)
     left, turned = weight.new_zeros(len(weight), len(right)), torch.zeros_like(right)
     left[:, kept] = weight @ transform @ basis
     turned[kept] = torch.linalg.solve_triangular(mix.mT, right[kept], upper=False)

@@ -214,8 +214,8 @@ def model_layout(
             f"{behind[-1]}"
         )
     top, _, inner = family.block.partition(".")
-    bare = re.compile(re.escape(inner).replace(r"\{block\}", r"\d+") + r"\..*")
-    if not blocks and any(map(bare.fullmatch, others)):
+    bare = re.escape(inner).replace(r"\{block\}", r"\d+") + r"\..*"
+    if not blocks and any(re.fullmatch(bare, name) for name in others):
         raise UserError(
             f"{checkpoint.path}: its tensors are named without {top!r}, as a model without its head"
             " saves them: load it with AutoModelForCausalLM and save it again"

@@ -120,7 +120,7 @@ class Speeds:
         factor: cubes of its inputs per second of a Hessian that is factorised.
         write: seconds to write a small file so that it survives a crash.
         entry: seconds for a small entry of the store.
-        compress: chain → what it takes; chains of methods that take no linears are not in it.
+        compress: chain → what it takes; chains that only reduce are not in it.
         save: bytes per second of a large file that is written and flushed.
         digest: bytes per second of a file whose digest is taken.
         host_add: bytes per second of an array that is set to zero and added to, on the processor.
