@@ -49,9 +49,8 @@ SCOPE = frozenset({"linear", "bank"})
 ROWWISE = False
 NEEDS = frozenset({"hessian", "tokens"})
 
-# Tries of a new support per step, and steps of conjugate gradients per try.
-_TRIES = 2
-_FIT_STEPS = 4
+# Steps of conjugate gradients per support.
+_FIT_STEPS = 2
 # A row's η: at first, and what it is multiplied by after a support that was taken or was not.
 _FIRST_PACE, _FASTER, _SLOWER = 1.0, 1.5, 0.5
 # Alternating ends where a step lowers the error by less than this share.
@@ -82,12 +81,12 @@ class Options(SparseOptions):
 
 @dataclass
 class Split:
-    """A matrix ``[out, in]`` as the sum of a sparse one and a product, all in float64.
+    """A matrix ``[out, in]`` as the sum of a sparse one and a product.
 
     Attributes:
-        sparse: S, ``[out, in]``, zero outside of ``mask``.
+        sparse: S, ``[out, in]``, zero outside of ``mask``, in the matrix's type.
         mask: bool, like S.
-        left, right: ``[out, rank]`` and ``[rank, in]``.
+        left, right: ``[out, rank]`` and ``[rank, in]``, float64.
         errors: tr(E H Eᵀ) after the first product, and after each choice of S and of L·R.
     """
 
@@ -127,7 +126,7 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
                 raise ValueError(f"{name}: {error}") from error
             tokens = int(stats[name]["tokens"].reshape(-1)[expert])
             transform = _damped(roots[-1].transform, options.damp * inputs / max(tokens, 1))
-            wide = matrix.double()
+            wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
             parts = split(wide, transform, rank, options)
             left[expert], right[expert] = parts.left, parts.right
             # S once more, for the factors as they are stored.
@@ -159,21 +158,21 @@ def split(weight: Tensor, transform: Tensor | None, rank: int, options: Options)
     """Alternates from S = 0 until the error hardly falls, or ``options.steps`` are done.
 
     Args:
-        weight: float64 ``[out, in]``.
+        weight: ``[out, in]``, float32 or float64; so precisely S is fitted.
         transform: T of H = T Tᵀ, float64 ``[in, in]``; None for the identity.
         rank: of the product.
     """
     gram = _gram(weight, transform)
-    left, right = _product(weight, transform, rank)
+    left, right = _product(weight.double(), transform, rank)
     rest = weight - left @ right
-    rows = _Rows(rest, gram, torch.zeros_like(rest), largest(rest.abs(), options))
+    rows = _Rows(rest, gram, torch.zeros_like(weight), largest(rest.abs(), options))
     errors = [rows.error]
     rows.choose(options)
     for _ in range(options.steps):
         before = errors[-1]
         rows.improve(options)
         errors.append(rows.error)
-        left, right = _product(weight - rows.sparse, transform, rank)
+        left, right = _product(weight.double() - rows.sparse, transform, rank)
         rows.aim(weight - left @ right)
         errors.append(rows.error)
         if before - errors[-1] <= _LEAST_GAIN * before:
@@ -190,10 +189,10 @@ def _damped(transform: Tensor | None, damp: float) -> Tensor | None:
 
 
 def _gram(weight: Tensor, transform: Tensor | None) -> Tensor:
-    """H as the root has it, float64 ``[in, in]``."""
+    """H as the root has it, ``[in, in]``, in the weight's type."""
     if transform is None:
         return torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    return transform @ transform.mT
+    return (transform @ transform.mT).to(weight.dtype)
 
 
 def _product(weight: Tensor, transform: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +203,8 @@ def _product(weight: Tensor, transform: Tensor | None, rank: int) -> tuple[Tenso
 class _Rows:
     """The rows of S on their way towards ``rest`` D = W - L·R, each with its own support.
 
+    All is computed in the type of H and S; D may come in a wider one.
+
     Attributes:
         sparse, mask: S and where it may be other than zero, ``[out, in]``.
         pace: η of every row, ``[out, 1]``.
@@ -212,13 +213,13 @@ class _Rows:
     def __init__(self, rest: Tensor, gram: Tensor, sparse: Tensor, mask: Tensor) -> None:
         self._gram, self._diagonal = gram, gram.diagonal()
         self.sparse, self.mask = sparse, mask
-        self.pace = torch.full_like(rest[:, :1], _FIRST_PACE)
+        self.pace = torch.full_like(sparse[:, :1], _FIRST_PACE)
         self.aim(rest)
 
     def aim(self, rest: Tensor) -> None:
         """Another D; S stays as it is."""
-        self._rest = rest
-        self._slope = (rest - self.sparse) @ self._gram  # (D - S) H
+        self._rest = rest.to(self.sparse.dtype)
+        self._slope = (self._rest - self.sparse) @ self._gram  # (D - S) H
 
     @property
     def error(self) -> float:
@@ -238,12 +239,13 @@ class _Rows:
             change = direction @ self._gram
             curvature = (direction * change).sum(-1, keepdim=True)
             length = torch.where(curvature > 0, size / curvature, 0.0)
-            self.sparse = self.sparse + length * direction
-            self._slope = self._slope - length * change
+            self.sparse = torch.addcmul(self.sparse, length, direction)
+            self._slope = torch.addcmul(self._slope, length, change, value=-1)
             gradient = self._slope * self.mask
             scaled = gradient / self._diagonal
             before, size = size, (gradient * scaled).sum(-1, keepdim=True)
-            direction = scaled + torch.where(before > 0, size / before, 0.0) * direction
+            share = torch.where(before > 0, size / before, 0.0)
+            direction = torch.addcmul(scaled, share, direction)
 
     def choose(self, options: Options) -> None:
         """Wanda's choice of D, fitted, where it is better."""
@@ -251,13 +253,12 @@ class _Rows:
         self._offer(self._rest * mask, mask)
 
     def improve(self, options: Options) -> None:
-        """Fits the rows as they are, then tries new supports, each kept where it is better."""
+        """Fits the rows as they are, then tries new supports, kept where they are better."""
         self.fit()
-        for _ in range(_TRIES):
-            moved = self.sparse + self.pace * self._slope / self._diagonal
-            mask = largest(moved.abs() * self._diagonal.sqrt(), options)
-            taken = self._offer(moved * mask, mask)
-            self.pace = self.pace * torch.where(taken, _FASTER, _SLOWER)
+        moved = torch.addcmul(self.sparse, self.pace, self._slope / self._diagonal)
+        mask = largest(moved.abs() * self._diagonal.sqrt(), options)
+        taken = self._offer(moved * mask, mask)
+        self.pace = self.pace * torch.where(taken, _FASTER, _SLOWER)
 
     def _offer(self, sparse: Tensor, mask: Tensor) -> Tensor:
         """Fits other rows and takes those that are better; which, bool ``[out, 1]``."""

@@ -16,13 +16,13 @@ from common import (
     add_text_options,
     arguments_parser,
     check_inputs,
-    median,
     progress,
     report,
     scratch,
     table,
     write_recipe,
 )
+from plans import figure
 
 from moesaic.orchestrator.run import run_recipe
 
@@ -89,7 +89,8 @@ def main() -> None:
         f"{name}{f' as {arguments.model_type}' if arguments.model_type else ''}:"
         f" {arguments.sequences} × {arguments.length} calibration tokens,"
         f" {arguments.heldout_sequences} × {arguments.length} held-out tokens, float32,"
-        f" {arguments.seeds} seed(s), medians. KL to the original in nats per token.\n\n"
+        f" {arguments.seeds} seed(s), median (least–largest). KL to the original in nats per"
+        " token.\n\n"
     )
     headers = ["hidden", "axes", "bytes", "perplexity", "KL"]
     report("Slicing alone", text + table(headers, rows), arguments.write)
@@ -97,8 +98,8 @@ def main() -> None:
 
 def row(hidden: str, axes: str, scores: list[dict[str, Any]]) -> list[str]:
     """A line of the table from the scores of every seed."""
-    perplexity, kl = (median([float(s[key]) for s in scores]) for key in ("perplexity", "kl"))
-    return [hidden, axes, f"{int(scores[0]['bytes']):,}", f"{perplexity:.4g}", f"{kl:.4g}"]
+    perplexity, kl = (figure([float(s[key]) for s in scores]) for key in ("perplexity", "kl"))
+    return [hidden, axes, f"{int(scores[0]['bytes']):,}", perplexity, kl]
 
 
 if __name__ == "__main__":
