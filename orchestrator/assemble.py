@@ -83,6 +83,7 @@ def assemble(
     pieces = _read_headers(model, chosen, serve)
     check_plan(model, pieces, serve)
     tensors = _tensors(model, pieces, serve)
+    model.checkpoint.fetch()
     with disk_errors(output), _new_folder(output) as folder:
         _write_shards(folder, tensors, int(max_shard_bytes))
         config = {**model.checkpoint.config}
@@ -207,7 +208,7 @@ def _tensors(model: StreamedModel, pieces: Mapping[str, Piece], serve: Serve) ->
 
 
 def _originals(model: StreamedModel) -> dict[str, Blob]:
-    """The tensors of the original model, as they lie in its files."""
+    """The tensors of the original model, as they lie in its files; these need not be there yet."""
     return {
         name: Blob.of(name, Stored(own.file, own.begin, DTYPE_NAMES[own.dtype], own.shape))
         for name, own in model.checkpoint.entries().items()

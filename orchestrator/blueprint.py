@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moesaic.orchestrator.checkpoint import INDEX, SINGLE, Checkpoint, Entry, _read_json
+from moesaic.orchestrator.checkpoint import INDEX, SINGLE, Checkpoint, Entry, read_object
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.family import Family, load_family
@@ -37,7 +37,7 @@ class Blueprint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_json(path / "config.json")
+        self.config = read_object(path / "config.json")
         kind = self.config.get("model_type")
         if not isinstance(kind, str):
             raise UserError(f"{path / 'config.json'}: key model_type is missing")

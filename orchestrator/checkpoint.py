@@ -61,9 +61,9 @@ class Checkpoint:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder")
         _check_links(self.path)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_object(self.path / "config.json")
         _refuse_quantized(self.path, self.config)
-        self.files = _weight_files(self.path, self._is_there)
+        self.files = _weight_files(self.path, self._file, self._is_there)
         self._entries: dict[str, Entry] = {}
         for file in self.files:
             for name, entry in self._header(file).items():
@@ -72,6 +72,10 @@ class Checkpoint:
                     raise UserError(f"{file}: tensor {shown(name)} is in {first} as well")
                 self._entries[name] = entry
         self._check_index()
+
+    def _file(self, shard: str) -> Path:
+        """Where a file of weights lies that the index names."""
+        return self.path / shard
 
     def _is_there(self, file: Path) -> bool:
         # Unlike Path.is_file it says False of a name that is too long.
@@ -96,6 +100,11 @@ class Checkpoint:
     def entries(self) -> dict[str, Entry]:
         """Where every tensor lies, by name."""
         return self._entries
+
+    def fetch(self) -> None:
+        """Has all files of weights on this node, until pins are released."""
+        for file in self.files:
+            self._readable(file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -187,9 +196,9 @@ class Checkpoint:
         index = self.path / INDEX
         if self.files == [self.path / SINGLE]:
             return
-        promised = _read_json(index)["weight_map"]
+        promised = read_object(index)["weight_map"]
         for name, shard in promised.items():
-            if name not in self._entries or self._entries[name].file != self.path / shard:
+            if name not in self._entries or self._entries[name].file != self._file(shard):
                 raise UserError(f"{index}: tensor {shown(name)} is not in {shard}")
 
 
@@ -202,7 +211,8 @@ def _fill(stream: Any, raw: memoryview, entry: Entry, name: str) -> None:
         done += count
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a model folder; raises a :class:`UserError` for what is none."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder needs it")
     try:
@@ -249,10 +259,16 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
-    """The safetensors files of the model: the single file, else the shards of the index."""
-    if is_there(folder / SINGLE):
-        return [folder / SINGLE]
+def _weight_files(
+    folder: Path, place: Callable[[str], Path], is_there: Callable[[Path], bool]
+) -> list[Path]:
+    """The safetensors files of the model: the single file, else the shards of the index.
+
+    Args:
+        place: where the file of a name lies.
+    """
+    if is_there(place(SINGLE)):
+        return [place(SINGLE)]
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         if pickled:
@@ -268,7 +284,7 @@ def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
             )
         raise UserError(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
     index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: key weight_map must map tensor names to file names")
     for name, shard in weight_map.items():
@@ -285,9 +301,9 @@ def _weight_files(folder: Path, is_there: Callable[[Path], bool]) -> list[Path]:
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not is_there(folder / shard):
+        if not is_there(place(shard)):
             raise UserError(f"{index}: names {shown(shard[:80])}, which is not in the folder")
-    return [folder / shard for shard in shards]
+    return [place(shard) for shard in shards]
 
 
 def entries_of(file: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Entry]:

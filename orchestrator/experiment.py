@@ -211,11 +211,6 @@ class Experiment:
         width = sliced_width(self.original, options)
         if store is None:
             raise RecipeError("store: nowhere to put the sliced model")
-        if is_url(store.where):
-            raise RecipeError(
-                f"slice: the sliced model is a folder of links to entries, which {store.where}"
-                " cannot hold: name a folder that all nodes see as store"
-            )
         self.store = store
         walk = Walk(
             model=str(self.folder),

@@ -12,7 +12,6 @@ counts as long as its size, its digest, and the version that the place told (ETa
 
 import contextlib
 import hashlib
-import io
 import json
 import re
 import uuid
@@ -23,13 +22,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from moesaic.orchestrator.cache import TEMPORARY, cache_at
-from moesaic.orchestrator.checkpoint import Checkpoint, Entry, entries_of
+from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.foreign import MAX_HEADER_BYTES
 from moesaic.orchestrator.objects import Objects, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
 from moesaic.orchestrator.store import disk_errors
+from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_stored
 
 _COPIES = "moesaic-model@"
 _PATTERN = re.compile(rf"(/.*?)/{_COPIES}(\d+)/([^/]+)")
@@ -38,8 +37,6 @@ _SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
 _SMALL_BYTES = 200_000_000
 # Beside a copy: what is known of it.
 _NOTE = ".copy"
-# A header is mostly shorter: one request instead of two.
-_FIRST_BYTES = 1 << 20
 
 
 def copies_folder(url: str, place: CachePlace) -> Path:
@@ -55,7 +52,9 @@ def copies_folder(url: str, place: CachePlace) -> Path:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The model in a folder, or at the URL that the folder takes copies of."""
+    """The model in a folder, at the URL that the folder takes copies of, or in a store at one."""
+    if is_stored(folder):
+        return StoredCheckpoint(folder)
     found = _PATTERN.fullmatch(str(folder))
     if found is None:
         return Checkpoint(folder)
@@ -99,23 +98,11 @@ class RemoteCheckpoint(Checkpoint):
         return self._name(file) in self.remote
 
     def _header(self, file: Path) -> dict[str, Entry]:
-        name, size = self._name(file), int(self.remote[self._name(file)]["size"])
-        raw = self.objects.read_range(name, 0, min(size, _FIRST_BYTES))
-        length = int.from_bytes(raw[:8], "little")
-        if len(raw) < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
-            raw = self.objects.read_range(name, 0, 8 + length)
-        if len(raw) < min(8 + length, size) and length <= MAX_HEADER_BYTES:
-            raise RunError(f"{self.url}/{name}: was read only in part; run the same command again")
-        return entries_of(file, size, io.BytesIO(raw).read)
+        name = self._name(file)
+        return header_at(self.objects, name, int(self.remote[name]["size"]), file)
 
     def _readable(self, file: Path) -> Path:
         return self._copied(self._name(file))
-
-    def entries(self) -> dict[str, Entry]:
-        """Where every tensor lies, by name; all files are there until pins are released."""
-        for file in self.files:
-            self._copied(self._name(file))
-        return super().entries()
 
     @property
     def file_bytes(self) -> int:

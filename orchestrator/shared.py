@@ -35,6 +35,7 @@ from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
 from moesaic.orchestrator.store import (
     KINDS,
     MIRRORS,
+    MODELS,
     SCRATCH,
     SEAL,
     Entry,
@@ -251,6 +252,11 @@ def _inside(path: Path) -> tuple[Mirror, str] | None:
     return _mirror(f"{match[1]}/{match[2]}/{match[3]}"), match[4] or ""
 
 
+def is_mirrored(path: Path) -> bool:
+    """Whether a path stands for one at a URL."""
+    return _inside(path) is not None
+
+
 def fetched(path: Path | str) -> Path:
     """The path, the file being there; raises FileNotFoundError where there is none at the URL."""
     path = Path(path)
@@ -410,7 +416,7 @@ class RemoteStore(Store):
         wanted, size = [], 0
         for name, info in self.mirror.objects.listing().items():
             kind, _, rest = name.partition("/")
-            if kind not in (*KINDS, SCRATCH) or not re.fullmatch(r"[0-9a-f]+/[^/]+", rest):
+            if kind not in (*KINDS, SCRATCH, MODELS) or not re.fullmatch(r"[0-9a-f]+/[^/]+", rest):
                 continue  # not the store's
             stem = name.removesuffix(SEAL)
             own = (name, name.rpartition("/")[0], f"{stem}.safetensors", f"{stem}.json")

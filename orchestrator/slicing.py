@@ -6,16 +6,13 @@ axes. From those come the weights here, one block at a time.
 
     STORE/bases    axes of a place, float64
     STORE/sliced   one file of weights per block, and one for embedding, last norm and head
-    STORE/models   a folder of links to these with their index and config.json
+    STORE/models   a model folder of these with their index and config.json
 
 Everything about the sliced model but its numbers follows from the original's headers: a
 :class:`SlicedCheckpoint` can be planned with before any of it is there.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +25,7 @@ from torch import Tensor
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.calibrate import Walk, opened
-from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry
+from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.pieces import tensor_blob
@@ -36,13 +33,12 @@ from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
 from moesaic.orchestrator.statistics import Node
 from moesaic.orchestrator.store import (
-    MODELS,
     Store,
     code_digest,
     digest,
     scratch_folder,
-    write_text,
 )
+from moesaic.orchestrator.stored_model import model_folder, shard_file, write_stored
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.tensorfile import Blob, file_bytes, write_file
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
@@ -137,7 +133,7 @@ class Cut:
     @property
     def folder(self) -> Path:
         """Folder of the sliced model."""
-        return Path(self.walk.store) / MODELS / self.key
+        return model_folder(Path(self.walk.store), self.key)
 
     def basis(self, place: int) -> Tensor:
         """Axes that were found, ``[hidden, width]``, float64."""
@@ -248,7 +244,7 @@ class SlicedCheckpoint(Checkpoint):
     def _lay_out(self, model: StreamedModel) -> None:
         """Where every tensor will lie; as ``write_file`` has it."""
         for part in range(self.cut.parts):
-            file = self.path / f"model-{part + 1:05}-of-{self.cut.parts:05}.safetensors"
+            file = shard_file(self.path, self._shard(part), self.cut.part_key(part))
             blobs = _blobs(sliced_part(_Promised(model, self.cut), part))
             size = file_bytes(blobs, _METADATA)
             begin = size - sum(blob.nbytes for blob in blobs)
@@ -259,19 +255,18 @@ class SlicedCheckpoint(Checkpoint):
             self.files.append(file)
             self._sizes.append(size)
 
+    def _shard(self, part: int) -> str:
+        return f"model-{part + 1:05}-of-{self.cut.parts:05}.safetensors"
+
+    def _readable(self, file: Path) -> Path:
+        return fetched(file)
+
     def _write_folder(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
+        shards = {file: self._shard(part) for part, file in enumerate(self.files)}
+        weight_map = {name: shards[entry.file] for name, entry in sorted(self._entries.items())}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        for name, content in (("config.json", self.config), (INDEX, index)):
-            text = json.dumps(content, indent=2) + "\n"
-            file = self.path / name
-            if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                write_text(file, text)
-        for part, file in enumerate(self.files):
-            target = self.cut.store.path("sliced", self.cut.part_key(part))
-            with suppress(FileExistsError):
-                file.symlink_to(os.path.relpath(target, self.path))
+        keys = {self._shard(part): self.cut.part_key(part) for part in range(self.cut.parts)}
+        write_stored(self.path, self.config, index, keys)
 
 
 # Weights

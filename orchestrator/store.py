@@ -10,7 +10,7 @@ flushed to disk one by one: what a power failure leaves of them does not match i
     STORE/<kind>/<first two digits>/<key>.<suffix>
     STORE/<kind>/<first two digits>/<key>.seal.json
     STORE/scratch/<key>/         unfinished work
-    STORE/models/<key>/          a model folder whose weights are links to entries
+    STORE/models/<key>/          a model folder of entries, see stored_model.py
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _CHUNK = 1 << 20
 SEAL = ".seal.json"
 _TEMPORARY = ".tmp-"
 SCRATCH = "scratch"
-# Folders of links to entries, which make model folders of them.
+# Model folders of entries.
 MODELS = "models"
 # Beginning of the name of a folder that mirrors stores at URLs; see shared.py.
 MIRRORS = "moesaic-store@"

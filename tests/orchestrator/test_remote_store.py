@@ -446,6 +446,40 @@ def test_a_run_on_s3_killed_and_resumed_with_an_empty_cache_leaves_the_bytes_of_
         run.collect_garbage(bucket, [], 0)
 
 
+def test_a_sliced_model_lives_at_a_url_too(
+    bucket: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed and resumed on a node whose cache is empty and holds no more than a few files."""
+    sliced: dict[str, Any] = {
+        "slice": {"method": "slicegpt", "hidden": 32, "shortcuts": True},
+        "candidates": [{"method": "rtn", "bits": 4, "group_size": -1, "symmetric": True}],
+        "baselines": {},
+        "budget": {"bits_per_weight": 16},
+    }
+    local = Project(tmp_path / "local", model, monkeypatch)
+    local.write(**sliced)
+    _, whole = local.run()
+    made = Project(tmp_path / "remote", model, monkeypatch)
+    url = f"{bucket}/sliced-one"
+    made.write(store=url, cache={"folder": "first", "size": "1 GB"}, **sliced)
+    with pytest.raises(Killed):
+        made.run(size=2, kill_at=whole.total() // 2)
+    release_pins()
+    forget()
+    made.write(store=url, cache={"folder": "second", "size": "2 MB"}, **sliced)
+    made.run(size=2)
+    one, two = local.left(), made.left()
+    assert {name for name in one if one[name] != two[name]} <= {"README.md"}
+    assert one.keys() == two.keys()
+    s3 = fsspec.filesystem("s3")
+    (folder,) = {path.rpartition("/")[0] for path in s3.find(f"{url}/models")}
+    run.collect_garbage(url, [made.output], 0)
+    assert s3.exists(f"{folder}/entries.json")  # what a run uses stays
+    run.collect_garbage(url, [], 0)
+    s3.invalidate_cache()
+    assert not s3.find(f"{url}/models") and not s3.find(f"{url}/sliced")
+
+
 def test_what_s3_refuses_is_one_line(
     bucket: str, place: CachePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,168 @@
+"""A model folder whose files of weights are entries of a store.
+
+    STORE/models/<key>/config.json, model.safetensors.index.json
+
+In a store that is a folder, the files of weights are links to the entries, so that any tool reads
+the model. At a URL there are no links: ``entries.json`` says which entries they are, and
+:class:`StoredCheckpoint` reads them through the folder that mirrors the store, each when a tensor
+in it is wanted.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry, entries_of, read_object
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.foreign import MAX_HEADER_BYTES
+from moesaic.orchestrator.objects import Objects
+from moesaic.orchestrator.shared import (
+    RemoteStore,
+    exists,
+    fetched,
+    is_mirrored,
+    open_store,
+    write_shared,
+)
+from moesaic.orchestrator.store import MODELS
+
+# Kind of the entries.
+KIND = "sliced"
+# Shard → key of its entry.
+_KEYS = "entries.json"
+# A header is mostly shorter: one request instead of two.
+_FIRST_BYTES = 1 << 20
+
+
+def model_folder(root: Path, key: str) -> Path:
+    """Where a store has a model."""
+    return root / MODELS / key
+
+
+def shard_file(folder: Path, shard: str, key: str) -> Path:
+    """What is opened to read a file of weights: a link in the folder, or the entry in a mirror.
+
+    Args:
+        folder: as :func:`model_folder` has it.
+        key: of the entry.
+    """
+    root = folder.parents[1]
+    return open_store(root).path(KIND, key) if is_mirrored(root) else folder / shard
+
+
+def write_stored(
+    folder: Path, config: Mapping[str, Any], index: Mapping[str, Any], keys: Mapping[str, str]
+) -> None:
+    """Makes the folder of a model; its entries may be still to come.
+
+    Args:
+        folder: as :func:`model_folder` has it.
+        keys: shard → key of its entry.
+    """
+    root = folder.parents[1]
+    remote = is_mirrored(root)
+    _write_once(folder / "config.json", config)
+    _write_once(folder / INDEX, index)
+    if remote:
+        _write_once(folder / _KEYS, keys)
+        return
+    for shard, key in keys.items():
+        target = open_store(root).path(KIND, key)
+        with contextlib.suppress(FileExistsError):
+            (folder / shard).symlink_to(os.path.relpath(target, folder))
+
+
+def _write_once(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    if exists(file) and fetched(file).read_text(encoding="utf-8") == text:
+        return
+
+    def fill(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    write_shared(file, fill)
+
+
+def is_stored(folder: Path) -> bool:
+    """Whether a path is that of a model in a store at a URL."""
+    return folder.parent.name == MODELS and is_mirrored(folder)
+
+
+class StoredCheckpoint(Checkpoint):
+    """A model in a store at a URL.
+
+    Args:
+        path: as :func:`model_folder` has it.
+
+    Raises:
+        RunError: a part of it is not there.
+        UserError: as :class:`Checkpoint`; or the list of entries is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        store = open_store(path.parents[1])
+        assert isinstance(store, RemoteStore), "is_stored says so"
+        self._objects, self._root = store.mirror.objects, store.root
+        try:
+            for name in ("config.json", INDEX, _KEYS):
+                fetched(path / name)
+        except FileNotFoundError as error:
+            raise RunError(f"{error.filename}: is gone; run the same command again") from None
+        keys = _keys(path / _KEYS)
+        self._places = {shard: store.path(KIND, key) for shard, key in keys.items()}
+        found = store.get_many(KIND, keys.values())
+        self._sizes = {entry.path: entry.size for entry in found.values()}
+        super().__init__(path)
+
+    def _file(self, shard: str) -> Path:
+        return self._places.get(shard, self.path / shard)
+
+    def _is_there(self, file: Path) -> bool:
+        return file in self._sizes
+
+    def _header(self, file: Path) -> dict[str, Entry]:
+        name = file.relative_to(self._root).as_posix()
+        return header_at(self._objects, name, self._sizes[file], file)
+
+    def _readable(self, file: Path) -> Path:
+        return fetched(file)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self._sizes[file] for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The key, which says all that the content follows from."""
+        return self.path.name
+
+
+def _keys(file: Path) -> dict[str, str]:
+    """Shard → key; a key that is none could lead out of the store."""
+    found = read_object(file)
+    if all(re.fullmatch(r"[0-9a-f]{40}", str(key)) for key in found.values()):
+        return found
+    raise UserError(f"{file}: names what no entry is called")
+
+
+def header_at(objects: Objects, name: str, size: int, file: Path) -> dict[str, Entry]:
+    """Entries of a safetensors file at a URL, of which only the header is read.
+
+    Args:
+        name: of the file there.
+        size: of it, in bytes.
+        file: where its copy will lie.
+    """
+    raw = objects.read_range(name, 0, min(size, _FIRST_BYTES))
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
+        raw = objects.read_range(name, 0, 8 + length)
+    if len(raw) < min(8 + length, size) and length <= MAX_HEADER_BYTES:
+        raise RunError(f"{objects.url}/{name}: was read only in part; run the same command again")
+    return entries_of(file, size, io.BytesIO(raw).read)

@@ -1,0 +1,124 @@
+"""Model folders whose weights are entries of a store, in a folder and at a URL."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moesaic.orchestrator import shared
+from moesaic.orchestrator.cache import release_pins
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.remote_model import open_checkpoint
+from moesaic.orchestrator.shared import CachePlace, make_store, mirror_folder
+from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.stored_model import model_folder, shard_file, write_stored
+from tests.orchestrator.remote import MANY, Faulty, forget
+
+CONFIG = {"model_type": "llama"}
+TENSORS = {"a.safetensors": "first", "b.safetensors": "second"}
+KEYS = {"a.safetensors": "ab" + "0" * 38, "b.safetensors": "cd" + "1" * 38}
+MODEL = "ef" * 20
+URL = "faulty://bucket/models"
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
+    Faulty.store.clear()
+    forget()
+    yield
+    release_pins()
+
+
+@pytest.fixture(params=["folder", "URL"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    where = URL if request.param == "URL" else str(tmp_path / "store")
+    return make_store(where, CachePlace(tmp_path / "cache", MANY))
+
+
+def written(store: Store, keys: dict[str, str] = KEYS) -> Path:
+    """A model of two shards, the folder first, as before anything is sliced."""
+    folder = model_folder(store.root, MODEL)
+    index = {"metadata": {}, "weight_map": {name: shard for shard, name in TENSORS.items()}}
+    write_stored(folder, CONFIG, index, keys)
+    for number, (shard, name) in enumerate(TENSORS.items()):
+        tensor = torch.full((2, 3), float(number))
+        store.put("sliced", KEYS[shard], lambda p, n=name, t=tensor: save_file({n: t}, p))  # type: ignore[misc]
+    return folder
+
+
+def seen_elsewhere(store: Store, cache: Path) -> Path:
+    """The folder's path on a node with an empty cache."""
+    if store.where != URL:
+        return model_folder(store.root, MODEL)
+    return model_folder(mirror_folder(URL, CachePlace(cache, MANY)), MODEL)
+
+
+def test_another_node_reads_what_one_wrote(store: Store, tmp_path: Path) -> None:
+    folder = written(store)
+    found = open_checkpoint(seen_elsewhere(store, tmp_path / "other"))
+    assert found.config == CONFIG and found.names() == ["first", "second"]
+    assert [file.exists() for file in found.files] == [store.where != URL] * 2
+    assert torch.equal(found.read("second"), torch.ones(2, 3))
+    assert [file.exists() for file in found.files] == [store.where != URL, True]
+    assert torch.equal(found.read_rows("first", 1, 2), torch.zeros(1, 3))
+    assert found.file_bytes == sum(file.stat().st_size for file in found.files)
+    assert found.entries()["first"].file == shard_file(
+        found.path, "a.safetensors", KEYS["a.safetensors"]
+    )
+    again = open_checkpoint(folder)
+    assert again.fingerprint == found.fingerprint
+    again.fetch()
+    assert all(file.is_file() for file in again.files)
+
+
+def test_in_a_folder_it_is_a_model_for_any_tool(tmp_path: Path) -> None:
+    folder = written(make_store(str(tmp_path / "store"), CachePlace(tmp_path / "cache", MANY)))
+    assert type(open_checkpoint(folder)) is Checkpoint
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        *TENSORS,
+    }
+
+
+def test_what_stands_there_is_not_written_again(store: Store) -> None:
+    folder = written(store)
+    times = {path: path.lstat().st_mtime_ns for path in folder.iterdir()}
+    Faulty.calls.clear()
+    written(store)
+    assert {path: path.lstat().st_mtime_ns for path in folder.iterdir()} == times
+    assert not [name for kind, name in Faulty.calls if kind == "write" and "/models/ef" in name]
+
+
+def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    with pytest.raises(RunError, match=r"config.json: is gone; run the same command again$"):
+        open_checkpoint(model_folder(store.root, MODEL))
+    folder = written(store)
+    shared.remove(store.path("sliced", KEYS["b.safetensors"]))
+    with pytest.raises(UserError, match=r"names b.safetensors, which is not in the folder"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("key", ["../../../../private", "ab" * 20 + "/..", "", "AB" * 20])
+def test_keys_that_lead_elsewhere_are_refused(key: str, tmp_path: Path) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    folder = written(store, {**KEYS, "b.safetensors": key})
+    with pytest.raises(UserError, match=r"entries.json: names what no entry is called"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"x"', "{"])
+def test_a_list_of_keys_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    folder = written(store)
+    file = folder / "entries.json"
+    shared.write_shared(file, lambda path: path.write_text(content) and None)
+    with pytest.raises(UserError, match=r"entries.json: (not readable as|must hold a) JSON"):
+        open_checkpoint(folder)
+    assert json.loads((folder / "config.json").read_text()) == CONFIG
