@@ -84,6 +84,16 @@ def test_only_the_shards_that_are_wanted_come_and_they_come_once(
     assert not [path for kind, path in Faulty.calls if not _is_header(kind, path)]
 
 
+def test_where_tensors_lie_is_told_without_a_copy_until_all_are_fetched(
+    model: Path, tmp_path: Path
+) -> None:
+    found = opened(tmp_path)
+    files = {entry.file for entry in found.entries().values()}
+    assert len(files) > 1 and weights(found) == set()
+    found.fetch()
+    assert weights(found) == {file.name for file in files}
+
+
 def _is_header(kind: str, path: str) -> bool:
     """Headers are read by every process that opens the model."""
     return kind == "read" and path.endswith(".safetensors")
