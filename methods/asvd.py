@@ -39,7 +39,8 @@ problem = factored_problem
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
     """Factors members ``[*batch, out, in]``, expert by expert.
 
-    Events: ``no_tokens`` (without inputs it is plain SVD), ``above_break_even``.
+    Events: ``no_tokens`` (without inputs it is plain SVD), ``rank_deficient`` (inputs that were
+    next to nothing), ``above_break_even``.
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or a member has no such rank.

@@ -45,7 +45,6 @@ from moesaic.methods.base import (
 from moesaic.methods.factors import (
     factor_bytes,
     factor_problem,
-    is_factoring,
     is_quantizer,
     leaves_factors,
     quantize_factors,
@@ -54,7 +53,7 @@ from moesaic.methods.factors import (
 from moesaic.methods.low_rank import (
     ABOVE_BREAK_EVEN,
     Rank,
-    above_break_even,
+    above_dense,
     rank_errors,
     resolved_rank,
 )
@@ -258,12 +257,11 @@ def families(chains: Iterable[Chain], shapes: Shapes) -> list[Family]:
     return found
 
 
-def cut_events(events: Iterable[Event], chain: Chain, shapes: Shapes) -> list[Event]:
-    """What there is to tell of a chain, given what was told of the largest of its family."""
-    if not is_factoring(chain[-1].method):
-        return list(events)
+def cut_events(events: Iterable[Event], cut: Mapping[str, CompressedTensor]) -> list[Event]:
+    """What there is to tell of the members of a chain, given what was told of the largest of its
+    family: they may be smaller than the dense weights where that is not."""
     found = [event for event in events if event.kind != ABOVE_BREAK_EVEN]
-    return found + above_break_even(shapes, _rank(chain[-1]))
+    return found + [event for name, tensor in cut.items() for event in above_dense(name, tensor)]
 
 
 def cut_errors(

@@ -21,6 +21,7 @@ from moesaic.methods.grid import check_finite
 from moesaic.methods.low_rank import (
     SHARES,
     Rank,
+    above_dense,
     eigen_root,
     factored_bytes,
     factored_problem,
@@ -50,7 +51,8 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
     """Members ``[experts, out, in]`` in the format ``delta``.
 
     Events: ``no_tokens`` (an expert without inputs gets plain SVD), ``few_tokens`` and
-    ``rank_deficient`` (the inputs span less than the whole space).
+    ``rank_deficient`` (the inputs span less than the whole space), ``above_break_even`` (base and
+    differences together).
 
     Raises:
         ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
@@ -67,7 +69,8 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
     packed = {
         name: delta.pack(dense.pack(bases[name]), deltas) for name, deltas in result.members.items()
     }
-    return Result(packed, result.events)
+    grown = [event for name, tensor in packed.items() for event in above_dense(name, tensor)]
+    return Result(packed, result.events + grown)
 
 
 def _mean(weight: Tensor, tokens: Tensor) -> Tensor:

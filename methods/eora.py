@@ -14,6 +14,7 @@ from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import MethodOptions, Result, Stats
 from moesaic.methods.low_rank import (
     Rank,
+    above_dense,
     eigen_root,
     factored_bytes,
     factored_problem,
@@ -49,7 +50,7 @@ def repair(
     """Adds factors to ``compressed`` members ``[*batch, out, in]``, in the format ``residual``.
 
     Events: ``no_tokens`` (without inputs it is plain SVD), ``few_tokens`` and ``rank_deficient``
-    (the inputs span less than the whole space).
+    (the inputs span less than the whole space), ``above_break_even`` (with what it is added to).
 
     Raises:
         ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
@@ -65,7 +66,8 @@ def repair(
         name: residual.pack(compressed[name], correction)
         for name, correction in result.members.items()
     }
-    return Result(packed, result.events)
+    grown = [event for name, tensor in packed.items() for event in above_dense(name, tensor)]
+    return Result(packed, result.events + grown)
 
 
 def _matrix(tensor: CompressedTensor, expert: int) -> CompressedTensor:

@@ -39,7 +39,8 @@ problem = factored_problem
 def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options: Options) -> Result:
     """Factors members ``[*batch, out, in]``, expert by expert.
 
-    Events: ``no_gradients`` (no sequence of the reverse pass reached it), ``above_break_even``.
+    Events: ``no_gradients`` (no sequence of the reverse pass reached it), ``rank_deficient``
+    (inputs whose gradients were next to nothing), ``above_break_even``.
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or a member has no such rank.

@@ -25,6 +25,7 @@ from pydantic import AfterValidator, StrictFloat, StrictInt
 from torch import Tensor
 
 from moesaic.kernels import dense, lowrank
+from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Event, MethodOptions, Result, Stats, option
 from moesaic.methods.grid import check_finite
 from moesaic.methods.hessian import check_hessian
@@ -96,17 +97,13 @@ def rank_problem(shapes: Mapping[str, tuple[int, ...]], rank: Rank) -> str | Non
     return None
 
 
-def above_break_even(shapes: Mapping[str, tuple[int, ...]], rank: Rank) -> list[Event]:
-    """An event for every member whose factors are larger than the dense weight."""
-    events = []
-    for name, shape in shapes.items():
-        out, inputs = shape[-2:]
-        columns = resolved_rank(shape, rank)
-        if columns * (out + inputs) > out * inputs:
-            most = out * inputs / (out + inputs)
-            text = f"{name}: factors of rank {columns} are larger than the weight, from {most:g} up"
-            events.append(Event(ABOVE_BREAK_EVEN, text, value=columns))
-    return events
+def above_dense(name: str, tensor: CompressedTensor) -> list[Event]:
+    """An event where a member takes more bytes than its dense weight."""
+    most = math.prod(tensor.shape) * tensor.dtype.itemsize
+    if tensor.nbytes <= most:
+        return []
+    text = f"{name}: {tensor.nbytes} bytes, the dense weight has {most}"
+    return [Event(ABOVE_BREAK_EVEN, text, value=tensor.nbytes)]
 
 
 def factor_shapes(shape: tuple[int, ...], rank: Rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -159,7 +156,7 @@ def low_rank(
     root: Callable[[str, int], Root],
     base: Callable[[str, int], Tensor] | None = None,
     first: int = 0,
-    refit: Callable[[str, int], Tensor | None] | None = None,
+    refit: Callable[[str, int], Root | None] | None = None,
 ) -> Result:
     """Factors of members ``[*batch, out, in]`` in the format ``lowrank``, expert by expert.
 
@@ -168,7 +165,7 @@ def low_rank(
         base: ``[out, in]`` likewise: what the factors will be added to; None if nothing. Then
             there is an event ``above_break_even`` where they are larger than the weight.
         first: number of the first expert, for events.
-        refit: T of other inputs, likewise, to which the left factors are fitted (:func:`refitted`).
+        refit: of other inputs, likewise, to which the left factors are fitted (:func:`refitted`).
 
     Raises:
         ValueError: a weight or a statistic is NaN or infinite, or there is no such rank.
@@ -177,7 +174,7 @@ def low_rank(
     reason = rank_problem(shapes, rank)
     if reason:
         raise ValueError(reason)
-    result = Result({}, above_break_even(shapes, rank) if base is None else [])
+    result = Result({})
     for name, weight in weights.items():
         check_finite(name, weight)
         *batch, out, inputs = weight.shape
@@ -185,7 +182,7 @@ def low_rank(
         columns = resolved_rank(shapes[name], rank)
         left = weight.new_empty(len(flat), out, columns)
         right = weight.new_empty(len(flat), columns, inputs)
-        roots = []
+        roots, others = [], []
         for expert, matrix in enumerate(flat):
             try:
                 roots.append(root(name, expert))
@@ -197,13 +194,18 @@ def low_rank(
             a, b = whitened_svd(wide, roots[-1].transform)
             other = None if refit is None else refit(name, expert)
             if other is not None:
-                a, b = refitted(wide, b, other)
+                others.append(other)
+                if other.transform is not None:
+                    a, b = refitted(wide, b, other.transform)
             left[expert], right[expert] = a[:, :columns], b[:columns]
         result.members[name] = lowrank.pack(
             dense.pack(left.view(*batch, out, columns)),
             dense.pack(right.view(*batch, columns, inputs)),
         )
+        if base is None:
+            result.events += above_dense(name, result.members[name])
         result.events += root_events(name, roots, first)
+        result.events += root_events(f"{name}, inputs that it is fitted to", others, first)
     return result
 
 
@@ -339,7 +341,8 @@ def eigen_root(stats: Stats, expert: int) -> Root:
 def diagonal_root(scale: Tensor) -> Root:
     """The diagonal T of one expert's ``scale`` ``[in]``, not negative.
 
-    Inputs of scale 0 count a little, so that the order of columns is never arbitrary.
+    Inputs of scale 0 count a little, so that the order of columns is never arbitrary; a note tells
+    of how many.
 
     Raises:
         ValueError: a scale is NaN or infinite.
@@ -349,7 +352,10 @@ def diagonal_root(scale: Tensor) -> Root:
     largest = scale.max()
     if largest <= 0:
         return NO_TOKENS
-    return Root(scale.double().clamp(min=float(largest) * torch.finfo(torch.float32).eps))
+    floor = float(largest) * torch.finfo(torch.float32).eps
+    raised = int((scale < floor).sum())
+    note = ("rank_deficient", f"{raised} of {len(scale)} inputs count next to nothing")
+    return Root(scale.double().clamp(min=floor), note if raised else None)
 
 
 def rank_errors(

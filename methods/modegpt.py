@@ -126,7 +126,8 @@ def reduce_part(part: Part, options: Options) -> PartReduction:
     if part.shape.kind == "mlp":
         return _mlp(part, options)
     linears = _values(part, _head(part.shape.value_channels, options))
-    events = _few_tokens(part, "output", part.shape.shapes["output"][1])
+    sizes = {role: part.shape.shapes[role][1] for role in ("value", "output")}
+    events = [event for role, size in sizes.items() for event in _few_tokens(part, role, size)][:1]
     if part.shape.paired:
         linears |= _queries(part, _head(part.shape.head_channels, options))
     else:
@@ -152,7 +153,7 @@ def _mlp(part: Part, options: Options) -> PartReduction:
         if role != "down"
     }
     linears["down"] = Narrowed(new, None, kept, _row_errors(change, covariance))
-    return PartReduction(linears, _few_tokens(part, "down", width))
+    return PartReduction(linears, _few_tokens(part, "down", down.shape[1]))
 
 
 def _queries(part: Part, kept: int) -> dict[str, Narrowed]:

@@ -29,6 +29,7 @@ from moesaic.methods.base import Result, Stats, option
 from moesaic.methods.grid import check_finite
 from moesaic.methods.low_rank import (
     Rank,
+    above_dense,
     eigen_root,
     factored_bytes,
     factored_problem,
@@ -39,7 +40,6 @@ from moesaic.methods.low_rank import (
 )
 from moesaic.methods.sparsity import (
     SparseOptions,
-    above_dense,
     largest,
     sparse_bytes,
     sparse_problem,
@@ -131,7 +131,7 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
             left[expert], right[expert] = parts.left, parts.right
             # S once more, for the factors as they are stored.
             rest = wide - left[expert].double() @ right[expert].double()
-            rows = _Rows(rest, _gram(wide, transform), parts.sparse, parts.mask)
+            rows = _Rows(rest, _gram(wide, transform)[0], parts.sparse, parts.mask)
             rows.choose(options)
             rows.improve(options)
             values[expert], mask[expert] = rows.sparse, rows.mask
@@ -162,19 +162,19 @@ def split(weight: Tensor, transform: Tensor | None, rank: int, options: Options)
         transform: T of H = T Tᵀ, float64 ``[in, in]``; None for the identity.
         rank: of the product.
     """
-    gram = _gram(weight, transform)
+    gram, unit = _gram(weight, transform)
     left, right = _product(weight.double(), transform, rank)
     rest = weight - left @ right
     rows = _Rows(rest, gram, torch.zeros_like(weight), largest(rest.abs(), options))
-    errors = [rows.error]
+    errors = [unit * rows.error]
     rows.choose(options)
     for _ in range(options.steps):
         before = errors[-1]
         rows.improve(options)
-        errors.append(rows.error)
+        errors.append(unit * rows.error)
         left, right = _product(weight.double() - rows.sparse, transform, rank)
         rows.aim(weight - left @ right)
-        errors.append(rows.error)
+        errors.append(unit * rows.error)
         if before - errors[-1] <= _LEAST_GAIN * before:
             break
     return Split(rows.sparse, rows.mask, left, right, errors)
@@ -188,11 +188,14 @@ def _damped(transform: Tensor | None, damp: float) -> Tensor | None:
     return transform * (1 + damp * values.mean() / values).sqrt()
 
 
-def _gram(weight: Tensor, transform: Tensor | None) -> Tensor:
-    """H as the root has it, ``[in, in]``, in the weight's type."""
+def _gram(weight: Tensor, transform: Tensor | None) -> tuple[Tensor, float]:
+    """H as the root has it, ``[in, in]``, in the weight's type, over the mean of its diagonal;
+    and this mean, which float32 might not hold."""
     if transform is None:
-        return torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    return (transform @ transform.mT).to(weight.dtype)
+        return torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device), 1.0
+    gram = transform @ transform.mT
+    mean = float(gram.diagonal().mean())
+    return (gram / mean).to(weight.dtype), mean
 
 
 def _product(weight: Tensor, transform: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +206,8 @@ def _product(weight: Tensor, transform: Tensor | None, rank: int) -> tuple[Tenso
 class _Rows:
     """The rows of S on their way towards ``rest`` D = W - L·R, each with its own support.
 
-    All is computed in the type of H and S; D may come in a wider one.
+    All is computed in the type of H and S; D may come in a wider one. What H is multiplied by
+    changes nothing but the errors.
 
     Attributes:
         sparse, mask: S and where it may be other than zero, ``[out, in]``.

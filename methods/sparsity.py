@@ -9,9 +9,8 @@ from pydantic import field_validator
 from torch import Tensor
 
 from moesaic.kernels import sparse
-from moesaic.kernels.tensor import CompressedTensor, Param
-from moesaic.methods.base import Event, MethodOptions, option
-from moesaic.methods.low_rank import ABOVE_BREAK_EVEN
+from moesaic.kernels.tensor import Param
+from moesaic.methods.base import MethodOptions, option
 
 
 class SparseOptions(MethodOptions):
@@ -82,12 +81,3 @@ def largest(score: Tensor, options: SparseOptions) -> Tensor:
     above, ties = blocks > least, blocks == least
     room = kept - above.sum(-1, keepdim=True)
     return (above | (ties & (ties.cumsum(-1) <= room))).view(score.shape)
-
-
-def above_dense(name: str, tensor: CompressedTensor) -> list[Event]:
-    """An event where a member takes more bytes than its dense weight."""
-    most = math.prod(tensor.shape) * tensor.dtype.itemsize
-    if tensor.nbytes <= most:
-        return []
-    text = f"{name}: {tensor.nbytes} bytes, the dense weight has {most}"
-    return [Event(ABOVE_BREAK_EVEN, text, value=tensor.nbytes)]

@@ -60,7 +60,9 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
     """Factors members ``[*batch, out, in]``, expert by expert.
 
     Events: ``no_tokens`` (without inputs it is plain SVD), ``few_tokens`` and ``rank_deficient``
-    (the inputs span less than the whole space), ``damping_grew``, ``above_break_even``.
+    (the inputs span less than the whole space; under cholesky only the former is known),
+    ``damping_grew``, ``above_break_even``. With ``refit`` those of the inputs that are fitted to,
+    too; without any, nothing is fitted.
 
     Raises:
         ValueError: a weight or the Hessian is NaN or infinite, or a member has no such rank.
@@ -72,10 +74,10 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
             return eigen_root(seen, expert)
         return cholesky_root(seen, expert, options.damp)
 
-    def refit(name: str, expert: int) -> Tensor | None:
+    def refit(name: str, expert: int) -> Root | None:
         # Where nothing before is compressed there are no other inputs.
         known = of_dense_model("hessian") in stats[name]
-        return eigen_root(stats[name], expert).transform if options.refit and known else None
+        return eigen_root(stats[name], expert) if options.refit and known else None
 
     first = next(iter(stats.values())).first
     return low_rank(weights, options.rank, root, first=first, refit=refit)
@@ -93,6 +95,7 @@ def of_dense(stats: Stats) -> Stats:
 
 def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:
     """T lower triangular; H is damped, more than asked for where it is not positive definite."""
+    tokens = int(stats["tokens"].reshape(-1)[expert])
 
     def compute(hessian: Tensor) -> Root:
         diagonal = hessian.diagonal().double()
@@ -100,9 +103,12 @@ def cholesky_root(stats: Stats, expert: int, damp: float) -> Root:
         system = (hessian / mean)[None].double()
         lower, damps = damped_cholesky(system, (diagonal / mean)[None], damp)
         final = float(damps[0])
-        if final <= damp:
-            return Root(lower[0])
-        text = f"damping grew from {damp:g} to {final:g} of the mean diagonal"
-        return Root(lower[0], ("damping_grew", text))
+        if final > damp:
+            text = f"damping grew from {damp:g} to {final:g} of the mean diagonal"
+            return Root(lower[0], ("damping_grew", text))
+        if tokens < len(hessian):
+            text = f"{tokens} tokens for {len(hessian)} inputs: only damping tells some apart"
+            return Root(lower[0], ("few_tokens", text))
+        return Root(lower[0])
 
     return kept_root(stats, f"cholesky_root {damp}", expert, compute)

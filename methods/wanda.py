@@ -12,10 +12,9 @@ from torch import Tensor
 from moesaic.kernels import sparse
 from moesaic.methods.base import Result, Stats
 from moesaic.methods.grid import check_finite
-from moesaic.methods.low_rank import Root, diagonal_root, experts_hessian, root_events
+from moesaic.methods.low_rank import Root, above_dense, diagonal_root, experts_hessian, root_events
 from moesaic.methods.sparsity import (
     SparseOptions,
-    above_dense,
     largest,
     sparse_bytes,
     sparse_problem,

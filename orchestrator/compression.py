@@ -209,15 +209,14 @@ class Bench:
             for own, errors in zip(rows, curves, strict=True):
                 own[name] = errors
         seconds = (time.monotonic() - started) / len(chains)
-        shapes = {f"{unit.name}{SEPARATOR}{member}": unit.shapes[member] for member in unit.shapes}
         for chain, own in zip(chains, rows, strict=True):
-            told = cut_events(events, chain, shapes)
             if chain == largest:
-                self._write(unit, keys[chain], made, own, told, seconds)
+                self._write(unit, keys[chain], made, own, events, seconds)
             else:
                 ranks_of = family.ranks[chain]
                 smaller = {member: made[member].cut(ranks_of[member]) for member in made}
-                of = Whole(keys[largest], ranks_of)
+                named = {f"{unit.name}{SEPARATOR}{m}": tensor for m, tensor in smaller.items()}
+                told, of = cut_events(events, named), Whole(keys[largest], ranks_of)
                 self._write(unit, keys[chain], smaller, own, told, seconds, of)
             yield unit.name, keys[chain], seconds
 

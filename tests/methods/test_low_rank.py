@@ -26,6 +26,7 @@ from moesaic.methods.base import (
     repair_module,
     repairs,
 )
+from moesaic.methods.chains import cut_events
 from moesaic.methods.factors import (
     factor_bytes,
     factor_problem,
@@ -35,7 +36,9 @@ from moesaic.methods.factors import (
 )
 
 FACTORING = [name for name in methods() if is_factoring(name)]
-WHITENING = ["svd_llm", "eora"]
+# Those whose results are more than factors, or not cut to smaller ranks, too.
+RANKED = [name for name in [*methods(), *repairs()] if "rank" in options_of(name).model_fields]
+WHITENING = ["svd_llm", "eora", "delta_moe", "sparse_lowrank"]
 OUT, IN = 24, 40
 
 
@@ -56,6 +59,11 @@ def make_unit(make_weight, make_stats):
         return weight, Stats({**sums, "tokens": stats["tokens"], "fisher": fisher.double()})
 
     return make
+
+
+def make_own(make_unit, name: str, **size: int) -> tuple[Tensor, Stats]:
+    """What a method takes: a bank of two experts where it wants all of a bank's."""
+    return make_unit(experts=2 if is_whole(name) else 0, **size)
 
 
 def run(name: str, weight: Tensor, stats: Stats, **options: object) -> Result:
@@ -169,10 +177,10 @@ def claimed_norm(name: str, stats: Stats) -> Tensor:
     return norms[name]() if name in norms else stats["hessian"]
 
 
-@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("name", RANKED)
 @pytest.mark.parametrize("case", ["zero", "rank_deficient", "ill_conditioned", "dead_inputs"])
 def test_result_is_finite_and_full_rank_exact_whatever_the_statistics_are(name, case, make_unit):
-    weight, stats = make_unit(tokens=3 if case == "rank_deficient" else 200)
+    weight, stats = make_own(make_unit, name, tokens=3 if case == "rank_deficient" else 200)
     sums = dict(stats.sums)
     if case == "zero":
         sums = {key: torch.zeros_like(value) for key, value in sums.items()}
@@ -188,9 +196,16 @@ def test_result_is_finite_and_full_rank_exact_whatever_the_statistics_are(name, 
         assert result.members["w"].dense().isfinite().all()
     assert (result.members["w"].dense() - weight).norm() < 1e-13 * weight.norm()
     kinds = {event.kind for event in result.events} - {"above_break_even"}
-    if name in WHITENING:
-        told = {"zero": "no_tokens", "rank_deficient": "few_tokens"}
-        assert kinds == {told.get(case, "rank_deficient")}
+    whitening = {"zero": {"no_tokens"}, "rank_deficient": {"few_tokens"}}
+    dead = {"dead_inputs": {"rank_deficient"}}
+    told = {
+        "svd": {},
+        # The power of ½ lets inputs count that are 10⁻¹² as large as others.
+        "asvd": {"zero": {"no_tokens"}, **dead},
+        "fwsvd": {"zero": {"no_gradients"}, "ill_conditioned": {"rank_deficient"}, **dead},
+        **dict.fromkeys(WHITENING, {**whitening, **dead, "ill_conditioned": {"rank_deficient"}}),
+    }
+    assert kinds == told[name].get(case, set())
 
 
 @pytest.mark.parametrize("name", FACTORING)
@@ -206,10 +221,36 @@ def test_bytes_are_predicted_for_shares_and_numbers(name, make_unit):
         assert not (grows and isinstance(rank, float))
 
 
-@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+def test_what_is_larger_than_the_dense_weight_is_told_together_with_what_is_corrected(make_unit):
+    weight, stats = make_unit(experts=3)
+    bytes_of_dense = 8 * weight.numel()
+    for name in ("eora", "delta_moe"):
+        for rank in (1, 4, 9, 12, 15):
+            result = run(name, weight, stats, rank=rank)
+            grown = [event.value for event in result.events if event.kind == "above_break_even"]
+            size = result.members["w"].nbytes
+            assert grown == ([size] if size > bytes_of_dense else [])
+        assert grown
+    base = rtn.compress({"w": weight.float()}, {}, rtn.Options(bits=4, group_size=-1)).members
+    for rank in (4, 20):
+        made = eora.repair({"w": weight.float()}, base, {"w": stats}, eora.Options(rank=rank))
+        assert ("above_break_even" in [event.kind for event in made.events]) == (rank == 20)
+
+
+def test_cuts_that_are_small_enough_are_not_told_to_be_too_large(make_unit):
+    weight, stats = make_unit()
+    result = run("svd_llm", weight, stats, rank=OUT)
+    assert [event.kind for event in result.events] == ["above_break_even"]
+    largest = result.members["w"]
+    for rank, told in ((14, []), (15, []), (16, ["above_break_even"])):  # 15 is 24·40/64
+        events = cut_events(result.events, {"w": largest.cut(rank)})
+        assert [event.kind for event in events] == told
+
+
+@pytest.mark.parametrize("name", RANKED)
 @pytest.mark.parametrize("rank", [0, OUT + 1, 1000])
 def test_rank_that_no_member_has_is_a_problem(name, rank, make_unit):
-    weight, stats = make_unit()
+    weight, stats = make_own(make_unit, name)
     module = repair_module(name) if is_repair(name) else method_module(name)
     reason = module.problem({"up": (2, IN, IN), "w": (OUT, IN)}, options_of(name)(rank=rank))
     assert reason is not None and str(rank) in reason and "\n" not in reason
@@ -217,10 +258,10 @@ def test_rank_that_no_member_has_is_a_problem(name, rank, make_unit):
         run(name, weight, stats, rank=rank)
 
 
-@pytest.mark.parametrize("name", [*FACTORING, *repairs()])
+@pytest.mark.parametrize("name", RANKED)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_by_name(name, wrong, make_unit):
-    weight, stats = make_unit()
+    weight, stats = make_own(make_unit, name)
     module = repair_module(name) if is_repair(name) else method_module(name)
     for key in sorted(module.NEEDS - {"tokens"}):
         sums = {key: value.clone() for key, value in stats.sums.items()}
@@ -228,7 +269,7 @@ def test_what_is_not_finite_is_refused_by_name(name, wrong, make_unit):
         with pytest.raises(ValueError, match=r"^w: "):
             run(name, weight, Stats(sums), rank=4)
     base = {"w": rounded(weight)}
-    weight[1, 2] = wrong
+    weight.view(-1)[IN + 2] = wrong
     with pytest.raises(ValueError, match=r"^w: 1 of"):
         if is_repair(name):
             repair_module(name).repair({"w": weight}, base, {"w": stats}, eora.Options(rank=4))
@@ -289,7 +330,7 @@ def test_errors_of_all_ranks_equal_those_one_by_one(experts, based, make_unit):
 
 
 @pytest.mark.parametrize("case", ["plain", "few_tokens", "no_tokens", "indefinite"])
-def test_cholesky_tells_of_its_damping_only_where_it_grew(case, make_unit):
+def test_cholesky_tells_of_few_tokens_and_of_its_damping_where_it_grew(case, make_unit):
     weight, stats = make_unit(tokens=3 if case == "few_tokens" else 200)
     hessian = stats["hessian"]
     if case == "no_tokens":
@@ -298,8 +339,8 @@ def test_cholesky_tells_of_its_damping_only_where_it_grew(case, make_unit):
         hessian = hessian + hessian.diagonal().mean() * (1 - torch.eye(IN).double())
     stats = Stats({**stats.sums, "hessian": hessian})
     result = run("svd_llm", weight, stats, rank=9, variant="cholesky")
-    told = {"no_tokens": ["no_tokens"], "indefinite": ["damping_grew"]}
-    assert [event.kind for event in result.events] == told.get(case, [])
+    told = {"indefinite": "damping_grew", "no_tokens": "no_tokens", "few_tokens": "few_tokens"}
+    assert [event.kind for event in result.events] == [told[k] for k in told if k == case]
     assert result.members["w"].dense().isfinite().all()
 
 
@@ -416,8 +457,12 @@ def test_refit_survives_whatever_the_other_inputs_are(case, make_both):
     if case == "rank_deficient":
         weight[5:] = 0
     for rank in (2, OUT):
-        fitted = run("svd_llm", weight, both, rank=rank, refit=True).members["w"]
+        result = run("svd_llm", weight, both, rank=rank, refit=True)
+        fitted = result.members["w"]
         assert fitted.dense().isfinite().all()
+        told = {"none": "no_tokens", "few": "few_tokens"}
+        kinds = [event.kind for event in result.events if event.kind != "above_break_even"]
+        assert kinds == [told[k] for k in told if k == case]
         if case == "none":
             # Nothing to fit to: what the dense model's inputs give stays.
             assert same(fitted, run("svd_llm", weight, seen, rank=rank).members["w"])

@@ -210,6 +210,24 @@ def test_more_steps_are_nearer(make_unit):
     assert errors[0] > 1.05 * errors[1] > 1.05 * errors[2]
 
 
+def test_larger_ranks_and_densities_are_nearer(make_unit):
+    weight, stats = make_unit()
+    for name, steps in (("rank", (1, 4, 8, 14, 22)), ("density", (0.02, 0.1, 0.25, 0.5, 0.8))):
+        errors = [error(weight, sparse_plus(weight, stats, **{name: n}), stats) for n in steps]
+        assert all(less < 0.9 * more for more, less in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e34])
+def test_how_large_the_inputs_are_changes_nothing(size, make_unit):
+    """Fitted in float32, whose range the sums over tokens may come near to."""
+    weight, stats = make_unit()
+    weight = weight.float()
+    scaled = Stats({**stats.sums, "hessian": stats["hessian"] * size})
+    found, wanted = sparse_plus(weight, scaled), sparse_plus(weight, stats)
+    assert found.dense().isfinite().all()
+    assert error(weight, found, stats) == pytest.approx(error(weight, wanted, stats), rel=1e-2)
+
+
 def test_damping_generalises_where_tokens_are_few(make_unit):
     """Errors on all the inputs, when both are chosen for a few of them."""
     weight, stats = make_unit()
