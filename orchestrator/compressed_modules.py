@@ -25,8 +25,11 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def kernels_take(x: Tensor) -> bool:
-    """Whether kernels are for such activations; their weights must be of the same dtype."""
-    return x.is_cuda and x.dtype in _KERNEL_DTYPES
+    """Whether kernels are for such activations; their weights must be of the same dtype.
+
+    A tensor that only stands for another has no memory that a kernel could read.
+    """
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and type(x) is Tensor
 
 
 def multiply(x: Tensor, weight: CompressedTensor) -> Tensor:

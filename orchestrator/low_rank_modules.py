@@ -70,14 +70,19 @@ def fuse(blocks: nn.Module, family: Family) -> None:
         refused: dict[str, list[str]] = {}
         for place in kind.places(family):
             for number, block in blocks.named_children():
-                names = place.names if kind.last_too else place.first
-                linears = [_submodule(block, place.in_block(name)) for name in names]
+                first = tuple(map(place.in_block, place.first))
+                names = place.all_in_block if kind.last_too else first
+                linears = [_submodule(block, name) for name in names]
                 if any(factors(linear) is None for linear in linears):
                     continue
                 module: Any = block.get_submodule(place.path)
                 try:
                     module.low_rank_form = kind.recognise(module, place)
                     module.__class__ = _fronted(kind.front, module.__class__)
+                    if place.after is not None:
+                        after: Any = block.get_submodule(place.after)
+                        after.__class__ = _fronted(low_rank_mlp.LowRankAfter, after.__class__)
+                        module.low_rank_after = (after,)
                 except NotUnderstood as error:
                     refused.setdefault(str(error), []).append(number)
         for reason, numbers in refused.items():

@@ -25,11 +25,14 @@ class Place:
         path: of the module, within a block; empty: the block itself.
         first: paths, within the module, of the linears that read what it is given.
         last: path of the one whose outputs it returns; None: there is none.
+        after: path, within the block, of the linear that reads what the module returns, where the
+            two are one thing; None: there is none.
     """
 
     path: str
     first: tuple[str, ...]
     last: str | None
+    after: str | None = None
 
     @classmethod
     def within(cls, path: str, first: Sequence[str], last: str) -> "Place":
@@ -47,6 +50,12 @@ class Place:
     def in_block(self, name: str) -> str:
         """The path within the block of a linear of the module."""
         return f"{self.path}.{name}" if self.path else name
+
+    @property
+    def all_in_block(self) -> tuple[str, ...]:
+        """Paths within the block of all linears, that of ``after`` too."""
+        after = () if self.after is None else (self.after,)
+        return (*map(self.in_block, self.names), *after)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ strategies find.
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,20 @@ def plans_of(
     plans = {}
     for name in names:
         ranks = uniform_ranks(arguments, name)
-        chains = [one_link(name, r) for r in tried_ranks(arguments, name)]
+        link = partial(one_link, arguments, name)
+        chains = [link(r) for r in tried_ranks(arguments, name)]
         for removed, share in ranks.items():
             if is_exact(arguments, name):
                 taken = {
-                    choice.name: one_link(name, whole_rank(unit.shapes[choice.member], share))
+                    choice.name: link(whole_rank(unit.shapes[choice.member], share))
+                    if unit.kind == "bank" or not is_whole(name)
+                    else ()
                     for unit in bench.experiment.units
                     for choice in choices(unit)
                 }
                 plan = bench.problem.plan(taken)
             else:
-                plan = bench.everywhere(one_link(name, share))
+                plan = bench.everywhere(link(share))
             plans[name, removed, UNIFORM] = plan
             ways = [(SEARCHED, False, "knapsack")]
             ways += [(BY_ERROR, True, "knapsack")] if arguments.by_error else []
@@ -129,14 +133,20 @@ def plans_of(
     return {case: outcomes[key] for key, case in keys.items()}
 
 
-def one_link(name: str, much: float) -> Chain:
+def one_link(arguments: argparse.Namespace, name: str, much: float) -> Chain:
     """A chain of one method."""
-    return (Spec.of(name, {amount(name): much}),)
+    return (Spec.of(name, {amount(name): much, **fixed(arguments, name)}),)
+
+
+def fixed(arguments: argparse.Namespace, name: str) -> dict[str, int]:
+    """Options that are the same everywhere."""
+    cut = "multiple" in options_of(name).model_fields
+    return {"multiple": arguments.multiple} if cut and arguments.multiple else {}
 
 
 def is_exact(arguments: argparse.Namespace, name: str) -> bool:
     """Whether uniform ranks are whole numbers for each shape."""
-    return arguments.exact and amount(name) == "rank" and not is_whole(name)
+    return arguments.exact and amount(name) == "rank"
 
 
 def whole_rank(shape: tuple[int, ...], share: float) -> int:
@@ -168,7 +178,8 @@ def run(
     """Dense perplexity, and every case of one seed and some methods."""
     candidates: list[dict[str, Any]] = []
     for name in names:
-        candidates.append({"method": name, amount(name): tried_ranks(arguments, name)})
+        tried = {amount(name): tried_ranks(arguments, name)}
+        candidates.append({"method": name, **tried, **fixed(arguments, name)})
     file = place / str(seed) / f"{'-'.join(names)}.yaml"
     sections = recipe_sections(arguments, seed)
     recipe = write_recipe(file, arguments, candidates, search="knapsack", **sections)
@@ -268,6 +279,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ranks", type=rank, nargs="+", default=shares, help="to be searched")
     parser.add_argument("--exact", action="store_true", help="whole ranks, no multiples of 8")
+    parser.add_argument("--multiple", type=int, help="of widths that cuts leave (default: theirs)")
     parser.add_argument("--by-error", action="store_true")
     others = sorted(n for n in searches() if n not in ("knapsack", "uniform"))
     parser.add_argument("--searches", nargs="+", choices=others, default=[], metavar="NAME")

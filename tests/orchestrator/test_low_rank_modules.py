@@ -19,9 +19,16 @@ from moesaic.methods import svd
 from moesaic.methods.base import Unit
 from moesaic.orchestrator import low_rank_attention, low_rank_mlp, low_rank_modules
 from moesaic.orchestrator.assemble import assemble
-from moesaic.orchestrator.family import Linears, load_family
+from moesaic.orchestrator.family import load_family
 from moesaic.orchestrator.low_rank_attention import LowRankAttention, attentions
-from moesaic.orchestrator.low_rank_mlp import Form, LowRankFeedForward, feed_forwards, recognise
+from moesaic.orchestrator.low_rank_mlp import (
+    Form,
+    LowRankAfter,
+    LowRankFeedForward,
+    Pending,
+    feed_forwards,
+    recognise,
+)
 from moesaic.orchestrator.probing import NotUnderstood, Place
 from moesaic.orchestrator.verify import verify
 from tests.kernels.test_int_group_triton import answer, run_script
@@ -81,6 +88,7 @@ def test_modules_of_loaded_models_are_close_to_float64_in_the_interpreter(
         "gemma3_text": (bfloat, "", ["0.mlp", "1.mlp", "2.mlp"]),
         "qwen2": ({**bfloat, "hidden_act": "gelu"}, "self_attn", ["0.mlp", "1.mlp"]),
         "deepseek_v3": (half, "", ["0.mlp", "1.mlp.shared_experts", "2.mlp.shared_experts"]),
+        "bert": (half, "attention.self", ["0.output", "1.output"]),
     }
     folders = {name: write(tiny, tmp_path / name, name, **made[name][0]) for name in made}
     cases = answer(run_script(SCRIPT, *map(str, folders.values()), interpret=True))
@@ -88,13 +96,14 @@ def test_modules_of_loaded_models_are_close_to_float64_in_the_interpreter(
         assert case["error"] <= ROUNDED[case["dtype"]], case
     found = [(case["module"], case["cache"], case["launches"]) for case in cases]
     expected = []
-    for _, path, layers in made.values():
-        for cache in (False, True):
+    for model_type, (_, path, layers) in made.items():
+        top = "encoder.layer" if model_type == "bert" else "model.layers"
+        for cache in (False, True)[: 1 if model_type == "bert" else 2]:
             for layer in layers:
                 if path:
-                    name = f"model.layers.{layer[0]}.{path}"
+                    name = f"{top}.{layer[0]}.{path}"
                     expected.append((name, cache, [] if cache else ["attention"]))
-                expected.append((f"model.layers.{layer}", cache, ["mlp"]))
+                expected.append((f"{top}.{layer}", cache, ["mlp"]))
     assert found == expected
 
 
@@ -153,15 +162,72 @@ def test_sites_tell_where_feed_forward_layers_are() -> None:
     assert list(feed_forwards(load_family("mixtral"))) == []
 
 
-def test_a_layer_spread_over_several_modules_is_not_understood() -> None:
-    """As BERT has it."""
-    groups = [("mlp:in", "intermediate.dense"), ("mlp:mid", "output.dense")]
-    mlp = [Linears(site=site, linears=[path]) for site, path in groups]
-    family = load_family("llama").model_copy(update={"mlp": mlp})
-    (place,) = feed_forwards(family)
-    assert [place.in_block(name) for name in place.names] == [path for _, path in groups]
-    with pytest.raises(NotUnderstood, match="in several modules"):
+def test_a_layer_of_the_block_itself_is_not_understood() -> None:
+    """As OPT has it: the block calls its attention as well."""
+    (place,) = feed_forwards(load_family("opt"))
+    assert place == Place("", ("fc1",), "fc2")
+    with pytest.raises(NotUnderstood, match="in the block itself"):
         recognise(nn.Module(), place)
+
+
+# Layers of two modules
+
+
+class Halves(nn.Module):
+    """A block as BERT has it; ``peeks`` looks at what goes from one module to the other."""
+
+    def __init__(self, peeks: bool = False) -> None:
+        super().__init__()
+        self.intermediate, self.output = nn.Module(), nn.Module()
+        self.intermediate.dense, self.output.dense = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.intermediate.forward = lambda x: F.gelu(self.intermediate.dense(x))
+        self.peeks = peeks
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.intermediate(x)
+        y: Tensor = self.output.dense(middle)
+        return y + middle.sum() if self.peeks else y
+
+
+def test_bert_spreads_its_feed_forward_layer_over_two_modules() -> None:
+    (place,) = feed_forwards(load_family("bert"))
+    assert place == Place("intermediate", ("dense",), None, after="output.dense")
+    assert place.all_in_block == ("intermediate.dense", "output.dense")
+    block = Halves()
+    assert recognise(block.intermediate, place) == Form("dense", None, None, "gelu")
+
+
+@pytest.mark.parametrize("peeks", [False, True])
+def test_what_is_pending_is_computed_once_and_by_who_looks_at_it(peeks: bool) -> None:
+    block = Halves(peeks)
+    x = torch.randn(3, 4, 6)
+    calls = []
+
+    def value() -> Tensor:
+        calls.append("value")
+        found: Tensor = block.intermediate(x)
+        return found
+
+    def whole() -> Tensor:
+        calls.append("whole")
+        found: Tensor = nn.Linear.forward(block.output.dense, block.intermediate(x))
+        return found
+
+    expected = block(x)
+    after: Any = block.output.dense
+    after.__class__ = type("Fronted", (LowRankAfter, nn.Linear), {})
+    pending = Pending(x, 9, value, whole, after)
+    assert pending.shape == (3, 4, 9) and pending.dtype == x.dtype and not calls
+    with torch.no_grad():
+        found = after(pending)
+        if peeks:
+            found = found + pending.sum() + 0 * pending.amax()
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
+    assert calls == (["whole", "value"] if peeks else ["whole"])
+    other = nn.Linear(9, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(other(pending), other(block.intermediate(x)))
 
 
 class Layer(nn.Module):
