@@ -58,8 +58,12 @@ class Limits:
             f" {figures}"
         )
 
-    def _rank(self, trial: Told) -> tuple[float, ...]:
+    @property
+    def first(self) -> str:
+        """The figure that the best trial is the least in."""
         free = [name for name in ("kl", *self.objectives) if name not in self.limits]
-        order = [name for name in free if name in self.objectives] or ["kl"]
-        first = trial.figures[order[0]]
-        return first, trial.figures["kl"], trial.figures["bytes"], trial.number
+        return next((name for name in free if name in self.objectives), "kl")
+
+    def _rank(self, trial: Told) -> tuple[float, ...]:
+        figures = trial.figures
+        return figures[self.first], figures["kl"], figures["bytes"], trial.number

@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -208,12 +208,15 @@ class Pipeline:
 
     def _refined(self, start: Plan) -> Plan:
         """What the recipe's refiners make of a plan; the plan itself where it names none."""
-        experiment = self.experiment
-        if experiment.recipe.refine is None:
-            return start
-        given = results.problem(experiment, self.table)
-        refining = Refining(experiment, self.pool, self.view, self.rated(given))
-        plan, self.refinement = refining.run(start, self.fits)
+        return start if self.experiment.recipe.refine is None else self._refine(start, self.fits)
+
+    def _refine(
+        self, start: Plan, fits: Callable[[Plan], bool], most_bytes: int | None = None
+    ) -> Plan:
+        """As :meth:`Refining.run`; writes how it was come by."""
+        given = results.problem(self.experiment, self.table)
+        refining = Refining(self.experiment, self.pool, self.view, self.rated(given))
+        plan, self.refinement = refining.run(start, fits, most_bytes)
         write_json(self.output / "refine.json", self.refinement.to_json())
         return given.plan(plan.units)  # with losses as they are told, whatever was searched by
 

@@ -12,7 +12,7 @@ as that did.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ def check_refine(experiment: Experiment) -> None:
         )
 
 
+def release(pool: Pool) -> None:
+    """Has all workers forget the plans that they hold."""
+    slots = range(pool.size)
+    pool.run([Task("resident:release", {}, "release", affinity=slot) for slot in slots])
+
+
 class Refining:
     """Refines plans of a recipe that has a section ``refine``."""
 
@@ -81,15 +87,19 @@ class Refining:
         self.files = PlanFiles(experiment, problem)
         self.working = False
 
-    def run(self, start: Plan, fits: Any) -> tuple[Plan, Refinement]:
+    def run(
+        self, start: Plan, fits: Callable[[Plan], bool], most_bytes: int | None = None
+    ) -> tuple[Plan, Refinement]:
         """The refined plan, and how it was come by.
 
         Args:
-            fits: tells of a plan whether its files keep to the budget.
+            fits: tells of a plan whether it may be taken: its files keep to the budget.
+            most_bytes: that a plan may have, where that is less than the problem's budget.
         """
         budget = self.problem.budget
+        most = budget.total_bytes if most_bytes is None else min(budget.total_bytes, most_bytes)
         # A plan may have got the bytes that headers did not need (see ``Pipeline.fitted``).
-        total = max(budget.total_bytes, start.bytes)
+        total = max(most, start.bytes)
         given = replace(self.problem, budget=Budget(total, budget.fixed_bytes))
         plan, stages = start, []
         for name in self.section.method:
@@ -103,11 +113,7 @@ class Refining:
             stage = stages[-1]
             self.view.line(stage.text())
         if self.working:
-            release = [
-                Task("resident:release", {}, "release", affinity=slot)
-                for slot in range(self.pool.size)
-            ]
-            self.pool.run(release)
+            release(self.pool)
         return plan, Refinement(self.text.total, self.tokens, tuple(stages))
 
     def _stage(self, name: str, problem: Problem, start: Plan) -> tuple[list[Judged], Stage]:

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesaic.methods.base import Event
 from moesaic.orchestrator import results
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.kept_limits import KeptLimits
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
+from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.scoring import described
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told
@@ -70,6 +73,8 @@ class TunedPipeline(Pipeline):
         self.options = options
         self.tracker = tracker
         self.study: StudySummary | None = None
+        self.best: Told | None = None
+        self.refining_events: list[Event] = []
 
     def _searched(self) -> Plan:
         allocator = self._allocator()
@@ -88,7 +93,7 @@ class TunedPipeline(Pipeline):
         ) as study:
             trials = Trials(self, study, allocator)
             trials.run()
-            best = self._best(study.told())
+            self.best = best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
             plan = told.plan(trials.plan_of(best).units)
             if trials.key(plan) != best.attributes["plan"]:
@@ -103,6 +108,22 @@ class TunedPipeline(Pipeline):
                 name, chosen = trial_name(number), number == best.number
                 self.tracker.log_trial_model(name, trial.figures, chosen)
         return plan
+
+    def _refined(self, start: Plan) -> Plan:
+        """What refiners make of the study's plan within what the study keeps to."""
+        if self.experiment.recipe.refine is None:
+            return start
+        assert self.best is not None, "its plan is refined"
+        kept = KeptLimits(self, limits(self.experiment), self.best, start)
+        plan = self._refine(start, kept.keeps, kept.most_bytes)
+        if kept.working:
+            release(self.pool)
+        self.refining_events = kept.events(plan.units == start.units)
+        self.view.events(self.refining_events)
+        return plan
+
+    def events(self) -> list[Event]:
+        return [*super().events(), *self.refining_events]
 
     def _allocator(self) -> Allocator:
         experiment = self.experiment

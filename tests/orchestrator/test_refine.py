@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 
 from moesaic.methods.base import Spec
-from moesaic.orchestrator import refine, resident
+from moesaic.orchestrator import latency, refine, resident
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.listing import listing
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import check_recipe, open_experiment
+from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
@@ -168,6 +169,90 @@ def test_a_study_s_best_plan_is_refined(make: Make) -> None:
     assert plan["refined"]["start_kl"] == pytest.approx(study["best"]["kl"], rel=1e-5)
     assert plan["refined"]["stages"][0]["kl"] <= plan["refined"]["start_kl"]
     assert project.summary.study is not None and project.summary.refinement is not None
+
+
+SEVERAL: dict[str, Any] = {"objectives": ["bytes", "kl"], "sequences": 6}
+EVOLVE: dict[str, Any] = {"sequences": 4, "generations": 4, "offspring": 6}
+
+
+def test_refining_keeps_to_a_limit_on_bytes(make: Make) -> None:
+    project = make(search="knapsack", tune=SEVERAL, refine=None)
+    project.tune(6)
+    table = pd.read_parquet(project.output / "trials.parquet")
+    limit = int(table["bytes"].min() * 1.03)
+    assert limit < project.json("plan.json")["budget_bytes"] - 4000  # more could be had
+    tune = {**SEVERAL, "constraints": {"bytes": limit}}
+    project = make("limited", search="knapsack", tune=tune, refine=EVOLVE)
+    project.tune(6)
+    plan = project.json("plan.json")
+    assert plan["bytes"] <= limit
+    assert plan["refined"]["stages"][0]["kl"] < plan["refined"]["start_kl"]
+
+
+def test_refining_the_smallest_plan_within_a_limit_on_the_kl_makes_it_no_larger(
+    make: Make,
+) -> None:
+    project = make(search="knapsack", tune=SEVERAL, refine=None)
+    project.tune(6)
+    table = pd.read_parquet(project.output / "trials.parquet")
+    limit = float(table["kl"][table["bytes"].idxmin()]) * 1.001
+    tune = {**SEVERAL, "constraints": {"kl": limit}}
+    project = make("limited", search="knapsack", tune=tune, refine=EVOLVE)
+    project.tune(6)
+    plan, best = project.json("plan.json"), project.json("study.json")["best"]
+    assert plan["bytes"] <= best["bytes"] < plan["budget_bytes"] - 4000
+    assert plan["refined"]["stages"][0]["kl"] < plan["refined"]["start_kl"]
+    # On all of the study's text, of which refining saw a part.
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    state, judge = WorkerState(1), plain(experiment.calibration_judge)
+    evaluate_rows(state, judge, (0, 6), {})
+    units = {
+        name: tuple(Spec.of(s["method"], s["options"]) for s in specs)
+        for name, specs in plan["units"].items()
+    }
+    pieces = plan_pieces(experiment, experiment.walk, units)
+    sums = evaluate_rows(state, judge, (0, 6), pieces)["kl"]
+    assert math.fsum(sums) / (6 * 23) <= limit
+
+
+def test_a_refined_plan_beyond_a_limit_is_not_taken(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans of the study take a millisecond each, those that a refiner finds ``refined``."""
+    refined, studied, timed = 2.0, False, 0
+    run = Trials.run
+
+    def clock(state: Any, judge: Any, pieces: Any, mixtures: Any) -> dict[str, Any]:
+        nonlocal timed
+        timed += 1
+        return {"milliseconds": refined if studied else 1.0, "peak_bytes": 0}
+
+    def study(self: Trials) -> None:
+        nonlocal studied
+        studied = False
+        run(self)
+        studied = True
+
+    monkeypatch.setattr(latency, "measure_plan", clock)
+    monkeypatch.setattr(Trials, "run", study)
+    tune = {"sequences": 6, "constraints": {"latency": 1.5}}
+    project = make(search="knapsack", tune=tune, refine=EVOLVE)
+    project.tune(4)
+    told = project.json("plan.json")["refined"]
+    assert told["stages"][0]["kl"] == told["start_kl"]
+    (event,) = project.summary.events[-1:]
+    assert event.kind == "refined_beyond_limits" and event.value >= 1
+    assert "latency 2 of 1.5 ms per token: the study's plan is kept" in event.message
+    before = timed
+    project.tune(4)
+    assert timed == before  # how long plans take is known
+
+    refined = 1.4
+    project = make("quick", search="knapsack", tune=tune, refine=EVOLVE)
+    project.tune(4)
+    told = project.json("plan.json")["refined"]
+    assert told["stages"][0]["kl"] < told["start_kl"]
+    assert "refined_beyond_limits" not in {event.kind for event in project.summary.events}
 
 
 def test_a_budget_in_bytes_is_kept_by_the_files(make: Make) -> None:
