@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from moesaic.methods.base import Chain, Spec, Unit, compressing, link_module, methods
-from moesaic.orchestrator import machine, probes
+from moesaic.orchestrator import file_probes, machine, probes
 from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
@@ -220,10 +220,10 @@ def _disk(folder: Path, done: Callable[[], None]) -> dict[str, float]:
         save_file({"x": torch.ones(_FILE_VALUES)}, place / SINGLE)
         probes: dict[str, Callable[[], float]] = {
             "read": lambda: machine.probe_read(Checkpoint(place)),
-            "save": lambda: machine.probe_save(place),
-            "digest": lambda: machine.probe_digest(place),
-            "write": lambda: machine.probe_write(place),
-            "entry": lambda: machine.probe_entry(place),
+            "save": lambda: file_probes.probe_save(place),
+            "digest": lambda: file_probes.probe_digest(place),
+            "write": lambda: file_probes.probe_write(place),
+            "entry": lambda: file_probes.probe_entry(place),
             "host_add": lambda: machine.probe_add("cpu"),
         }
         found = {}

@@ -306,19 +306,22 @@ def _weight_files(
     return [place(shard) for shard in shards]
 
 
-def entries_of(file: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Entry]:
+def entries_of(
+    file: Path, size: int, read: Callable[[int], bytes], where: str = ""
+) -> dict[str, Entry]:
     """Entries of one safetensors file; its tensors must tile the rest of the file exactly.
 
     Args:
         size: of the file, in bytes.
         read: gives the next bytes of it, as many as it is told.
+        where: what people call it, if not ``file``.
     """
     try:
         placed, _ = parse_header(size, read)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{where or file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{where or file}: {error}") from None
     return {
         name: Entry(file, own.begin, own.nbytes, own.shape, DTYPES[own.dtype])
         for name, own in placed.items()

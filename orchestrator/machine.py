@@ -7,12 +7,9 @@ of a kind.
 
 import math
 import os
-import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -22,6 +19,7 @@ from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.file_probes import file_speeds
 from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.probes import (
     WIDTH,
@@ -39,9 +37,8 @@ from moesaic.orchestrator.probes import (
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import own_room
 from moesaic.orchestrator.solving import Compressing, solving_times
-from moesaic.orchestrator.store import Store, digest, file_digest, write_atomically
 
-_READ_BYTES, _ADD_BYTES, _SAVE_BYTES = 64 << 20, 16 << 20, 16 << 20
+_READ_BYTES, _ADD_BYTES = 64 << 20, 16 << 20
 _HEAD_ROWS = 64
 
 
@@ -184,6 +181,7 @@ def measure_speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
     """Measures this machine with the threads of one worker."""
     model, device = experiment.model, crew.device
     hidden, dtype = model.hidden_size, model.dtype
+    files = file_speeds(experiment.store)
     with using_threads(crew.cpus), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         units = model.units()
@@ -202,17 +200,18 @@ def measure_speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
             attention=probe_attention(load.length, load.heads, load.channels, dtype, device),
             wide=probe_wide(device),
             head=probe_head(hidden, model.vocab_size, dtype, device),
-            read=probe_read(experiment.original.checkpoint),
+            # The model is read, and the store.
+            read=min(probe_read(experiment.original.checkpoint), files.read),
             sums=probe_sums(hidden, device),
             product=probe_product(hidden, device),
             factor=probe_factor(hidden, device),
-            write=probe_write(experiment.store.root),
-            entry=probe_entry(experiment.store.root),
+            write=files.write,
+            entry=files.entry,
             compress=solving_times(
                 experiment.recipe.chains(), experiment.dtype, device, experiment.units
             ),
-            save=probe_save(experiment.store.root),
-            digest=probe_digest(experiment.store.root),
+            save=files.save,
+            digest=files.digest,
             host_add=probe_add("cpu"),
             copy=probe_copy(device),
         )
@@ -241,59 +240,11 @@ def probe_add(device: str) -> float:
     return _ADD_BYTES / shortest(lambda: torch.zeros_like(other).add_(other), device)
 
 
-def probe_write(folder: Path) -> float:
-    path = folder / f".probe-{uuid.uuid4().hex}"
-
-    def write() -> None:
-        write_atomically(path, _fill)
-        path.unlink()
-
-    return shortest(write, "disk")
-
-
-def probe_entry(folder: Path) -> float:
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as name:
-        store = Store(Path(name))
-        return shortest(lambda: store.put("errors", digest("probe"), _fill), "disk")
-
-
-def probe_save(folder: Path) -> float:
-    path, data = folder / f".probe-{uuid.uuid4().hex}", bytes(_SAVE_BYTES)
-
-    def write() -> None:
-        write_atomically(path, lambda temporary: _fill(temporary, data))
-        path.unlink()
-
-    return _SAVE_BYTES / shortest(write, "disk")
-
-
-def probe_load(folder: Path) -> float:
-    path = folder / f".probe-{uuid.uuid4().hex}"
-    _fill(path, bytes(_SAVE_BYTES))
-    try:
-        return _SAVE_BYTES / shortest(path.read_bytes, "disk")
-    finally:
-        path.unlink()
-
-
-def probe_digest(folder: Path) -> float:
-    path = folder / f".probe-{uuid.uuid4().hex}"
-    _fill(path, bytes(_SAVE_BYTES))
-    try:
-        return _SAVE_BYTES / shortest(lambda: file_digest(path), "disk")
-    finally:
-        path.unlink()
-
-
 def probe_copy(device: str) -> float:
     if device == "cpu":
         return math.inf
     there = torch.ones(_ADD_BYTES // 4, device=device)
     return _ADD_BYTES / shortest(there.cpu, device)
-
-
-def _fill(path: Path, data: bytes = bytes(4096)) -> None:
-    path.write_bytes(data)
 
 
 def describe_machine() -> str:

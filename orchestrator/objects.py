@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.store import disk_errors, disk_is_full
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class Objects:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return work()
-            except (FileNotFoundError, RunError):
+            except (FileNotFoundError, RunError, UserError):
                 raise
             except Exception as error:
                 reason = _reason(error)
@@ -211,9 +211,14 @@ class Objects:
         """Copies a file into ``path``. Raises FileNotFoundError."""
 
         def work() -> None:
-            # Reading fills no disk but ours.
-            with disk_errors(path):
+            try:
                 self.fs.get_file(self._at(name), str(path))
+            except OSError as error:
+                # Reading fills no disk but ours; no permission may be meant of either.
+                if disk_is_full(error) or error.filename == str(path):
+                    with disk_errors(path):
+                        raise
+                raise
 
         self._tried(work, name, "read")
 

@@ -22,6 +22,7 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.datasheet import DATA_SHEETS, Host, sheet_speeds
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.file_probes import file_speeds
 from moesaic.orchestrator.fleet import Cluster, read_cluster
 from moesaic.orchestrator.forecast import duration, new_table, parted_events, size_text
 from moesaic.orchestrator.machine import Crew, measure_speeds
@@ -193,15 +194,7 @@ def cluster_speeds(
 
 
 def _host(experiment: Experiment) -> Host:
-    root = experiment.store.root
-    return Host(
-        read=machine.probe_load(root),
-        write=machine.probe_write(root),
-        entry=machine.probe_entry(root),
-        save=machine.probe_save(root),
-        digest=machine.probe_digest(root),
-        host_add=machine.probe_add("cpu"),
-    )
+    return Host(**asdict(file_speeds(experiment.store)), host_add=machine.probe_add("cpu"))
 
 
 def planned(recipe: Recipe, output: Path, cluster: Cluster) -> PlannedExperiment:

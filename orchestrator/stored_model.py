@@ -5,7 +5,9 @@
 In a store that is a folder, the files of weights are links to the entries, so that any tool reads
 the model. At a URL there are no links: ``entries.json`` says which entries they are, and
 :class:`StoredCheckpoint` reads them through the folder that mirrors the store, each when a tensor
-in it is wanted.
+in it is wanted. The header alone is read first, which no seal tells anything of: where it cannot
+be, the whole file is fetched and compared with its seal; where it can, it is compared with the
+file's when that is here.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from moesaic.orchestrator.shared import (
     fetched,
     is_mirrored,
     open_store,
+    remove,
     write_shared,
 )
 from moesaic.orchestrator.store import MODELS
@@ -101,7 +104,7 @@ class StoredCheckpoint(Checkpoint):
         path: as :func:`model_folder` has it.
 
     Raises:
-        RunError: a part of it is not there.
+        RunError: a part of it is not there, or damaged; later ones as well.
         UserError: as :class:`Checkpoint`; or the list of entries is none.
     """
 
@@ -109,16 +112,33 @@ class StoredCheckpoint(Checkpoint):
         store = open_store(path.parents[1])
         assert isinstance(store, RemoteStore), "is_stored says so"
         self._objects, self._root = store.mirror.objects, store.root
-        try:
-            for name in ("config.json", INDEX, _KEYS):
-                fetched(path / name)
-        except FileNotFoundError as error:
-            raise RunError(f"{error.filename}: is gone; run the same command again") from None
+        for name in ("config.json", INDEX, _KEYS):
+            self._fetched(path / name)
         keys = _keys(path / _KEYS)
         self._places = {shard: store.path(KIND, key) for shard, key in keys.items()}
         found = store.get_many(KIND, keys.values())
         self._sizes = {entry.path: entry.size for entry in found.values()}
+        for place in self._places.values():
+            if place not in self._sizes:
+                raise self._gone(place)
+        # Files whose own headers are those that were read at the URL.
+        self._compared: set[Path] = set()
         super().__init__(path)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._root).as_posix()
+
+    def _url(self, file: Path) -> str:
+        return f"{self._objects.url}/{self._name(file)}"
+
+    def _gone(self, file: Path) -> RunError:
+        return RunError(f"{self._url(file)}: is gone; run the same command again")
+
+    def _fetched(self, file: Path) -> Path:
+        try:
+            return fetched(file)
+        except FileNotFoundError:
+            raise self._gone(file) from None
 
     def _file(self, shard: str) -> Path:
         return self._places.get(shard, self.path / shard)
@@ -126,12 +146,49 @@ class StoredCheckpoint(Checkpoint):
     def _is_there(self, file: Path) -> bool:
         return file in self._sizes
 
+    @cached_property
+    def _promised(self) -> dict[Path, set[str]]:
+        """File → tensors that the index says are in it."""
+        found: dict[Path, set[str]] = {}
+        promised = read_object(self.path / INDEX).get("weight_map")
+        for name, shard in promised.items() if isinstance(promised, dict) else ():
+            if isinstance(shard, str):
+                found.setdefault(self._file(shard), set()).add(name)
+        return found
+
     def _header(self, file: Path) -> dict[str, Entry]:
-        name = file.relative_to(self._root).as_posix()
-        return header_at(self._objects, name, self._sizes[file], file)
+        if file not in self._promised:
+            raise UserError(f"{self.path / INDEX}: names no tensor in {self._url(file)}")
+        with contextlib.suppress(UserError, _ReadInPart):
+            try:
+                found = header_at(self._objects, self._name(file), self._sizes[file], file)
+            except FileNotFoundError:
+                raise self._gone(file) from None
+            if found.keys() == self._promised[file]:
+                return found
+        self._fetched(file)  # or it is removed, as what does not match its seal
+        try:
+            found, reason = super()._header(file), "has other tensors than its index says"
+        except UserError as error:
+            found, reason = {}, str(error).removeprefix(f"{file}: ")
+        if found.keys() != self._promised[file]:
+            remove(file)
+            raise RunError(
+                f"{self._url(file)}: {reason}: it is removed; run the same command again, it is"
+                " made anew"
+            )
+        return found
 
     def _readable(self, file: Path) -> Path:
-        return fetched(file)
+        self._fetched(file)
+        if file not in self._compared:
+            own = super()._header(file)
+            if any(self._entries.get(name) != entry for name, entry in own.items()):
+                raise RunError(
+                    f"{self._url(file)}: its header was read wrong; run the same command again"
+                )
+            self._compared.add(file)
+        return file
 
     @property
     def file_bytes(self) -> int:
@@ -146,9 +203,14 @@ class StoredCheckpoint(Checkpoint):
 def _keys(file: Path) -> dict[str, str]:
     """Shard → key; a key that is none could lead out of the store."""
     found = read_object(file)
-    if all(re.fullmatch(r"[0-9a-f]{40}", str(key)) for key in found.values()):
+    keys = found.values()
+    if all(isinstance(key, str) and re.fullmatch(r"[0-9a-f]{40}", key) for key in keys):
         return found
     raise UserError(f"{file}: names what no entry is called")
+
+
+class _ReadInPart(RunError):
+    """Fewer bytes came than were asked for."""
 
 
 def header_at(objects: Objects, name: str, size: int, file: Path) -> dict[str, Entry]:
@@ -158,11 +220,17 @@ def header_at(objects: Objects, name: str, size: int, file: Path) -> dict[str, E
         name: of the file there.
         size: of it, in bytes.
         file: where its copy will lie.
+
+    Raises:
+        UserError: it is none; told by its URL.
+        RunError: not all of the header came.
+        FileNotFoundError: it is gone.
     """
+    where = f"{objects.url}/{name}"
     raw = objects.read_range(name, 0, min(size, _FIRST_BYTES))
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
         raw = objects.read_range(name, 0, 8 + length)
     if len(raw) < min(8 + length, size) and length <= MAX_HEADER_BYTES:
-        raise RunError(f"{objects.url}/{name}: was read only in part; run the same command again")
-    return entries_of(file, size, io.BytesIO(raw).read)
+        raise _ReadInPart(f"{where}: was read only in part; run the same command again")
+    return entries_of(file, size, io.BytesIO(raw).read, where)

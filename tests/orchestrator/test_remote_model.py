@@ -140,6 +140,17 @@ def test_a_truncated_download_is_repeated_and_then_told(
             found.read(name)
 
 
+def test_a_damaged_header_is_told_by_its_url_and_nothing_is_removed(tmp_path: Path) -> None:
+    system = fsspec.filesystem("faulty")
+    (name, *_) = (path for path in system.find("/models/llama") if path.endswith(".safetensors"))
+    system.pipe_file(name, system.cat_file(name).replace(b'"shape"', b'"shabe"', 1))
+    before = {path: system.cat_file(path) for path in system.find("/models/llama")}
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^faulty:/{name}: header entry of tensor .* incomp"):
+            opened(tmp_path)
+    assert {path: system.cat_file(path) for path in system.find("/models/llama")} == before
+
+
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "a.bin"])
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, shard: str) -> None:
     system = fsspec.filesystem("faulty")

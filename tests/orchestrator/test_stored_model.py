@@ -1,14 +1,16 @@
 """Model folders whose weights are entries of a store, in a folder and at a URL."""
 
 import json
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from moesaic.orchestrator import shared
+from moesaic.orchestrator import objects, shared
 from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
@@ -27,6 +29,7 @@ URL = "faulty://bucket/models"
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
     Faulty.store.clear()
     forget()
@@ -84,6 +87,9 @@ def test_in_a_folder_it_is_a_model_for_any_tool(tmp_path: Path) -> None:
         "model.safetensors.index.json",
         *TENSORS,
     }
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for number, name in enumerate(TENSORS.values()):
+        assert torch.equal(load_file(folder / index[name])[name], torch.full((2, 3), float(number)))
 
 
 def test_what_stands_there_is_not_written_again(store: Store) -> None:
@@ -95,18 +101,129 @@ def test_what_stands_there_is_not_written_again(store: Store) -> None:
     assert not [name for kind, name in Faulty.calls if kind == "write" and "/models/ef" in name]
 
 
+def entry(shard: str) -> str:
+    """The name of a file of weights at the URL."""
+    key = KEYS[shard]
+    return f"/bucket/models/sliced/{key[:2]}/{key}.safetensors"
+
+
 def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
     store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
     with pytest.raises(RunError, match=r"config.json: is gone; run the same command again$"):
         open_checkpoint(model_folder(store.root, MODEL))
     folder = written(store)
+    gone = rf"^faulty:/{entry('b.safetensors')}: is gone; run the same command again$"
+    opened = open_checkpoint(seen_elsewhere(store, tmp_path / "other"))
     shared.remove(store.path("sliced", KEYS["b.safetensors"]))
-    with pytest.raises(UserError, match=r"names b.safetensors, which is not in the folder"):
+    for use in (
+        lambda: open_checkpoint(folder),
+        lambda: opened.fetch(),
+        lambda: opened.read("second"),
+        lambda: opened.read_rows("second", 0, 1),
+    ):
+        with pytest.raises(RunError, match=gone):
+            use()
+    assert torch.equal(opened.read("first"), torch.zeros(2, 3))
+
+
+def test_an_entry_that_was_cut_off_is_gone(tmp_path: Path) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    folder = written(store)
+    Faulty.store[entry("a.safetensors")].truncate(40)
+    with pytest.raises(RunError, match=r"^faulty://.*/sliced/ab/.*: is gone; run the same command"):
         open_checkpoint(folder)
+    assert entry("a.safetensors") not in Faulty.store
 
 
-@pytest.mark.parametrize("key", ["../../../../private", "ab" * 20 + "/..", "", "AB" * 20])
-def test_keys_that_lead_elsewhere_are_refused(key: str, tmp_path: Path) -> None:
+def incomplete(content: bytes) -> bytes:
+    return content.replace(b'"shape"', b'"shabe"')
+
+
+def renamed(content: bytes) -> bytes:
+    return content.replace(b'"first"', b'"firsu"')
+
+
+def too_long(content: bytes) -> bytes:
+    return struct.pack("<Q", 2**60) + content[8:]
+
+
+DAMAGES = pytest.mark.parametrize("damage", [incomplete, renamed, too_long])
+
+
+@DAMAGES
+def test_an_entry_with_a_damaged_header_is_removed_and_made_again(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """The size stays, so that only reading the whole file tells."""
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    written(store)
+    there, place = Faulty.store[entry("a.safetensors")], seen_elsewhere(store, tmp_path / "other")
+    damaged = damage(there.getvalue())
+    there.seek(0)
+    there.write(damaged)
+    with pytest.raises(RunError) as error:
+        open_checkpoint(place)
+    assert str(error.value) == (
+        f"faulty:/{entry('a.safetensors')}: does not match its seal, read 3 times: it is removed;"
+        " run the same command again, it is made anew"
+    )
+    assert {name for name in Faulty.store if "/sliced/" in name} == {
+        entry("b.safetensors"),
+        entry("b.safetensors").replace(".safetensors", ".seal.json"),
+    }
+    written(store)  # as the next start does it
+    assert torch.equal(open_checkpoint(place).read("first"), torch.zeros(2, 3))
+
+
+@DAMAGES
+def test_a_header_that_was_read_wrong_once_does_no_harm(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    written(store)
+    read = objects.Objects.read_range
+
+    def wrong(self: objects.Objects, name: str, start: int, stop: int) -> bytes:
+        return damage(read(self, name, start, stop))
+
+    monkeypatch.setattr(objects.Objects, "read_range", wrong)
+    opened = open_checkpoint(seen_elsewhere(store, tmp_path / "other"))
+    assert torch.equal(opened.read("first"), torch.zeros(2, 3))
+
+
+def test_offsets_that_were_read_wrong_are_not_read_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that could be one: the shape is another one of as many values."""
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    written(store)
+    read = objects.Objects.read_range
+
+    def wrong(self: objects.Objects, name: str, start: int, stop: int) -> bytes:
+        return read(self, name, start, stop).replace(b"[2,3]", b"[3,2]")
+
+    monkeypatch.setattr(objects.Objects, "read_range", wrong)
+    opened = open_checkpoint(seen_elsewhere(store, tmp_path / "other"))
+    with pytest.raises(RunError, match=r"^faulty://.*: its header was read wrong; run the same"):
+        opened.read_rows("first", 1, 2)
+
+
+def test_an_entry_whose_seal_fits_what_is_no_file_of_weights_is_removed(tmp_path: Path) -> None:
+    store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
+    folder = written(store)
+    shared.write_shared(
+        store.path("sliced", KEYS["a.safetensors"]),
+        lambda path: path.write_bytes(b"x" * 50) and None,
+    )
+    with pytest.raises(RunError, match=r"^faulty://.*: it is removed; run the same command again"):
+        open_checkpoint(folder)
+    assert entry("a.safetensors") not in Faulty.store
+
+
+@pytest.mark.parametrize(
+    "key", ["../../../../private", "ab" * 20 + "/..", "", "AB" * 20, 10**39, None, ["ab" * 20]]
+)
+def test_keys_that_lead_elsewhere_are_refused(key: Any, tmp_path: Path) -> None:
     store = make_store(URL, CachePlace(tmp_path / "cache", MANY))
     folder = written(store, {**KEYS, "b.safetensors": key})
     with pytest.raises(UserError, match=r"entries.json: names what no entry is called"):
