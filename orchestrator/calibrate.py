@@ -315,10 +315,12 @@ def _tokens(walk: Walk, shard: int) -> Tokens:
     )
 
 
-def _overflow(walk: Walk, block: int, site: str, statistic: str) -> str:
+def _overflow(walk: Walk, what: str, block: int, site: str, statistic: str) -> str:
     """What to say of sums that are not finite."""
     where = "its hidden states" if site == BLOCK else f"{statistic} of {site}"
-    advice = "look at the weights before it for values that are far too large"
+    # Gradients come from where the model ends.
+    side = "before" if what == "stats" else "behind"
+    advice = f"look at the weights {side} it for values that are far too large"
     if walk.dtype != "float32":
         advice = "try compute.dtype: float32"
     return f"{walk.model}: block {block}: {where} overflow: {advice}"
@@ -607,7 +609,7 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     def finite(name: str, value: Tensor) -> None:
         if not torch.isfinite(value).all():
             site, _, statistic = name.rpartition(SEPARATOR)
-            raise RunError(_overflow(plan, block, site, statistic))
+            raise RunError(_overflow(plan, what, block, site, statistic))
 
     if known():
         return {"peak_bytes": peak_memory_bytes()}

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from common import (
     add_text_options,
     arguments_parser,
@@ -138,10 +139,11 @@ def one_link(arguments: argparse.Namespace, name: str, much: float) -> Chain:
     return (Spec.of(name, {amount(name): much, **fixed(arguments, name)}),)
 
 
-def fixed(arguments: argparse.Namespace, name: str) -> dict[str, int]:
-    """Options that are the same everywhere."""
-    cut = "multiple" in options_of(name).model_fields
-    return {"multiple": arguments.multiple} if cut and arguments.multiple else {}
+def fixed(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Options that are the same everywhere: those of ``--set`` that a method has."""
+    given = dict(text.split("=", 1) for text in arguments.set)
+    known = options_of(name).model_fields
+    return {key: yaml.safe_load(value) for key, value in given.items() if key in known}
 
 
 def is_exact(arguments: argparse.Namespace, name: str) -> bool:
@@ -279,7 +281,9 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ranks", type=rank, nargs="+", default=shares, help="to be searched")
     parser.add_argument("--exact", action="store_true", help="whole ranks, no multiples of 8")
-    parser.add_argument("--multiple", type=int, help="of widths that cuts leave (default: theirs)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of methods that have it"
+    )
     parser.add_argument("--by-error", action="store_true")
     others = sorted(n for n in searches() if n not in ("knapsack", "uniform"))
     parser.add_argument("--searches", nargs="+", choices=others, default=[], metavar="NAME")

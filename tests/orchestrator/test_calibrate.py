@@ -433,7 +433,7 @@ def test_sums_that_overflow_are_told_with_the_block_and_what_helps(
     with pytest.raises(RunError, match=told):
         calibrate.reduce(state, asdict(large), "stats", 0)
     assert "try compute.dtype: float32" in calibrate._overflow(
-        replace(large, dtype="bfloat16"), 0, calibrate.BLOCK, "turn"
+        replace(large, dtype="bfloat16"), "stats", 0, calibrate.BLOCK, "turn"
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moesaic.methods.base import OUTPUT_STATISTICS, Stats, Unit
 from moesaic.orchestrator import calibrate, gradients
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import crew
 from moesaic.orchestrator.memory import Sizes, predict_memory
@@ -90,6 +90,24 @@ def by_autograd(walk: Walk, ids: Tensor, folder: Path) -> StreamedModel:
             value.copy_(squares[name])
     model.float().save_pretrained(folder)
     return StreamedModel(Checkpoint(folder))
+
+
+def test_gradients_that_overflow_are_told_with_the_site_and_where_to_look(
+    make_walk: MakeWalk, tmp_path: Path
+) -> None:
+    walk = make_walk("llama")
+    model = AutoModelForCausalLM.from_pretrained(walk.model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e22)
+        model.lm_head.weight.mul_(1e-3)
+    model.save_pretrained(tmp_path / "loud")
+    told = (
+        r"^\S+loud: block 1: fisher of model\.layers\.1\.\S+\|\S+ overflow: look at the weights"
+        r" behind it for values that are far too large$"
+    )
+    with pytest.raises(RunError, match=told):
+        run(replace(walk, model=str(tmp_path / "loud")))
+    assert not list((Path(walk.store) / "gradients").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gpt_oss"])
