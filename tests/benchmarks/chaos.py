@@ -5,9 +5,9 @@
 Three local nodes with a worker of one thread each; workers, nodes and the driver are killed,
 workers suspended, files of the store truncated and removed, writes fail (``tests/chaos.py``).
 Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
-makes larger ones. With ``--cut`` two of the nodes are in network namespaces and are cut off by the
-network as well, for up to so many seconds, and come back (``tests/namespaces.py``); that needs root
-and ``ip``.
+makes larger ones, which are only rounded to nearest. With ``--cut`` two of the nodes are in network
+namespaces and are cut off by the network as well, for up to so many seconds, and come back
+(``tests/namespaces.py``); that needs root and ``ip``.
 """
 
 import argparse
@@ -69,6 +69,9 @@ def recipe(folder: Path, model: Path, arguments: argparse.Namespace, **compute: 
     if arguments.model:
         changes["calibration"] = {"sequences": 24, "length": 64, "gradient_sequences": 2}
         changes["compute"]["dtype"] = "auto"
+        # Statistics and gradients decide between these; they are made as fast as files are written.
+        changes["candidates"] = [{"method": "rtn", "bits": [3, 4], "group_size": 64}]
+        changes["baselines"] = {}
     return make_recipe(folder, model, **changes)
 
 
