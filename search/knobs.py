@@ -26,6 +26,7 @@ all chains out in which gptq has another one. A unit that would be left with not
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -130,8 +131,9 @@ def narrowed(knobs: Sequence[Knob], wishes: Mapping[str, Any]) -> list[Knob]:
 
 def _narrowed(knob: Knob, wish: Any) -> Knob:
     if knob.choices:
-        wanted = [_text(value) for value in (wish if isinstance(wish, list) else [wish])]
-        if not wanted or not set(wanted) <= set(knob.choices):
+        meant = [_choice(knob, value) for value in (wish if isinstance(wish, list) else [wish])]
+        wanted = [choice for choice in meant if choice is not None]
+        if not wanted or len(wanted) < len(meant):
             raise ValueError(f"{wish!r} is not among {knob.range_text()}")
         default = knob.default if knob.default in wanted else wanted[0]
         return replace(knob, choices=tuple(dict.fromkeys(wanted)), default=default)
@@ -139,11 +141,22 @@ def _narrowed(knob: Knob, wish: Any) -> Knob:
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
     if not numbers or len(ends) != 2:
         raise ValueError(f"{wish!r} is neither a number nor [low, high]")
-    low, high = map(float, ends)
     least, most = knob.widest or (knob.low, knob.high)
-    if not least <= low <= high <= most:
+    if not least <= ends[0] <= ends[1] <= most:
         raise ValueError(f"{wish!r} is not within {least:g} to {most:g}")
+    low, high = map(float, ends)
     return replace(knob, low=low, high=high, default=min(max(float(knob.default), low), high))
+
+
+def _choice(knob: Knob, value: Any) -> str | None:
+    """The choice of a knob that a value means; 1 and 1.0 are one number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for choice in knob.choices:
+            with suppress(ValueError):
+                if float(choice) == value:
+                    return choice
+    text = _text(value)
+    return text if text in knob.choices else None
 
 
 def _text(value: Any) -> str:
