@@ -69,7 +69,31 @@ def check_tune(experiment: Experiment) -> None:
             )
         if not any(re.search(pattern, unit.name) for unit in experiment.units):
             raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
-    knobs_of(experiment, sized_allocator(experiment))
+    allocator = sized_allocator(experiment)
+    check_plans(experiment, allocator, knobs_of(experiment, allocator))
+
+
+def check_plans(experiment: Experiment, allocator: Allocator, knobs: Sequence[Knob]) -> None:
+    """Finds out whether the knobs as the recipe wants them leave a plan within the budget.
+
+    Raises:
+        RecipeError: they leave none.
+    """
+    most, size = experiment.budget.total_bytes, experiment.size
+    deciding = [knob for knob in knobs if knob.choices or knob.name == BITS]
+    wishes = ", ".join(k.name for k in deciding if k.name in section(experiment).knobs)
+    for knob in deciding:
+        if knob.name == BITS:
+            most = min(most, size.fixed_bytes + math.ceil(knob.high * size.weights / 8))
+    try:
+        smallest = allocator.smallest_bytes(knobs)
+    except ValueError as error:
+        raise RecipeError(f"tune.knobs: {wishes} leave no plan: {error}") from None
+    if smallest > most:
+        raise RecipeError(
+            f"tune.knobs: with {wishes} as they are fixed the smallest plan has {smallest:,} bytes,"
+            f" the budget is {most:,} bytes: allow more values, or give a larger budget"
+        )
 
 
 def sized_allocator(experiment: Experiment) -> Allocator:

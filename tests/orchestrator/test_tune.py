@@ -20,7 +20,9 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
+from moesaic.search.base import Infeasible, Plan
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
@@ -348,6 +350,57 @@ def test_three_failures_of_a_kind_stop_the_study_with_advice(
     assert len(project.tracked) == 3
     project.tune(5)
     assert list(trials(project)["state"]) == ["failed"] * 3 + ["complete"] * 2
+
+
+def test_values_that_the_sampler_draws_without_any_plan_stop_the_study(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"prune": False})
+
+    def none(self: Trials, values: Any, start: str | None) -> Plan:
+        raise Infeasible("the smallest plan has 3 bytes, the budget is 2 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "plan", none)
+        advice = r"no plan: the smallest plan .*: allow more values of the knobs \(tune.knobs\), or"
+        with pytest.raises(RunError, match=f"3 trials in a row failed: {advice}"):
+            project.tune(12)
+        assert [told[4] for told in project.tracked] == ["failed"] * 7  # starts first, then three
+        with pytest.raises(RunError, match=f"no trial within the budget succeeded: {advice}"):
+            project.tune(8)
+    project.tune(10)
+    assert list(trials(project)["state"]) == ["failed"] * 8 + ["complete"] * 2
+
+
+def test_values_without_a_plan_among_others_stop_no_study(make: Make) -> None:
+    """Groups of 16 do not fit this budget; half of the draws want them."""
+    numbers = {"depth_slope": 0, "mix": 0, "weight.attention": 1, "score_exponent": 1}
+    project = make(
+        candidates=[GROUPS],
+        budget={"bits_per_weight": 2.9},
+        tune={
+            "sampler": "random",
+            "seed": 5,
+            "sequences": 2,
+            "knobs": {**numbers, "rtn.group_size": ["any", 16]},
+        },
+    )
+    project.tune(14)
+    table = trials(project)
+    states = "".join("f" if state == "failed" else "." for state in table["state"])
+    assert len(states) == 14 and "fff" in states
+    assert set(table["reason"].dropna().str.slice(0, 8)) == {"no plan:"}
+
+    # What is left with one value alone is known before any work.
+    project = make(
+        candidates=[GROUPS],
+        budget={"bits_per_weight": 2.9},
+        tune={"knobs": {"rtn.group_size": [16], "mix": 0}},
+    )
+    told = r"tune.knobs: with rtn.group_size as they are fixed the smallest plan has [\d,]+ bytes"
+    with pytest.raises(UserError, match=told):
+        project.tune(3)
+    assert project.calls.total() == 0
 
 
 def test_time_that_is_up_ends_a_study(make: Make) -> None:
