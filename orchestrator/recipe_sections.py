@@ -1,5 +1,6 @@
 """The sections of a recipe: each key with what it may be and what it is by default."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -244,6 +245,15 @@ def _groups(groups: dict[str, str]) -> dict[str, str]:
     return groups
 
 
+def _knob(value: Any) -> Any:
+    """A value or a list of values, each as it was written: 32 is another option than 32.0."""
+    for one in value if isinstance(value, list) else [value]:
+        number = isinstance(one, int) or (isinstance(one, float) and math.isfinite(one))
+        if not number and not isinstance(one, str):
+            raise ValueError(f"{shown_value(one)} is no number, true, false or word")
+    return value
+
+
 def _constraints(value: Any) -> Any:
     """Sizes may be written as such."""
     if isinstance(value, dict) and "bytes" in value:
@@ -276,7 +286,7 @@ class Tune(Section):
     sequences: int = Field(default=64, ge=1, le=10**6)
     prune: bool = True
     groups: Annotated[dict[str, str], AfterValidator(_groups)] = {}
-    knobs: dict[str, float | bool | str | list[float | bool | str]] = {}
+    knobs: dict[str, Annotated[Any, AfterValidator(_knob)]] = {}
 
     @model_validator(mode="after")
     def _possible(self) -> "Tune":

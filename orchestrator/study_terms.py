@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import Rows
 from moesaic.orchestrator.scoring import is_predicted
 from moesaic.search._sources import SOURCE
-from moesaic.search.base import Layer, search_module
+from moesaic.search.base import Layer, Measurement, search_module
 from moesaic.search.knobs import Allocator, Knob, Place, narrowed
 
 # The budget where that is an objective.
@@ -53,35 +54,68 @@ def check_tune(experiment: Experiment) -> None:
             f"model: {experiment.model.family.model_type} is an encoder, and studies compare KL:"
             " moesaic run searches its plans by predicted distance"
         )
-    scored = is_predicted(recipe)
-    given = experiment.sized_problem(experiment.size.fixed_bytes)
-    if scored:
-        offers = {n: [replace(m, score=0.0) for m in ms] for n, ms in given.choices.items()}
-        banks = {
-            bank: [
-                replace(
-                    a,
-                    choices={n: [replace(m, score=0.0) for m in ms] for n, ms in a.choices.items()},
-                )
-                for a in found
-            ]
-            for bank, found in given.banks.items()
-        }
-        given = replace(given, choices=offers, banks=banks)
     if section(experiment).timed and recipe.serve != "moesaic":
         raise RecipeError(
             f"tune: latency is measured with the modules of serve: moesaic, and says nothing of"
             f" {recipe.serve}: leave it out, or change serve"
         )
     groups = section(experiment).groups
+    kinds = {unit.part for unit in experiment.units}
     for name, pattern in groups.items():
+        if name in kinds:
+            raise RecipeError(
+                f"tune.groups.{name}: {name} is a kind of part, with a weight of its own: give the"
+                " group another name"
+            )
         if not any(re.search(pattern, unit.name) for unit in experiment.units):
             raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
+    allocator = sized_allocator(experiment)
+    check_plans(experiment, allocator, knobs_of(experiment, allocator))
+
+
+def check_plans(experiment: Experiment, allocator: Allocator, knobs: Sequence[Knob]) -> None:
+    """Finds out whether the knobs as the recipe wants them leave a plan within the budget.
+
+    Raises:
+        RecipeError: they leave none.
+    """
+    most, size = experiment.budget.total_bytes, experiment.size
+    deciding = [knob for knob in knobs if knob.choices or knob.name == BITS]
+    wishes = ", ".join(k.name for k in deciding if k.name in section(experiment).knobs)
+    for knob in deciding:
+        if knob.name == BITS:
+            most = min(most, size.fixed_bytes + math.ceil(knob.high * size.weights / 8))
+    try:
+        smallest = allocator.smallest_bytes(knobs)
+    except ValueError as error:
+        raise RecipeError(f"tune.knobs: {wishes} leave no plan: {error}") from None
+    if smallest > most:
+        raise RecipeError(
+            f"tune.knobs: with {wishes} as they are fixed the smallest plan has {smallest:,} bytes,"
+            f" the budget is {most:,} bytes: allow more values, or give a larger budget"
+        )
+
+
+def sized_allocator(experiment: Experiment) -> Allocator:
+    """The study's allocator as far as it is known before any work: sizes, knobs, no losses."""
+    given = replace(experiment.sized_problem(experiment.size.fixed_bytes), budget=experiment.budget)
+    if is_predicted(experiment.recipe):
+
+        def scored(
+            choices: Mapping[str, Sequence[Measurement]],
+        ) -> dict[str, list[Measurement]]:
+            return {name: [m.scored(0.0) for m in found] for name, found in choices.items()}
+
+        banks = {
+            bank: [replace(a, choices=scored(a.choices)) for a in found]
+            for bank, found in given.banks.items()
+        }
+        given = replace(given, choices=scored(given.choices), banks=banks)
     members = [(unit, member) for unit in experiment.units for member in unit.shapes]
     places = {f"{unit.name}.{member}": place(experiment, unit) for unit, member in members}
     layers = {f"{u.name}.{member}": Layer(math.prod(u.shapes[member])) for u, member in members}
     given = replace(given, layers=layers)
-    knobs_of(experiment, Allocator(given, places, recipe.search, sources(experiment)))
+    return Allocator(given, places, experiment.recipe.search, sources(experiment))
 
 
 def place(experiment: Experiment, unit: Unit) -> Place:

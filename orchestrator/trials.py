@@ -112,6 +112,7 @@ class Trials:
         for trial in known:
             self.record.add(trial)
             self._rank(trial)
+            self.failures.planned |= "plan" in trial.attributes
         self.record.write()
         self.begun = len(known)
         self.view.stage("trials", self.options.trials, self.begun)
@@ -121,9 +122,9 @@ class Trials:
         remember_dense(pool, self.view, judge, self.rungs)
         slots = range(min(self.options.jobs or pool.size, pool.size))
         self.started = time.monotonic()
-        tasks = [task for slot in slots for task in self._next(slot)]
-        self.study.get_ready()
         try:
+            tasks = [task for slot in slots for task in self._next(slot)]
+            self.study.get_ready()
             pool.run(tasks, self._tick, self._meanwhile)
         except (Exception, KeyboardInterrupt):
             for finish in (self._settle, self.record.write):
@@ -198,6 +199,7 @@ class Trials:
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], NO_PLAN, str(error))
                 continue
+            self.failures.planned = True
             pieces, mixtures = self.pipeline.planned.of(plan.units)
             key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
@@ -358,7 +360,7 @@ class Trials:
             self.failures.reasons[text] += 1
             self.view.line(f"trial {asked.number} failed: {text}")
             self._count(asked, None)
-        self.failures.happened(kind, text)
+        self.failures.happened(kind, text, drawn=failing[0].start is None)
 
     def _count(self, asked: Asked, job: _Job | None) -> None:
         """A trial was told; one that failed without its job."""

@@ -26,9 +26,19 @@ from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.scoring import described
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told
-from moesaic.orchestrator.study_terms import BITS, knobs_of, limits, place, rungs, section, sources
+from moesaic.orchestrator.study_terms import (
+    BITS,
+    check_plans,
+    knobs_of,
+    limits,
+    place,
+    rungs,
+    section,
+    sources,
+)
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
+from moesaic.orchestrator.trial_failures import advice
 from moesaic.orchestrator.trial_record import trial_name
 from moesaic.orchestrator.trials import Trials
 from moesaic.search.base import Plan
@@ -79,6 +89,7 @@ class TunedPipeline(Pipeline):
     def _searched(self) -> Plan:
         allocator = self._allocator()
         knobs = knobs_of(self.experiment, allocator)
+        check_plans(self.experiment, allocator, knobs)
         tune = section(self.experiment)
         with Study(
             self.options.storage or self.output / JOURNAL,
@@ -178,7 +189,8 @@ class TunedPipeline(Pipeline):
             reasons = dict.fromkeys(str(t.attributes.get("reason", t.state)) for t in told)
             near = limits(self.experiment).nearest(told)
             why = near or "; ".join(list(reasons)[:3]) or "none was made"
-            raise RunError(f"no trial within the budget succeeded: {why}: ask for more (--trials)")
+            todo = advice(reasons, "ask for more (--trials)")
+            raise RunError(f"no trial within the budget succeeded: {why}: {todo}")
         return best
 
     def _summary(self, study: Study, best: Told) -> StudySummary:

@@ -19,30 +19,29 @@ sensitive, whatever was measured: that is the uniform plan, or as near to it as 
 Where measurements tell sources of text apart, L' is also a weighted mean over them
 (:mod:`moesaic.search._sources`).
 
-Knobs that are no numbers leave some candidates out: of ``gptq.act_order`` the value ``true`` leaves
-all chains out in which gptq has another one. A unit that would be left with nothing keeps all.
+Knobs that are no numbers leave some candidates out (:mod:`moesaic.search._leaving`).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 from moesaic.methods.base import Chain, is_repair
+from moesaic.search._leaving import ANY, CORRECTIONS, LEFT_OUT, OFFERED, Reach, left, rule, text
 from moesaic.search._sources import SOURCE, SourceWeights, varied
 from moesaic.search.alternatives import solve
-from moesaic.search.base import Measurement, Plan, Problem
+from moesaic.search.base import Measurement, Plan, Problem, smallest_bytes
 
-T = TypeVar("T")
 Value = float | str
 Values = Mapping[str, Value]
 
 EXPONENT, SLOPE, MIX = "score_exponent", "depth_slope", "mix"
-CHARGE, CORRECTIONS, WEIGHT = "charge.reductions", "corrections", "weight."
+CHARGE, WEIGHT = "charge.reductions", "weight."
 GREEDY = "greedy"  # a start, and the strategy that makes its plan
-ANY, OFFERED, LEFT_OUT = "any", "offered", "left out"
 # Options that say how large a result is: what an allocation chooses by itself.
 _FACTORS = 1e-3, 1e3  # the widest range of a factor
 SIZES = frozenset({"bits", "rank", "keep", "density", "outliers", "width", "channels"})
@@ -130,8 +129,9 @@ def narrowed(knobs: Sequence[Knob], wishes: Mapping[str, Any]) -> list[Knob]:
 
 def _narrowed(knob: Knob, wish: Any) -> Knob:
     if knob.choices:
-        wanted = [_text(value) for value in (wish if isinstance(wish, list) else [wish])]
-        if not wanted or not set(wanted) <= set(knob.choices):
+        meant = [_choice(knob, value) for value in (wish if isinstance(wish, list) else [wish])]
+        wanted = [choice for choice in meant if choice is not None]
+        if not wanted or len(wanted) < len(meant):
             raise ValueError(f"{wish!r} is not among {knob.range_text()}")
         default = knob.default if knob.default in wanted else wanted[0]
         return replace(knob, choices=tuple(dict.fromkeys(wanted)), default=default)
@@ -139,15 +139,22 @@ def _narrowed(knob: Knob, wish: Any) -> Knob:
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
     if not numbers or len(ends) != 2:
         raise ValueError(f"{wish!r} is neither a number nor [low, high]")
-    low, high = map(float, ends)
     least, most = knob.widest or (knob.low, knob.high)
-    if not least <= low <= high <= most:
+    if not least <= ends[0] <= ends[1] <= most:
         raise ValueError(f"{wish!r} is not within {least:g} to {most:g}")
+    low, high = map(float, ends)
     return replace(knob, low=low, high=high, default=min(max(float(knob.default), low), high))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _choice(knob: Knob, value: Any) -> str | None:
+    """The choice of a knob that a value means; 1 and 1.0 are one number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for choice in knob.choices:
+            with suppress(ValueError):
+                if float(choice) == value:
+                    return choice
+    meant = text(value)
+    return meant if meant in knob.choices else None
 
 
 class Allocator:
@@ -198,9 +205,32 @@ class Allocator:
         for bank, alternatives in self.problem.banks.items():
             banks[bank] = [
                 replace(a, loss=a.loss * weigh.charge, choices=weigh.choices(a.choices))
-                for a in weigh.left(alternatives, lambda a: a.prefix)
+                for a in left(alternatives, lambda a: a.prefix, weigh.rules)
             ]
         return replace(self.problem, choices=weigh.choices(self.problem.choices), banks=banks)
+
+    def smallest_bytes(self, knobs: Sequence[Knob]) -> int:
+        """Bytes of the smallest plan that knobs lead to as they are allowed to be turned. Where a
+        knob is left several values, but not all, it may be a little less: each unit is taken with
+        the values that suit it.
+
+        Raises:
+            ValueError: there is no plan at all.
+        """
+        reach = Reach({knob.name: knob.choices for knob in knobs if knob.choices})
+
+        def kept(choices: Mapping[str, Sequence[Measurement]]) -> dict[str, list[Measurement]]:
+            return {name: reach.left(found, lambda m: m.chain) for name, found in choices.items()}
+
+        banks = {
+            bank: [
+                replace(a, choices=kept(a.choices))
+                for a in reach.left(alternatives, lambda a: a.prefix)
+            ]
+            for bank, alternatives in self.problem.banks.items()
+        }
+        given = replace(self.problem, choices=kept(self.problem.choices), banks=banks)
+        return smallest_bytes(given, self.strategy)
 
     def starts(self) -> dict[str, dict[str, Value]]:
         """Values to try first, by name: the allocation as predicted, the even one, and the greedy
@@ -269,10 +299,10 @@ class Allocator:
             specs = dict.fromkeys(s for chain in chains for s in chain if s.method == method)
             options = [json.loads(spec.options) for spec in specs]
             for option in dict.fromkeys(name for own in options for name in own):
-                texts = [_text(own[option]) for own in options]
+                texts = [text(own[option]) for own in options]
                 values = tuple(dict.fromkeys(texts))
                 # An option that another one decides is no second knob.
-                split = (method, tuple(values.index(text) for text in texts))
+                split = (method, tuple(map(values.index, texts)))
                 if len(values) < 2 or option in SIZES or split in seen:
                     continue
                 seen.add(split)
@@ -335,26 +365,12 @@ class _Weighing:
         self.charge = float(values.get(CHARGE, 1.0))
         self.mix = float(values.get(MIX, 0.0))
         self.sources = SourceWeights(allocator.sources, values)
-        self.rules = list(self._rules())
-
-    def _rules(self) -> Iterator[Callable[[Chain], bool]]:
-        """What chains must keep to, knob by knob."""
-        for name, value in self.values.items():
-            if name == CORRECTIONS and value == LEFT_OUT:
-                yield lambda chain: not (chain and is_repair(chain[-1].method))
-            elif isinstance(value, str) and name != CORRECTIONS and value != ANY:
-                method, option = name.split(".", 1)
-                yield partial(_keeps_to, method, option, value)
-
-    def left(self, offers: Sequence[T], chain: Callable[[T], Chain]) -> Sequence[T]:
-        """What no knob leaves out; a knob that leaves nothing does not count."""
-        for rule in self.rules:
-            offers = [offer for offer in offers if rule(chain(offer))] or offers
-        return offers
+        rules = (rule(name, value) for name, value in values.items())
+        self.rules = [keeps for keeps in rules if keeps is not None]
 
     def choices(self, choices: Mapping[str, Sequence[Measurement]]) -> dict[str, list[Measurement]]:
         return {
-            name: self._weighed(name, self.left(measured, lambda m: m.chain))
+            name: self._weighed(name, left(measured, lambda m: m.chain, self.rules))
             for name, measured in choices.items()
         }
 
@@ -380,12 +396,6 @@ class _Weighing:
             mixed = (1 - self.mix) * spread[0] + self.mix * spread[1]
             logarithm += (float(self.values[EXPONENT]) - 1) * mixed
         return math.exp(logarithm)
-
-
-def _keeps_to(method: str, option: str, value: str, chain: Chain) -> bool:
-    """Whether a chain has one value of an option wherever it uses the method."""
-    own = [json.loads(spec.options)[option] for spec in chain if spec.method == method]
-    return all(_text(found) == value for found in own)
 
 
 def _weight(name: str, meaning: str) -> Knob:

@@ -82,7 +82,7 @@ def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
     wrong = make_recipe(tmp_path, model, tune={"knobs": {"mix": 2, "weight.head": 1}})
     for verb, more in (("tune", ["--trials", "3"]), ("check", [])):
         text = refusal(verb, wrong, *more)
-        assert "tune.knobs.mix: 2.0 is not within 0 to 1" in text
+        assert "tune.knobs.mix: 2 is not within 0 to 1" in text
         assert "tune.knobs.weight.head: no such knob here (there are: score_exponent" in text
     assert ask("tune", wrong).exit_code == 2
 

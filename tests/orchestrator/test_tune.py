@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from moesaic.methods.base import Chain, Spec
 from moesaic.orchestrator import latency, resident, study_terms
@@ -19,11 +20,15 @@ from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
+from moesaic.search.base import Infeasible, Plan
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
 BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
+GROUPS = {**BITS, "group_size": [-1, 16]}
+GPTQ = {"method": "gptq", "bits": 4, "group_size": -1}
 CHAINS: dict[str, Any] = {
     "candidates": [BITS, [{"method": "reap", "keep": [0.5, 0.75]}, {**BITS, "bits": [4, 8]}]],
     "baselines": {},
@@ -347,6 +352,57 @@ def test_three_failures_of_a_kind_stop_the_study_with_advice(
     assert list(trials(project)["state"]) == ["failed"] * 3 + ["complete"] * 2
 
 
+def test_values_that_the_sampler_draws_without_any_plan_stop_the_study(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"prune": False})
+
+    def none(self: Trials, values: Any, start: str | None) -> Plan:
+        raise Infeasible("the smallest plan has 3 bytes, the budget is 2 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "plan", none)
+        advice = r"no plan: the smallest plan .*: allow more values of the knobs \(tune.knobs\), or"
+        with pytest.raises(RunError, match=f"3 trials in a row failed: {advice}"):
+            project.tune(12)
+        assert [told[4] for told in project.tracked] == ["failed"] * 7  # starts first, then three
+        with pytest.raises(RunError, match=f"no trial within the budget succeeded: {advice}"):
+            project.tune(8)
+    project.tune(10)
+    assert list(trials(project)["state"]) == ["failed"] * 8 + ["complete"] * 2
+
+
+def test_values_without_a_plan_among_others_stop_no_study(make: Make) -> None:
+    """Groups of 16 do not fit this budget; half of the draws want them."""
+    numbers = {"depth_slope": 0, "mix": 0, "weight.attention": 1, "score_exponent": 1}
+    project = make(
+        candidates=[GROUPS],
+        budget={"bits_per_weight": 2.9},
+        tune={
+            "sampler": "random",
+            "seed": 5,
+            "sequences": 2,
+            "knobs": {**numbers, "rtn.group_size": ["any", 16]},
+        },
+    )
+    project.tune(14)
+    table = trials(project)
+    states = "".join("f" if state == "failed" else "." for state in table["state"])
+    assert len(states) == 14 and "fff" in states
+    assert set(table["reason"].dropna().str.slice(0, 8)) == {"no plan:"}
+
+    # What is left with one value alone is known before any work.
+    project = make(
+        candidates=[GROUPS],
+        budget={"bits_per_weight": 2.9},
+        tune={"knobs": {"rtn.group_size": [16], "mix": 0}},
+    )
+    told = r"tune.knobs: with rtn.group_size as they are fixed the smallest plan has [\d,]+ bytes"
+    with pytest.raises(UserError, match=told):
+        project.tune(3)
+    assert project.calls.total() == 0
+
+
 def test_time_that_is_up_ends_a_study(make: Make) -> None:
     project = make()
     with pytest.raises(RunError, match="no trial within the budget succeeded: none was made"):
@@ -366,7 +422,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bytes alone": ({"tune": {"objectives": ["bytes"]}}, "objectives are kl alone, or kl and"),
     "knob": ({"tune": {"knobs": {"weight.head": 2}}}, "tune.knobs.weight.head: no such knob"),
-    "range": ({"tune": {"knobs": {"mix": [0, 2]}}}, "tune.knobs.mix: [0.0, 2.0] is not within 0"),
+    "range": ({"tune": {"knobs": {"mix": [0, 2]}}}, "tune.knobs.mix: [0, 2] is not within 0"),
     "constraint": ({"tune": {"constraints": {"size": 3}}}, "tune.constraints.size"),
     "no limit": ({"tune": {"constraints": {"latency": 0}}}, "latency: Input should be greater"),
     "infinite": ({"tune": {"constraints": {"latency": math.inf}}}, "tune.constraints.latency"),
@@ -381,6 +437,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "tune: latency is measured with the modules of serve: moesaic",
     ),
     "group": ({"tune": {"groups": {"a": "nothing_like_it"}}}, "tune.groups.a: 'nothing_like_it'"),
+    "part": (
+        {"tune": {"groups": {"attention": "q_proj"}}},
+        "tune.groups.attention: attention is a kind of part, with a weight of its own",
+    ),
+    "nothing": ({"tune": {"knobs": {"mix": None}}}, "tune.knobs.mix: None is no number, true, fal"),
+    "nested": ({"tune": {"knobs": {"mix": [[0], 1]}}}, "tune.knobs.mix: [0] is no number, true, f"),
+    "not finite": ({"tune": {"knobs": {"mix": [0, math.inf]}}}, "tune.knobs.mix: inf is no number"),
+    "huge": ({"tune": {"knobs": {"mix": 10**400}}}, "is not within 0 to 1"),
+    "no such value": (
+        {"candidates": [GROUPS], "tune": {"knobs": {"rtn.group_size": [32, 48]}}},
+        "tune.knobs.rtn.group_size: [32, 48] is not among any, -1, 16",
+    ),
 }
 
 
@@ -429,6 +497,44 @@ def test_groups_and_options_are_knobs(make: Make) -> None:
         "gptq.act_order"
     ]["allowed"] == ["any", "true", "false"]
     assert set(project.json("study.json")["best"]["values"]) == set(knobs)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "knob", "wish", "allowed"),
+    [
+        (GROUPS, "rtn.group_size", 16, ["16"]),
+        (GROUPS, "rtn.group_size", -1, ["-1"]),
+        (GROUPS, "rtn.group_size", [16], ["16"]),
+        (GROUPS, "rtn.group_size", [16, "any"], ["16", "any"]),
+        (GROUPS, "rtn.group_size", 16.0, ["16"]),
+        (GROUPS, "rtn.group_size", "any", ["any"]),
+        (GROUPS, "score_exponent", 0.5, [0.5, 0.5]),
+        (GROUPS, "score_exponent", 1, [1.0, 1.0]),
+        ({**GPTQ, "damp": [0.01, 1]}, "gptq.damp", 1, ["1.0"]),
+        ({**GPTQ, "damp": [0.01, 1]}, "gptq.damp", [0.01], ["0.01"]),
+        ({**GPTQ, "act_order": [True, False]}, "gptq.act_order", 1, None),
+        (
+            {**GPTQ, "act_order": [True, False]},
+            "gptq.act_order",
+            True,
+            ["true"],
+        ),
+    ],
+)
+def test_values_of_options_are_fixed_as_they_are_written(
+    candidate: dict[str, Any], knob: str, wish: Any, allowed: list[Any] | None, make: Make
+) -> None:
+    project = make(candidates=[{**BITS, "bits": 2}, candidate], tune={"knobs": {knob: wish}})
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    assert yaml.safe_load(experiment.recipe.to_yaml())["tune"]["knobs"] == {knob: wish}
+    if allowed is None:
+        with pytest.raises(UserError, match=f"{knob}: 1 is not among any, true, false"):
+            study_terms.check_tune(experiment)
+        return
+    study_terms.check_tune(experiment)
+    knobs = study_terms.knobs_of(experiment, study_terms.sized_allocator(experiment))
+    (found,) = [k for k in knobs if k.name == knob]
+    assert found.to_json()["allowed"] == allowed
 
 
 def test_rungs_grow_to_all_sequences(make: Make) -> None:

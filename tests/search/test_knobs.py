@@ -12,7 +12,15 @@ import pytest
 
 from moesaic.methods.base import Spec
 from moesaic.search import samplers
-from moesaic.search.base import Alternative, Budget, Infeasible, Layer, Measurement, Problem
+from moesaic.search.base import (
+    Alternative,
+    Budget,
+    Infeasible,
+    Layer,
+    Measurement,
+    Problem,
+    smallest_bytes,
+)
 from moesaic.search.knapsack import search
 from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, narrowed
 from moesaic.search.samplers import SAMPLERS, make_sampler, refusal, start_params, suggest
@@ -224,6 +232,61 @@ def test_a_budget_that_no_plan_meets_is_told() -> None:
     with pytest.raises(Infeasible):
         Allocator(given, placed(given)).plan({})
     assert best_by_looking_at_all(given) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_smallest_plan_of_narrowed_knobs_is_the_smallest_of_all_values(seed: int) -> None:
+    generator = random.Random(seed)
+    sizes = {}
+    for group in (-1, 16, 32):
+        for clip in ("none", "mse"):
+            sizes[Spec.of("rtn", {"bits": 4, "group_size": group, "clip": clip}),] = 0
+    for damp in (0.01, 0.1):
+        sizes[Spec.of("gptq", {"bits": 4, "group_size": -1, "damp": damp}),] = 0
+
+    def offers(name: str) -> list[Measurement]:
+        own = generator.sample(list(sizes), generator.randint(2, 6))
+        return [Measurement(name, c, generator.randint(1, 90), 0.1, 0.1, 0.0) for c in own]
+
+    given = Problem({f"u{i}": offers(f"u{i}") for i in range(4)}, [], Budget(999, 7))
+    allocator = Allocator(given, placed(given))
+    wishes = {
+        "rtn.group_size": generator.choice([-1, 16, 32]),
+        "rtn.clip": generator.choice(["none", "mse", "any"]),
+        "gptq.damp": 0.01,
+    }
+    several = {**wishes, "rtn.group_size": [16, 32], "gptq.damp": [0.1, "any"]}
+    there = {knob.name for knob in allocator.knobs}
+
+    def found(wishes: dict[str, object]) -> tuple[int, int]:
+        """What it tells, and the smallest plan of all combinations of values."""
+        knobs = narrowed(allocator.knobs, {n: wish for n, wish in wishes.items() if n in there})
+        turned = [knob for knob in knobs if knob.choices]
+        plans = [
+            allocator.reweighted(dict(zip([knob.name for knob in turned], values, strict=True)))
+            for values in itertools.product(*(knob.choices for knob in turned))
+        ]
+        smallest = min(smallest_bytes(plan, "knapsack") for plan in plans)
+        return allocator.smallest_bytes(knobs), smallest
+
+    told, smallest = found(wishes)
+    least = smallest_bytes(given, "knapsack")
+    assert told == smallest >= least
+    told, smallest = found(several)
+    assert least <= told <= smallest
+    assert found({}) == (least, least)
+
+
+def test_knobs_leave_out_alternatives_of_banks_too() -> None:
+    mergers = [(Spec.of("m_smoe", {"keep": 0.5, "align": align}),) for align in (True, False)]
+    offers = {"b.0.gate": [Measurement("b.0.gate", rtn(4), 40, 0.1, 0.5, 0.0)]}
+    bank = [Alternative(p, "1x2", -9 * i, 0.1, offers) for i, p in enumerate(mergers)]
+    allocator = Allocator(
+        Problem({}, [], Budget(80, 0), {"b": bank}), {"b.0.gate": Place("experts", 0.0)}
+    )
+    (knob,) = [knob for knob in allocator.knobs if knob.choices]
+    for value, size in (("any", 31), (knob.choices[1], 40), (knob.choices[2], 31)):
+        assert allocator.smallest_bytes(narrowed([knob], {knob.name: value})) == size
 
 
 KNOBS = [
