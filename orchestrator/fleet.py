@@ -15,22 +15,25 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moesaic.orchestrator.datasheet import DATA_SHEETS
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import shown
 from moesaic.orchestrator.machine import Crew
 from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.recipe_values import parse_bytes
 from moesaic.orchestrator.room import block_room
+from moesaic.orchestrator.yamlfile import read_yaml
 
 # What is taken where nothing is said: cores per GPU of a node that names none, memory per core,
 # a link of 100 Gbit/s per node, and a shared file system of a mid-sized cluster.
 CPUS_PER_GPU = 8
 MEMORY_PER_CPU = 8_000_000_000
 NETWORK_BYTES, STORE_BYTES = 12_500_000_000, 20_000_000_000
+# Of a cluster; every node, and every worker that fits one, is something to look at.
+_MOST_NODES, _MOST_CORES = 10**5, 10**7
 _GROUP = re.compile(r"(?:(\d+)\*)?(?:(?:(\d+)x)?([A-Za-z]\w*)(?::(\d+)cpu)?|(\d+)cpu)", re.I)
 _HOW = "write 8xH100:16cpu, 4*8xA100:96cpu or 3*32cpu, several separated by commas, or name a file"
 
@@ -143,11 +146,10 @@ def read_cluster(text: str) -> Cluster:
 
 
 def _loaded(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: cannot be read: {reason}") from None
+    found, twice = read_yaml(file, "cluster file")
+    if twice:
+        raise UserError(f"{file}: {twice[0]}")
+    return found
 
 
 def _checked(where: str, content: Any) -> Cluster:
@@ -156,14 +158,23 @@ def _checked(where: str, content: Any) -> Cluster:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{where}: {key}: {first['msg']}; {_HOW}") from None
+        raise UserError(f"{where}: {shown(key)}: {shown(first['msg'])}; {_HOW}") from None
+    nodes = sum(group.count for group in cluster.nodes)
+    cores = sum(group.count * group.cores for group in cluster.nodes)
+    if nodes > _MOST_NODES or cores > _MOST_CORES:
+        raise UserError(
+            f"{where}: {nodes:,} nodes with {cores:,} cores: at most {_MOST_NODES:,} and"
+            f" {_MOST_CORES:,}"
+        )
     kinds = {group.gpu for group in cluster.nodes if group.gpus}
     if len(kinds) > 1:
-        raise UserError(f"{where}: one kind of GPU at a time, not {', '.join(sorted(kinds))}")
+        raise UserError(
+            f"{where}: one kind of GPU at a time, not {shown(', '.join(sorted(kinds)))}"
+        )
     for group in cluster.nodes:
         if group.gpus and group.gpu_memory is None and group.gpu not in DATA_SHEETS:
             raise UserError(
-                f"{where}: gpu {group.gpu!r} has no known memory: say gpu_memory in a file;"
-                f" known are {', '.join(DATA_SHEETS)}"
+                f"{where}: gpu {shown(repr(group.gpu))} has no known memory: say gpu_memory in a"
+                f" file; known are {', '.join(DATA_SHEETS)}"
             )
     return cluster

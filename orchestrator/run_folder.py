@@ -25,14 +25,16 @@ import yaml
 
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import printable
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.store import disk_errors
+from moesaic.orchestrator.yamlfile import read_yaml
 
 LOCK = ".running.json"
 # Of another machine's lock: not touched for so long, its owner is dead.
 _TOUCH_SECONDS, _STALE_SECONDS = 10.0, 60.0
 _LOOK_SECONDS = 1.0
-_SHOWN_KEYS, _SHOWN_CHARACTERS = 12, 60
+_SHOWN_KEYS, _SHOWN_CHARACTERS, _NAME_CHARACTERS = 12, 60, 300
 _NONE = "(not set)"
 
 
@@ -55,11 +57,11 @@ def changed_lines(folder: Path, recipe: Recipe) -> list[str]:
     Where the record is kept is left out: it changes no result, and may hold a password.
     """
     file = folder / "recipe.yaml"
-    try:
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return []
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    try:
+        before, _ = read_yaml(file)
+    except UserError:
         before = None
     if not isinstance(before, dict):
         return [f"{file}: cannot be read, so what differs from the last run is not known"]
@@ -73,7 +75,9 @@ def changed_lines(folder: Path, recipe: Recipe) -> list[str]:
         return []
     lines = [f"{folder}: the recipe differs from that of the last run here:"]
     for key in keys[:_SHOWN_KEYS]:
-        lines.append(f"  {key}: {_shown(old.get(key, _NONE))} → {_shown(new.get(key, _NONE))}")
+        lines.append(
+            f"  {printable(key)}: {_shown(old.get(key, _NONE))} → {_shown(new.get(key, _NONE))}"
+        )
     if len(keys) > _SHOWN_KEYS:
         lines.append(f"  and {len(keys) - _SHOWN_KEYS} more")
     lines.append(
@@ -83,23 +87,27 @@ def changed_lines(folder: Path, recipe: Recipe) -> list[str]:
     return lines
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """``{"a": {"b": [1]}}`` as ``{"a.b.0": 1}``."""
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    elif name:
-        return {name: value}
+def _flat(value: Any) -> dict[str, Any]:
+    """``{"a": {"b": [1]}}`` as ``{"a.b.0": 1}``, names cut where they are long."""
     found: dict[str, Any] = {}
-    for key, inner in items:
-        found |= _flat(inner, f"{name}.{key}" if name else str(key))
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        name, value = waiting.pop()
+        items: Any = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        elif name:
+            found[name] = value
+        inner = [(f"{name}.{key}" if name else str(key), part) for key, part in items]
+        # Each part repeats the names of those that it is in, aliases as well.
+        waiting += [(own[:_NAME_CHARACTERS], part) for own, part in reversed(inner)]
     return found
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(str(value).split())
+    text = printable(" ".join(str(value).split())[: _SHOWN_CHARACTERS + 1])
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 

@@ -22,8 +22,11 @@ _MOST_DIGITS = 3500
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-def read_yaml(file: Path) -> tuple[Any, list[str]]:
+def read_yaml(file: Path, what: str = "recipe") -> tuple[Any, list[str]]:
     """What the file holds, and a line for each key that a mapping has twice.
+
+    Args:
+        what: it is, for messages.
 
     Raises:
         UserError: it cannot be read, is no YAML, or more than it may be.
@@ -31,7 +34,7 @@ def read_yaml(file: Path) -> tuple[Any, list[str]]:
     try:
         text = read_bounded(file, _MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{file}: no such recipe") from None
+        raise UserError(f"{file}: no such {what}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{str(file)[:200]}: cannot be read: {reason}") from None

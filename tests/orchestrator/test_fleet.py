@@ -76,7 +76,8 @@ def test_a_file_says_more(tmp_path: Path) -> None:
         ("8xB9", "gpu 'B9' has no known memory"),
         ("1xH100,1xA100", "one kind of GPU at a time"),
         ("0*8cpu", "count"),
-        ("nowhere.yaml", r"nowhere\.yaml: cannot be read"),
+        ("nowhere.yaml", r"nowhere\.yaml: no such cluster file"),
+        ("90000*8cpu,90000*8cpu", "180,000 nodes with 1,440,000 cores: at most 100,000"),
     ],
 )
 def test_what_is_no_cluster_is_told(text: str, message: str) -> None:
@@ -88,6 +89,13 @@ def test_unknown_keys_of_a_file_are_told(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("nodes: [{cpu: 3}]")
     with pytest.raises(UserError, match=r"cluster\.yaml: nodes\.0\.cpu"):
+        read_cluster(str(file))
+
+
+def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("nodes: [{cpus: 3}]\nnodes: [{cpus: 4}]")
+    with pytest.raises(UserError, match=r"cluster\.yaml: nodes: written twice, in lines 1 and 2"):
         read_cluster(str(file))
 
 

@@ -26,17 +26,26 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moesaic.kernels import dense, lowrank
+from moesaic.orchestrator import objects
+from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.fleet import read_cluster
 from moesaic.orchestrator.listing import read_run
 from moesaic.orchestrator.pieces import piece_metadata, read_piece, write_cut, write_piece
 from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
+from moesaic.orchestrator.remote_model import open_checkpoint
+from moesaic.orchestrator.run_folder import changed_lines
+from moesaic.orchestrator.shared import CachePlace, fetched, make_store, write_shared
 from moesaic.orchestrator.store import Store
+from moesaic.orchestrator.stored_model import model_folder, write_stored
 from moesaic.orchestrator.study import Study, Told
 from moesaic.orchestrator.texts import Source, documents
 from moesaic.search.knobs import Knob
 from tests.orchestrator.projects import make_recipe
+from tests.orchestrator.remote import MANY, Faulty, forget
 
 _MANY = int(os.environ.get("MOESAIC_FUZZ", "0"))
 settings.register_profile(
@@ -283,12 +292,61 @@ def test_a_recipe_is_read_or_refused(recipe_file: Path, data: st.DataObject) -> 
         assert load_recipe(odd) == found
 
 
+CLUSTER = {
+    "store": "40 GB",
+    "nodes": [{"count": 2, "gpus": 8, "gpu": "H100", "cpus": 64}, {"cpus": 8, "memory": "2 TB"}],
+}
+
+
+@given(data=st.data())
+@settings(FUZZ, max_examples=_MANY or 80)
+def test_a_cluster_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "cluster.yaml"
+    plain = yaml.safe_dump(CLUSTER)
+    tagged = tags.map(lambda tag: plain.replace("H100", tag).encode())
+    file.write_bytes(data.draw(texts(CLUSTER) | damaged(plain.encode()) | tagged))
+    found = tells(lambda: read_cluster(str(file)))
+    assert not Path("/tmp/moesaic-was-here").exists()
+    if found is not None:
+        tells(lambda: found.places(Compute()))
+        assert len(found.networks()) <= 10**5
+
+
+@given(data=st.data())
+@settings(FUZZ, max_examples=_MANY or 80)
+def test_what_a_run_was_made_from_is_compared_or_not_known(
+    recipe_file: Path, data: st.DataObject
+) -> None:
+    recipe = load_recipe(recipe_file)
+    folder = recipe_file.parent / "run"
+    folder.mkdir(exist_ok=True)
+    plain = recipe.to_yaml()
+    document = altered(yaml.safe_load(plain)).map(lambda d: yaml.safe_dump(d).encode())
+    tagged = tags.map(lambda tag: f"{plain}\nmore: {tag}\n".encode())
+    (folder / "recipe.yaml").write_bytes(data.draw(document | damaged(plain.encode()) | tagged))
+    lines = changed_lines(folder, recipe)
+    assert not Path("/tmp/moesaic-was-here").exists()
+    assert len(lines) <= 15 and all(line.isprintable() and len(line) < 800 for line in lines)
+
+
 def laughs(depth: int) -> str:
     """Ten to the power of ``depth`` values in a few lines."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     for level in range(1, depth):
         lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
     return "\n".join([*lines, f"candidates: *a{depth - 1}"])
+
+
+def test_names_of_a_run_s_recipe_stay_short_however_often_they_are_repeated(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """With 300,000 characters in front of each, 10,000 values would be gigabytes."""
+    key, values = "k" * 300_000, ", ".join("x" * 10_000)
+    (tmp_path / "recipe.yaml").write_text(f"{'a' * 900}: {{b: {{? {key}\n: [{values}]}}}}")
+    lines = changed_lines(tmp_path, load_recipe(recipe_file))
+    assert len(lines) == 15 and max(map(len, lines)) < 500
 
 
 def test_aliases_that_amount_to_too_much_are_refused(tmp_path: Path) -> None:
@@ -360,6 +418,49 @@ def test_a_seal_is_believed_or_the_entry_is_missing(store: Store, data: st.DataO
     raw = data.draw(texts(value))
     store.put("scores", KEY, lambda path: path.write_bytes(raw) and None, suffix="json")
     tells(lambda: store.get_json("scores", KEY))
+
+
+# A model in a store at a URL.
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a model of one shard."""
+    Faulty.store.clear()
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "PAUSE_SECONDS", 0.0)
+        patch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
+        place = CachePlace(tmp_path_factory.mktemp("cache"), MANY)
+        store = make_store("faulty://bucket/fuzz", place)
+        folder = model_folder(store.root, KEY)
+        index = {"weight_map": {"a": "x.safetensors"}}
+        write_stored(folder, {"model_type": "llama"}, index, {"x.safetensors": KEY})
+        store.put("sliced", KEY, lambda path: save_file({"a": torch.ones(3)}, path))
+        yield folder
+    release_pins()
+
+
+@given(data=st.data())
+@settings(FUZZ, max_examples=_MANY or 120)
+def test_entries_of_a_sliced_model_are_followed_or_refused(
+    sliced: Path, data: st.DataObject
+) -> None:
+    root = sliced.parents[1]
+    name = data.draw(st.sampled_from(["entries.json", "entries.json", INDEX]))
+    plain = {"entries.json": {"x.safetensors": KEY}, INDEX: {"weight_map": {"a": "x.safetensors"}}}
+    content = data.draw(texts(plain[name]))
+    before = {path for path in root.parent.rglob("*") if path.name != ".lock"}
+    kept = fetched(sliced / name).read_bytes()
+    write_shared(sliced / name, lambda path: path.write_bytes(content) and None)
+    try:
+        found = tells(lambda: open_checkpoint(sliced))
+        if found is not None:
+            assert tells(lambda: found.read("a")) is not None or "a" not in found
+            assert all(file.is_relative_to(root) for file in found.files)
+    finally:
+        write_shared(sliced / name, lambda path: path.write_bytes(kept) and None)
+    assert {path for path in root.parent.rglob("*") if path.name != ".lock"} <= before
 
 
 # What a run leaves.
@@ -442,15 +543,22 @@ import resource, sys
 from pathlib import Path
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.fleet import read_cluster
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.run_folder import changed_lines
 from moesaic.orchestrator.texts import Source, documents
+def changes(folder):
+    (line,) = changed_lines(folder, load_recipe(folder.parent / "recipe.yaml"))
+    raise UserError(line)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
 READ = {
     "checkpoint": lambda path: Checkpoint(path),
     "piece": read_piece,
     "recipe": load_recipe,
+    "cluster": lambda path: read_cluster(str(path)),
+    "changes": changes,
     "rows": lambda path: list(documents(Source(file=str(path)))),
 }
 for line in sys.stdin.read().splitlines():
@@ -463,7 +571,7 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+def test_files_that_would_fill_the_memory_are_refused(recipe_file: Path, tmp_path: Path) -> None:
     import gzip
 
     lists = b'{"a":[' + b"[]," * 6_000_000 + b"[]]}"
@@ -491,7 +599,11 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
     )
     asked.append(("piece", tmp_path / "piece.safetensors"))
     (tmp_path / "laughs.yaml").write_text(laughs(12))
-    asked.append(("recipe", tmp_path / "laughs.yaml"))
+    asked += [(kind, tmp_path / "laughs.yaml") for kind in ("recipe", "cluster")]
+    run = recipe_file.parent / "laughs"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(laughs(12))
+    asked.append(("changes", run))
     with gzip.open(tmp_path / "rows.jsonl.gz", "wb", compresslevel=1) as packed:
         for _ in range(70):
             packed.write(b" " * (1 << 20))
