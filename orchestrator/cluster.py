@@ -14,11 +14,12 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import parameter, ray_constants
+from ray._private import parameter, ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import AuthenticationError, RayError
 
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.head import ask, interruptible
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.runlog import from_worker
 
@@ -54,10 +55,10 @@ def connect(compute: Compute) -> bool:
         if not address:
             reason = reason[:300].rstrip(".")
             raise RunError(f"Ray could not be started on this machine: {reason}") from error
-        raise RunError(f"{key}: the Ray cluster at {address} {_refusal(key, error)}") from error
+        raise RunError(f"{key}: the Ray cluster at {address} {refusal(key, error)}") from error
 
 
-def _refusal(key: str, error: BaseException) -> str:
+def refusal(key: str, error: BaseException) -> str:
     """Why a cluster could not be joined, and what to do about it."""
     text = " ".join(str(error).split())
     found = re.findall(r"Ray: (\S+) Python: (\S+)", text)
@@ -185,13 +186,23 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def try_address(address: str) -> None:
-    """Raises OSError if nobody listens there; Ray itself would try for minutes and print its own.
+    """Asks whether a cluster answers; Ray itself would try for minutes and print its own.
 
-    Other addresses than ``HOST:PORT`` and ``ray://HOST:PORT`` (``auto``) are left to Ray.
+    Args:
+        address: ``HOST:PORT``, ``ray://HOST:PORT`` (where only a listener is looked for; Ray waits
+            half a minute for more) or ``auto``.
+
+    Raises:
+        OSError: nobody is there, or does not answer in time.
+        AuthenticationError: it wants a token, or another one.
     """
+    if address == "auto":
+        address = services.canonicalize_bootstrap_address(address) or ""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        if not address.startswith("ray://"):
+            ask(address)
 
 
 def place(compute: Compute) -> str:
@@ -204,6 +215,7 @@ def place(compute: Compute) -> str:
 
 def free() -> str:
     """What nobody uses at the moment."""
-    free, total = ray.available_resources(), ray.cluster_resources()
+    free = interruptible(ray.available_resources)
+    total = interruptible(ray.cluster_resources)
     parts = [f"{free.get(n, 0):g} of {total.get(n, 0):g} {n}" for n in ("CPU", "GPU")]
     return f"free now: {', '.join(parts)}"

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.head import interruptible
 from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import COMPILED_SHAPES
@@ -213,7 +214,8 @@ class Roster:
     def died_with_its_node(self, number: int) -> bool:
         """Whether the whole node of a slot's worker is gone, which is no fault of its task."""
         node = self.slots[number].node
-        return any(n["NodeID"] == node and not n["Alive"] for n in ray.nodes())
+        nodes = interruptible(ray.nodes)
+        return any(n["NodeID"] == node and not n["Alive"] for n in nodes)
 
     def tend(self, work_waits: bool) -> None:
         """Looks after the slots; to be called again and again.
@@ -290,7 +292,7 @@ def why_dead(text: str) -> str:
 
 def _alive_nodes() -> list[Mapping[str, float]]:
     """What each node has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in interruptible(ray.nodes) if node["Alive"]]
 
 
 def _check_installed(there: Mapping[str, str]) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import ray
 
-from moesaic.orchestrator.cluster import connect
+from moesaic.orchestrator.cluster import connect, place
 from moesaic.orchestrator.deadlines import Durations
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.head import Watch, watch_head
 from moesaic.orchestrator.loop import Loop
 from moesaic.orchestrator.placing import Roster
 from moesaic.orchestrator.recipe_sections import Compute
@@ -68,15 +70,31 @@ class Pool:
         self.roster = Roster(compute)
         self.durations = Durations()
         self._local = self._awaited = False
+        self._head: Watch | None = None
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *failure: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        head = self._head
+        try:
+            self.close()
+        except KeyboardInterrupt as interrupt:
+            error = interrupt
+            raise
+        finally:
+            if head is not None and head.lost and error is not None:
+                raise RunError(head.line) from None
 
     def close(self) -> None:
         """Ends the workers, and Ray if it was started for them; later tasks start both anew."""
+        head, self._head = self._head, None
+        if head is not None:
+            head.stop()
+            if head.lost:
+                return  # there is nobody to ask for the end of anything
         self.roster.close()
         if self._local:
             ray.shutdown()
@@ -90,6 +108,8 @@ class Pool:
         """
         if not self.roster.slots:
             self._local = connect(self.compute)
+            if self._head is None:
+                self._head = watch_head(place(self.compute))
             self.roster.ask()
             self._awaited = True
 

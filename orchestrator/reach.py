@@ -11,9 +11,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from moesaic.orchestrator import mlflow_text
-from moesaic.orchestrator.cluster import cluster_address, connect, try_address
+from moesaic.orchestrator.cluster import cluster_address, connect, refusal, try_address
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
 from moesaic.orchestrator.store import make_folder
@@ -38,6 +39,8 @@ def check_cluster(compute: Compute) -> None:
         )
     try:
         try_address(address)
+    except AuthenticationError as error:
+        raise RecipeError(f"{key}: the Ray cluster at {address} {refusal(key, error)}") from None
     except (OSError, UnicodeError) as error:
         raise RecipeError(
             f"{key}: no Ray cluster answers at {address} ({error}): start one there"

@@ -4,7 +4,8 @@ import pytest
 
 # What takes longest comes first, so that nothing waits for it in the end; the other files with a
 # real Ray come last, so that there are two at a time at most.
-ORDER = {"test_end_to_end.py": 0, "test_chaos.py": 0, "test_pool.py": 2, "test_nodes.py": 2}
+ORDER = {"test_end_to_end.py": 0, "test_chaos.py": 0}
+ORDER |= dict.fromkeys(("test_pool.py", "test_nodes.py", "test_head.py"), 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

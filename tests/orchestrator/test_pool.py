@@ -224,6 +224,7 @@ def test_workers_are_counted_node_by_node(
     alive = [{"Alive": True, "Resources": node} for node in nodes]
     dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     monkeypatch.setattr(module, "connect", lambda compute: False)
+    monkeypatch.setattr(module, "watch_head", lambda place: None)
     monkeypatch.setattr(placing.ray, "nodes", lambda: [*alive, dead])
     ready = placing.Slot(None, None, 0.0)
     monkeypatch.setattr(Roster, "_start", lambda self: ready)
@@ -253,6 +254,7 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, k
 
     monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(joining.ray, "init", refuse)
+    monkeypatch.setattr(joining, "try_address", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(RunError) as error:
         joining.connect(Compute(address="auto") if key == "compute.address" else Compute())
