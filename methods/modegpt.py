@@ -25,6 +25,8 @@ from torch import Tensor
 
 from moesaic.methods import nystrom, slim
 from moesaic.methods.base import Event, MethodOptions, option
+from moesaic.methods.grid import check_finite
+from moesaic.methods.low_rank import experts_hessian
 from moesaic.methods.parts import Narrowed, Part, PartReduction, PartShape, RoleShapes, whole
 from moesaic.methods.reduction import ExpertLayer, LayerShape, Outline, Reduction
 
@@ -122,7 +124,18 @@ def _head(channels: int, options: Options) -> int:
 
 
 def reduce_part(part: Part, options: Options) -> PartReduction:
-    """Cuts an MLP or an attention."""
+    """Cuts an MLP or an attention.
+
+    Raises:
+        ValueError: a weight or a Hessian is NaN or infinite, or ``keep`` leaves an odd head.
+    """
+    for role, weight in part.weights.items():
+        check_finite(role, weight)
+    for role, stats in part.stats.items():
+        try:
+            experts_hessian(stats, 0)
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}") from error
     if part.shape.kind == "mlp":
         return _mlp(part, options)
     linears = _values(part, _head(part.shape.value_channels, options))

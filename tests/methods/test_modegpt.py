@@ -276,6 +276,21 @@ def test_few_tokens_give_finite_results_and_an_event(tokens: int) -> None:
     torch.testing.assert_close(exact.weight.double() @ exact.inputs, original, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(wrong: float) -> None:
+    for make, role in ((mlp, "up"), (mlp, "down"), (attention, "key"), (attention, "output")):
+        part = make()[0]
+        part.weights[role][1, 2] = wrong
+        with pytest.raises(ValueError, match=f"^{role}: 1 of"):
+            cut(part, keep=0.5, multiple=4, head_multiple=4)
+        part = make()[0]
+        for name in ("down", "value"):
+            if name in part.stats:
+                part.stats[name].sums["hessian"] = part.stats[name]["hessian"] * wrong
+                with pytest.raises(ValueError, match=f"^{name}: the Hessian"):
+                    cut(part, keep=0.5, multiple=4, head_multiple=4)
+
+
 def test_silent_channels_are_the_first_to_go() -> None:
     part, middle = mlp()
     middle[:, 8:24] = 0
