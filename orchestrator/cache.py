@@ -6,7 +6,7 @@ file that it holds locked for as long as it lives. Who makes room reads the list
 A pin is written, and room is made, under one lock of the folder, so that no file goes between the
 moment when it was found and the moment when it was pinned.
 
-    FOLDER/.lock            held while a pin is written or room is made
+    FOLDER/.lock            held while a pin is written or room is made; says by which process
     FOLDER/.pins/<id>       names of files in use, locked by the process that uses them
     FOLDER/...              the copies
 
@@ -36,6 +36,8 @@ _FILLED = 0.9
 _UNSEEN = 0.01
 # Of files that are being written; those of a writer that died leave after so many seconds.
 TEMPORARY, _DEAD_SECONDS = ".tmp-", 86_400.0
+# Whoever holds the lock looks at every copy at most, and removes some; all wait meanwhile.
+_LOCK_SECONDS, _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 300.0, 0.001, 0.1
 
 
 class Cache:
@@ -60,11 +62,41 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone among all threads and processes."""
-        (self.folder / _PINS).mkdir(parents=True, exist_ok=True)  # somebody may have cleared it
-        with self._guard, (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        """Alone among all threads and processes.
+
+        Raises:
+            RunError: another one does not let go of it.
+        """
+        if not self._guard.acquire(timeout=2 * _LOCK_SECONDS):
+            raise self._stuck(f"another thread of process {os.getpid()}")
+        try:
+            (self.folder / _PINS).mkdir(parents=True, exist_ok=True)  # somebody may have cleared it
+            with (self.folder / _LOCK).open("a+", encoding="utf-8") as lock:
+                self._wait_for(lock)
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+                yield
+        finally:
+            self._guard.release()
+
+    def _wait_for(self, lock: IO[str]) -> None:
+        ends, pause = time.monotonic() + _LOCK_SECONDS, _FIRST_LOOK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    lock.seek(0)
+                    raise self._stuck(f"process {lock.read(20) or '?'} of this node") from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+
+    def _stuck(self, who: str) -> RunError:
+        return RunError(
+            f"{self.folder}: {who} has held its lock for {_LOCK_SECONDS:.0f} s, and hangs or is"
+            " suspended: end it, or give another cache.folder, and run the same command again"
+        )
 
     def _own_pins(self) -> IO[str]:
         """This process's list; a process that was forked off begins its own."""

@@ -4,14 +4,20 @@ Network and servers fail for a moment and come back. Every operation is tried ag
 that grow, unless the answer is one that does not change by asking again (no permission, no such
 bucket, no credentials). After that it is one line that names the URL and the reason.
 
+Few drivers have a time-out of their own. So every operation runs in a thread that is waited for as
+long as its bytes may take; one that gives no answer counts as failed, and its thread is left alone.
+
 Credentials come from where each service's own tools find them (environment, files, the machine's
 role); a URL that holds a password is refused, because URLs are written into logs and recipes.
 """
 
 import logging
 import random
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +30,19 @@ T = TypeVar("T")
 
 # Attempts at one operation, and the pause after the first; the next ones are twice as long each.
 ATTEMPTS, PAUSE_SECONDS = 6, 0.5
+# An answer takes so long at most, of which many are needed for many files; and bytes take this.
+ANSWER_SECONDS, FILES_PER_SECOND, BYTES_PER_SECOND = 120.0, 10.0, 1e6
+# A listing of millions of files, which come in parts of a thousand.
+LISTING_SECONDS = 1800.0
 # Protocol → what to install for it.
 _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "pip install 'moesaic[s3]'"),
     **dict.fromkeys(("gs", "gcs"), "pip install 'moesaic[gcs]'"),
-    "hdfs": "pip install pyarrow, and Hadoop's native client (libhdfs)",
+    "hdfs": "pip install pyarrow, Java (JAVA_HOME says where), and Hadoop's native client libhdfs"
+    " (HADOOP_HOME)",
 }
+# Libraries that a driver looks for when it starts: an OSError, and no ImportError, names them.
+_LIBRARIES = ("libjvm", "libhdfs")
 # Protocol → what its driver is told. Attempts are ours to count.
 _OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
     ("s3", "s3a"), {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 10}}
@@ -68,8 +81,33 @@ def check_url(url: str) -> None:
         raise ValueError("a URL must not hold a password: give it by the environment")
     if "#" in url or "?" in url or "::" in url:
         raise ValueError(f"{url[:80]!r} is no URL of a folder: it must not hold '#', '?' or '::'")
+    if parts.scheme == "memory":
+        raise ValueError(
+            f"{url[:80]!r} lives in the memory of one process, and workers are others: give a"
+            " folder, or the URL of a server"
+        )
     if not (parts.netloc or parts.path.strip("/")):
         raise ValueError(f"{url[:80]!r} names no folder: write PROTOCOL://BUCKET/FOLDER")
+
+
+def _answered(work: Callable[[], T], seconds: float) -> T:
+    """``work()`` in a thread of its own; TimeoutError where that takes longer."""
+    answer: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # also who interrupts, for the one that waits
+            answer.set_exception(error)
+
+    # One that hangs must not keep the process from ending.
+    threading.Thread(target=call, name="moesaic-objects", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():  # just so, or the driver's own
+            return answer.result()
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
 
 
 class Objects:
@@ -93,26 +131,33 @@ class Objects:
         try:
             # Others write there, too: a listing that was kept would be out of date.
             options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)
-        except ImportError as error:
-            how = _EXTRAS.get(protocol, f"its package is missing: {error}")
-            raise RecipeError(f"{key}: {url}: {protocol}:// needs another package: {how}") from None
+            self.fs, self.root = _answered(
+                lambda: fsspec.core.url_to_fs(self.url, **options), ANSWER_SECONDS
+            )
         except ValueError as error:
             raise RecipeError(f"{key}: {url}: {error}") from None
-        except Exception as error:  # a driver that cannot start: no login, no library
+        except Exception as error:  # a driver that cannot start: no package, no login
+            if isinstance(error, ImportError) or any(word in str(error) for word in _LIBRARIES):
+                how = _EXTRAS.get(protocol, f"its package is missing: {error}")
+                text = f"{key}: {url}: {protocol}:// needs another package: {how}"
+                raise RecipeError(text) from None
             raise RecipeError(f"{key}: {url}: {_reason(error)}") from None
         self.root = self.root.rstrip("/")
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _tried(self, work: Callable[[], T], name: str, what: str) -> T:
-        """``work()``, again and again until it succeeds or there is no hope."""
+    def _tried(self, work: Callable[[], T], name: str, what: str, seconds: float = 0.0) -> T:
+        """``work()``, again and again until it succeeds or there is no hope.
+
+        Args:
+            seconds: that it may take besides the answer.
+        """
         where = f"{self.url}/{name}" if name else self.url
         pause = PAUSE_SECONDS
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return work()
+                return _answered(work, ANSWER_SECONDS + seconds)
             except (FileNotFoundError, RunError, UserError):
                 raise
             except Exception as error:
@@ -175,7 +220,7 @@ class Objects:
                 if isinstance(ends.get(self._stripped(path)), bytes)
             }
 
-        return self._tried(work, "", "read")
+        return self._tried(work, "", "read", len(wanted) / FILES_PER_SECOND)
 
     def _stripped(self, path: str) -> str:
         stripped: str = self.fs._strip_protocol(path)
@@ -201,26 +246,32 @@ class Objects:
             return found
 
         try:
-            found = self._tried(work, folder, "listed")
+            found = self._tried(work, folder, "listed", LISTING_SECONDS)
         except FileNotFoundError:
             return {}
         skip = len(self._stripped(self.root)) + 1
         return {self._stripped(path)[skip:]: info for path, info in found.items()}
 
-    def download(self, name: str, path: Path) -> None:
-        """Copies a file into ``path``. Raises FileNotFoundError."""
+    def download(self, name: str, path: Path, size: int) -> None:
+        """Copies a file of ``size`` bytes into ``path``. Raises FileNotFoundError."""
 
-        def work() -> None:
+        def work() -> Path:
+            # Of its own: an attempt that was given up may still be writing.
+            part = path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}")
             try:
-                self.fs.get_file(self._at(name), str(path))
-            except OSError as error:
+                self.fs.get_file(self._at(name), str(part))
+            except BaseException as error:
+                part.unlink(missing_ok=True)
                 # Reading fills no disk but ours; no permission may be meant of either.
-                if disk_is_full(error) or error.filename == str(path):
+                if isinstance(error, OSError) and (
+                    disk_is_full(error) or error.filename == str(part)
+                ):
                     with disk_errors(path):
                         raise
                 raise
+            return part
 
-        self._tried(work, name, "read")
+        self._tried(work, name, "read", size / BYTES_PER_SECOND).replace(path)
 
     def upload(self, path: Path, name: str) -> None:
         """Copies ``path`` there."""
@@ -229,7 +280,7 @@ class Objects:
             self._make_parent(name)
             self.fs.put_file(str(path), self._at(name))
 
-        self._written(work, name)
+        self._written(work, name, path.stat().st_size)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file."""
@@ -238,11 +289,11 @@ class Objects:
             self._make_parent(name)
             self.fs.pipe_file(self._at(name), content)
 
-        self._written(work, name)
+        self._written(work, name, len(content))
 
-    def _written(self, work: Callable[[], None], name: str) -> None:
+    def _written(self, work: Callable[[], None], name: str, size: int) -> None:
         try:
-            self._tried(work, name, "written")
+            self._tried(work, name, "written", size / BYTES_PER_SECOND)
         except FileNotFoundError as error:
             raise Refusal(f"{self.url}: no such bucket or folder: {_reason(error)}") from error
 

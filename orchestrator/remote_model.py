@@ -162,7 +162,7 @@ class RemoteCheckpoint(Checkpoint):
         """Whether all of a file came; only then is it kept."""
         temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
         try:
-            self.objects.download(name, temporary)
+            self.objects.download(name, temporary, int(info["size"]))
             after = self.objects.info(name)
             if after is None or version_of(after) != version_of(info):
                 raise RunError(f"{self.url}/{name}: changed while the model was read")

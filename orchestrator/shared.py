@@ -160,7 +160,7 @@ class Mirror:
         def write(temporary: Path) -> None:
             nonlocal matches
             try:
-                self.objects.download(name, temporary)
+                self.objects.download(name, temporary, sealed["size"])
             except FileNotFoundError:
                 return
             found = temporary.stat().st_size, file_digest(temporary)

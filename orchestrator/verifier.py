@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 # it keeps is shared by all threads.
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}
 
+# It starts, reads both sides, makes them dense and runs some tokens: more than ten times what that
+# takes on a slow disk.
+_SECONDS, _BYTES_PER_SECOND = 3600.0, 10e6
+# A process that was killed is gone, unless the system waits for a disk.
+_END_SECONDS = 10.0
+
 
 class VerifierProcess:
     """:func:`~moesaic.orchestrator.verify.verify` elsewhere.
@@ -41,7 +47,8 @@ class VerifierProcess:
 
     def __exit__(self, *failure: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=_END_SECONDS)
 
     def verify(
         self,
@@ -54,7 +61,8 @@ class VerifierProcess:
         """As :func:`verify`, once.
 
         Raises:
-            RunError: as there, or the process died.
+            RunError: as there, or the process died, or gave no answer in the time that so many
+                bytes may take.
         """
         request = {
             "folder": str(folder),
@@ -63,7 +71,15 @@ class VerifierProcess:
             "serve": serve,
             "ids": ids.tolist(),
         }
-        answer, said = self._process.communicate(json.dumps(request))
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        seconds = _SECONDS + (checkpoint.file_bytes + written) / _BYTES_PER_SECOND
+        try:
+            answer, said = self._process.communicate(json.dumps(request), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise RunError(
+                f"{folder}: the process that reloads it gave no answer in {seconds:.0f} s; look"
+                " whether the disk answers, and run the same command again"
+            ) from None
         if self._process.returncode != 0:
             lines = said.strip().splitlines()
             reason = (

@@ -1,6 +1,9 @@
 """A store at a URL: a server of S3's kind over the loopback interface, and places that fail."""
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from moesaic.orchestrator import cache as cache_module
 from moesaic.orchestrator import objects, run, shared
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
@@ -218,6 +222,59 @@ def test_what_keeps_failing_is_one_line(
     assert store.get("pieces", OTHER) is None
 
 
+HANGS = {
+    "read": lambda store: store.get("pieces", KEY),
+    "fetch": lambda store: shared.fetched(store.path("pieces", KEY)),
+    "write": lambda store: store.put("pieces", OTHER, writing(b"other")),
+}
+
+
+@pytest.mark.parametrize("what", HANGS)
+def test_a_place_that_never_answers_is_one_line(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    store.put("pieces", KEY, writing(b"some bytes"))
+    other, ended = on_another_node(store, tmp_path / "other"), threading.Event()
+    monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 2)
+
+    def hang(operation: str, path: str) -> int:
+        if operation == "write" or path.endswith("tensors") or what == "read":
+            ended.wait(60)
+        return 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(hang))
+    started = time.monotonic()
+    try:
+        with pytest.raises(
+            RunError, match=r"^faulty://.*tried 2 times: .*no answer in 0 s"
+        ) as error:
+            HANGS[what](other)
+        assert "\n" not in str(error.value) and time.monotonic() - started < 10
+    finally:
+        ended.set()
+    monkeypatch.undo()
+    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+
+
+def test_bytes_may_take_their_time(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("pieces", KEY, writing(bytes(2000)))
+    other = on_another_node(store, tmp_path / "other")
+    monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(objects, "BYTES_PER_SECOND", 100.0)
+
+    def slow(operation: str, path: str) -> int:
+        time.sleep(0.5 if path.endswith("tensors") else 0)
+        return 0
+
+    monkeypatch.setattr(Faulty, "faults", staticmethod(slow))
+    Faulty.calls.clear()
+    assert shared.fetched(other.path("pieces", KEY)).stat().st_size == 2000
+    assert len(Faulty.calls) == 2
+
+
 def test_a_full_place_is_one_line_at_once_and_everything_finished_is_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,13 +309,16 @@ def test_a_package_that_is_missing_is_named(
     place: CachePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(url: str, **options: Any) -> Any:
+        if url.startswith("hdfs"):  # what pyarrow says
+            raise OSError("Unable to load libjvm\ndlopen(/usr/lib/jvm/libjvm.so) failed: No such f")
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    for protocol, extra in (("gs", "gcs"), ("s3", "s3")):
+    needs = {"gs": "pip install 'moesaic[gcs]'", "s3": "pip install 'moesaic[s3]'"}
+    for protocol, what in {**needs, "hdfs": "pip install pyarrow, Java (JAVA_HOME"}.items():
         with pytest.raises(RecipeError) as error:
             make_store(f"{protocol}://bucket/x", place)
-        assert f"pip install 'moesaic[{extra}]'" in str(error.value)
+        assert f"{protocol}:// needs another package: {what}" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -272,6 +332,14 @@ def test_a_package_that_is_missing_is_named(
         ({"store": "file://relative"}, "file:// is followed by an absolute path"),
         ({"cache": {"size": 0}}, "cache.size: 0 is not a size"),
         ({"cache": {"where": "x"}}, "cache.where: unknown key .allowed here: folder, size"),
+        (
+            {"store": "memory://x"},
+            "store: 'memory://x' lives in the memory of one process, and wor",
+        ),
+        (
+            {"model": "memory://x"},
+            "model: 'memory://x' lives in the memory of one process, and wor",
+        ),
         ({"publish": "folder"}, "publish: 'folder' is no URL of a server"),
     ],
 )
@@ -387,6 +455,37 @@ def test_pins_of_the_dead_are_forgotten(tmp_path: Path) -> None:
     assert len(list((tmp_path / ".pins").iterdir())) == 1
     cache.make_room(500)
     assert not path.exists() and not list((tmp_path / ".pins").iterdir())
+
+
+def test_a_process_that_is_suspended_with_the_lock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_LOCK_SECONDS", 0.3)
+    cache = Cache(tmp_path, 1000)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with cache._locked():
+            os.write(write, b"x")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    try:
+        assert os.read(read, 1) == b"x"
+        started = time.monotonic()
+        for use in (lambda: cache.pin(tmp_path / "file"), lambda: cache.make_room(500)):
+            with pytest.raises(RunError) as error:
+                use()
+            assert str(error.value).startswith(f"{tmp_path}: process {child} of this node has held")
+            assert "cache.folder" in str(error.value) and "\n" not in str(error.value)
+        assert 0.6 < time.monotonic() - started < 10
+        os.kill(child, signal.SIGCONT)
+        monkeypatch.setattr(cache_module, "_LOCK_SECONDS", 20.0)
+        cache.pin(tmp_path / "file")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
 
 
 def test_a_worker_uses_nothing_after_its_task(store: Store) -> None:

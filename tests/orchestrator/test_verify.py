@@ -1,6 +1,9 @@
 """Verification must notice whatever would make an engine compute something else."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.methods.base import Unit
+from moesaic.orchestrator import verifier
 from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.streaming import StreamedModel
@@ -32,8 +36,23 @@ def write(tiny: Tiny, folder: Path, serve: Serve, choose: Any = None) -> Written
 
 
 def apart(folder: Path, model: StreamedModel, chosen: dict[str, Path | None]) -> float:
-    with VerifierProcess() as verifier:
-        return verifier.verify(folder, model.checkpoint, chosen, "moesaic", IDS)
+    with VerifierProcess() as process:
+        return process.verify(folder, model.checkpoint, chosen, "moesaic", IDS)
+
+
+def test_a_process_that_gives_no_answer_is_told_and_ended(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, chosen = write(tiny, tmp_path, "moesaic")
+    size = model.checkpoint.file_bytes + (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(verifier, "_SECONDS", 0.2)
+    monkeypatch.setattr(verifier, "_BYTES_PER_SECOND", size / 0.8)
+    started = time.monotonic()
+    text = r"out: the process that reloads it gave no answer in 1 s;"
+    with pytest.raises(RunError, match=text), VerifierProcess() as process:
+        os.kill(process._process.pid, signal.SIGSTOP)
+        process.verify(folder, model.checkpoint, chosen, "moesaic", IDS)
+    assert 1 <= time.monotonic() - started < 10 and process._process.returncode == -signal.SIGKILL
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
