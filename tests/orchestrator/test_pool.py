@@ -305,6 +305,27 @@ def test_a_ray_of_our_own_leaves_no_trace_for_clusters_joined_later(pool: Pool) 
     assert ray_constants.ENABLE_RAY_CLUSTER
 
 
+@pytest.mark.parametrize("switch", [None, "0", "1"])
+def test_a_ray_of_our_own_is_started_for_this_machine_alone_whatever_the_user_set(
+    monkeypatch: pytest.MonkeyPatch, switch: str | None
+) -> None:
+    """It asks nobody for a token."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    seen: list[Any] = []
+
+    def init(**_: Any) -> None:
+        seen.append((os.environ[name], ray_constants.ENABLE_RAY_CLUSTER))
+
+    monkeypatch.setattr(joining.ray, "init", init)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.delenv(name, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(name, switch)
+    joining.start_local()
+    assert seen == [("0", False)]
+    assert os.environ.get(name) == switch and ray_constants.ENABLE_RAY_CLUSTER
+
+
 @pytest.mark.parametrize("address", [None, "local"])
 def test_a_local_ray_is_started_without_an_address(
     monkeypatch: pytest.MonkeyPatch, address: str | None
