@@ -138,8 +138,8 @@ def _loopback_only() -> Iterator[None]:
     """Ray's switch for machines without clusters, in this process and those it starts meanwhile.
 
     Ray reads it from the environment when it is imported, and somebody may have done that already.
-    Afterwards all is as before: who joins a cluster must not have it. What the user set counts there
-    alone, for here nobody is asked for a token.
+    Afterwards all is as before: who joins a cluster must not have it. What the user set counts for
+    clusters alone, for here nobody is asked for a token.
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before, clusters = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER

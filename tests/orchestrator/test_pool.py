@@ -88,6 +88,22 @@ def test_what_workers_print_and_log_is_in_the_log_of_the_run_and_nowhere_else(
     assert "by a worker" not in "".join(capfd.readouterr())
 
 
+def test_a_secret_that_only_a_node_has_does_not_leave_it(pool: Pool, tmp_path: Path) -> None:
+    secret = "only a node knows"
+    assert "NODE_PASSWORD" not in os.environ
+    with pytest.raises(RunError) as error, run_log(tmp_path, "run"):
+        try:
+            pool.run([task("betray", name="NODE_PASSWORD", value=secret)])
+        finally:
+            deadline = time.monotonic() + 60
+            while "known: " not in (tmp_path / "log.txt").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    assert str(error.value) == "betray: ValueError: wrong: ***"
+    log = (tmp_path / "log.txt").read_text()
+    assert "] it is *** here\n" in log and "known: ***" in log and secret not in log
+
+
 def test_urgent_tasks_run_first_when_workers_are_short(pool: Pool, tmp_path: Path) -> None:
     file = str(tmp_path / "notes")
     order = [(3, 0), (1, 5), (2,), (1, 4), (0,)]
