@@ -138,20 +138,21 @@ def _loopback_only() -> Iterator[None]:
     """Ray's switch for machines without clusters, in this process and those it starts meanwhile.
 
     Ray reads it from the environment when it is imported, and somebody may have done that already.
-    It is gone afterwards: who joins a cluster must not have it. One set by the user is obeyed.
+    Afterwards all is as before: who joins a cluster must not have it. What the user set counts for
+    clusters alone, for here nobody is asked for a token.
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    if name in os.environ:
-        yield
-        return
-    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    before, clusters = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[name] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

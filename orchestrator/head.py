@@ -172,7 +172,9 @@ class Watch:
 
     def _joined(self) -> bool:
         """Whether this process still is part of the cluster."""
-        return ray.is_initialized() and ray.get_runtime_context().gcs_address == self._address
+        if not ray.is_initialized():
+            return False
+        return bool(ray.get_runtime_context().gcs_address == self._address)
 
     def _answers(self) -> bool:
         try:

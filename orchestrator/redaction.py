@@ -2,14 +2,21 @@
 
 Three kinds are known: what addresses hold (``https://user:password@host``, signed queries), what
 looks like a token of a well-known service, and the values of environment variables whose names say
-that they are secret. :func:`redacted` puts ``***`` in their places; everything else stays as it is.
+that they are secret, however they are written. :func:`redacted` puts ``***`` in their places;
+everything else stays as it is. An environment is known to its own process alone: workers clean what
+they print before it leaves them (:func:`clean_streams`), and what they raise.
 """
 
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
-from urllib.parse import unquote
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from typing import Any, TextIO
+from urllib.parse import quote, unquote
 
 HIDDEN = "***"
 # An address up to the last @ that can belong to its user's part. Behind HOST:PORT/ there is none.
@@ -32,9 +39,11 @@ _TOKENS = re.compile(
     r"|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_\-]{20,}"
     r"|sk-[A-Za-z0-9_\-]{20,}|dapi[0-9a-f]{32}|xox[abprs]-[A-Za-z0-9\-]{10,})(?![A-Za-z0-9])"
 )
+# Some are written in one word: PGPASSWORD, SSHPASS.
 _SECRET_NAMES = re.compile(
-    r"(?i)(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_?KEY"
-    r"|SECRET_?KEY|ACCOUNT_?KEY|CONNECTION_STRING|ACCESS_KEY_ID)(?:_ID)?$"
+    r"(?i)(?:(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_?KEY"
+    r"|SECRET_?KEY|ACCOUNT_?KEY|PRIVATE_?KEY|CONNECTION_STRING|ACCESS_KEY_ID)(?:_ID)?"
+    r"|_PASS|_PWD|^SSHPASS)$"
 )
 # Shorter ones are ordinary words.
 _LEAST_CHARACTERS = 8
@@ -64,7 +73,28 @@ def _cleaned(secrets: Sequence[str], value: Any) -> Any:
 
 def _secrets() -> list[str]:
     """What is secret whatever it looks like; of two that begin alike the longer one first."""
-    return sorted({*_known, *_from_environment()}, key=len, reverse=True)
+    secrets = {*_known, *_from_environment()}
+    forms = {form for secret in secrets for form in _forms(secret)}
+    return sorted(forms, key=len, reverse=True)
+
+
+@lru_cache(maxsize=1024)
+def _forms(secret: str) -> frozenset[str]:
+    """A secret, and each of its lines, as they stand in text, JSON, YAML, HTML and addresses."""
+    lines = [line.strip() for line in secret.splitlines()]
+    plain = {secret, *(line for line in lines if len(line) >= _LEAST_CHARACTERS)}
+    quoted = {form for text in plain for form in _quoted(text)}
+    html = {form for text in quoted for form in (escape(text), escape(text, quote=False))}
+    # Jinja writes the two quotation marks in its own way.
+    jinja = {text.replace("&quot;", "&#34;").replace("&#x27;", "&#39;") for text in html}
+    return frozenset(quoted | html | jinja)
+
+
+def _quoted(text: str) -> set[str]:
+    """As it is, and between the quotation marks of JSON, Python and YAML, and in an address."""
+    json_forms = {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+    address_forms = {quote(text), quote(text, safe="")}
+    return {text, repr(text)[1:-1], text.replace("'", "''"), *address_forms, *json_forms}
 
 
 def _without(secrets: Sequence[str], text: str) -> str:
@@ -75,6 +105,48 @@ def _without(secrets: Sequence[str], text: str) -> str:
     text = _QUERY.sub(rf"\1{HIDDEN}", text)
     text = _HEADER.sub(rf"\1{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
+
+
+def clean_streams() -> None:
+    """Has whatever this process prints from now on cleaned, line by line."""
+    for stream in (sys.stdout, sys.stderr):
+        _CleanLines(stream)
+
+
+class _CleanLines:
+    """Takes the place of a stream's own ``write``, also for those that have the stream already."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._write, self._flush = stream.write, stream.flush
+        self._begun = ""
+        self._lock = threading.RLock()
+        names = {"write": self.write, "writelines": self.writelines, "flush": self.flush}
+        vars(stream).update(names)
+
+    def write(self, text: str) -> int:
+        """Lines that are whole; ``print`` comes with one piece after another."""
+        with self._lock:
+            whole, newline, self._begun = (self._begun + text).rpartition("\n")
+            if newline:
+                self._write(redacted(whole) + newline)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """All of them."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """The line that is begun as well."""
+        with self._lock:
+            begun, self._begun = self._begun, ""
+            if begun:
+                self._write(redacted(begun))
+            self._flush()
+
+
+def clean_error(error: BaseException) -> None:
+    """Takes secrets out of what an error says."""
+    error.args = tuple(redacted(a) if isinstance(a, str) else a for a in error.args)
 
 
 def keep_secret(address: str | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.orchestrator.process import collect_rarely
+from moesaic.orchestrator.redaction import clean_error, clean_streams
 
 
 class WorkerState:
@@ -81,6 +82,7 @@ class Worker:
 
     def __init__(self, *given: Any) -> None:
         collect_rarely()
+        clean_streams()
         self.state = WorkerState(*given)
 
     def ready(self) -> dict[str, str]:
@@ -104,6 +106,9 @@ class Worker:
 
         try:
             return resolve(function)(self.state, **arguments)
+        except Exception as error:
+            clean_error(error)
+            raise
         finally:
             release_pins()
 

@@ -30,6 +30,14 @@ def speak(state: WorkerState) -> None:
     logging.getLogger("somewhere").warning("logged by a worker")
 
 
+def betray(state: WorkerState, name: str, value: str) -> None:
+    """Prints, in pieces, and raises what its own environment says is secret."""
+    os.environ[name] = value
+    print("it is", value, "here", flush=True)
+    logging.getLogger("somewhere").warning("known: %s", value)
+    raise ValueError(f"wrong: {value}")
+
+
 def remember(state: WorkerState, value: int) -> int:
     """Keeps a value in the worker; returns the process."""
     state.put("value", value)

@@ -88,6 +88,22 @@ def test_what_workers_print_and_log_is_in_the_log_of_the_run_and_nowhere_else(
     assert "by a worker" not in "".join(capfd.readouterr())
 
 
+def test_a_secret_that_only_a_node_has_does_not_leave_it(pool: Pool, tmp_path: Path) -> None:
+    secret = "only a node knows"
+    assert "NODE_PASSWORD" not in os.environ
+    with pytest.raises(RunError) as error, run_log(tmp_path, "run"):
+        try:
+            pool.run([task("betray", name="NODE_PASSWORD", value=secret)])
+        finally:
+            deadline = time.monotonic() + 60
+            while "known: " not in (tmp_path / "log.txt").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    assert str(error.value) == "betray: ValueError: wrong: ***"
+    log = (tmp_path / "log.txt").read_text()
+    assert "] it is *** here\n" in log and "known: ***" in log and secret not in log
+
+
 def test_urgent_tasks_run_first_when_workers_are_short(pool: Pool, tmp_path: Path) -> None:
     file = str(tmp_path / "notes")
     order = [(3, 0), (1, 5), (2,), (1, 4), (0,)]
@@ -303,6 +319,27 @@ def test_a_ray_of_our_own_listens_to_this_machine_alone(pool: Pool) -> None:
 def test_a_ray_of_our_own_leaves_no_trace_for_clusters_joined_later(pool: Pool) -> None:
     assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ
     assert ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.parametrize("switch", [None, "0", "1"])
+def test_a_ray_of_our_own_is_started_for_this_machine_alone_whatever_the_user_set(
+    monkeypatch: pytest.MonkeyPatch, switch: str | None
+) -> None:
+    """It asks nobody for a token."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    seen: list[Any] = []
+
+    def init(**_: Any) -> None:
+        seen.append((os.environ[name], ray_constants.ENABLE_RAY_CLUSTER))
+
+    monkeypatch.setattr(joining.ray, "init", init)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.delenv(name, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(name, switch)
+    joining.start_local()
+    assert seen == [("0", False)]
+    assert os.environ.get(name) == switch and ray_constants.ENABLE_RAY_CLUSTER
 
 
 @pytest.mark.parametrize("address", [None, "local"])

@@ -2,22 +2,28 @@
 
 import base64
 import contextlib
+import html
+import io
 import json
+import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import markupsafe
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from moesaic.orchestrator import cli, redaction
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.mlflow_text import place
-from moesaic.orchestrator.redaction import keep_secret, redacted, redacted_tree
+from moesaic.orchestrator.redaction import clean_streams, keep_secret, redacted, redacted_tree
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 
@@ -70,7 +76,8 @@ def test_what_is_not_secret_stays(text: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "RAY_AUTH_TOKEN", "DB_PASSWORD"]
-    + ["MLFLOW_TRACKING_PASSWORD", "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY"],
+    + ["MLFLOW_TRACKING_PASSWORD", "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY"]
+    + ["PGPASSWORD", "MYSQL_PWD", "SSHPASS", "DB_PASS", "GITHUBTOKEN", "SIGNING_PRIVATE_KEY"],
 )
 def test_values_of_secret_variables_are_taken_out(
     monkeypatch: pytest.MonkeyPatch, name: str
@@ -87,10 +94,72 @@ def test_nested_values_are_cleaned_in_keys_and_leaves(monkeypatch: pytest.Monkey
     assert redacted_tree(given) == wanted
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "PWD"])
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "PWD", "OLDPWD", "COMPASS", "KEY"],
+)
 def test_values_of_other_variables_stay(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "/run/something")
     assert redacted("in /run/something") == "in /run/something"
+
+
+ODD = """o"d<d>'s\\ &/pass wörd"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        json.dumps,
+        lambda text: json.dumps(text, ensure_ascii=False),
+        lambda text: yaml.safe_dump([text], allow_unicode=True),
+        lambda text: yaml.safe_dump([text], allow_unicode=True, default_style="'"),
+        lambda text: yaml.safe_dump([text], allow_unicode=True, default_style='"'),
+        repr,
+        quote,
+        lambda text: quote(text, safe=""),
+        html.escape,
+        lambda text: html.escape(text, quote=False),
+        lambda text: str(markupsafe.escape(text)),
+        lambda text: str(markupsafe.escape(json.dumps({"a": text}))),
+    ],
+)
+def test_a_secret_is_taken_out_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", ODD)
+    written = write(f"before {ODD} after")
+    clean = redacted(written)
+    assert "***" in clean and "before" in clean and "after" in clean
+    assert not [part for part in ("pass", "rd", "d<d", "lt;") if part in clean], clean
+
+
+def test_json_stays_json_without_a_secret_that_ends_in_a_backslash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", "pass\\word\\")
+    assert json.loads(redacted(json.dumps({"a": "pass\\word\\"}))) == {"a": "***"}
+
+
+def test_a_secret_of_several_lines_is_taken_out_line_by_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SIGNING_PRIVATE_KEY", "-----BEGIN-----\nMIIEvQIBADANB\n----END----\n")
+    assert redacted("found MIIEvQIBADANB there") == "found *** there"
+
+
+def test_what_is_printed_is_cleaned_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", "correct horse/9")
+    with open(os.devnull, "w", encoding="utf-8") as stream:
+        written: list[str] = []
+        monkeypatch.setattr(stream, "write", lambda text: written.append(text))
+        monkeypatch.setattr(redaction.sys, "stdout", stream)
+        monkeypatch.setattr(redaction.sys, "stderr", io.StringIO())
+        clean_streams()
+        print("it is correct", end=" ")
+        print("horse/9", "and", "more\nbeg", end="", flush=True)
+        stream.writelines(["un\n", "end"])
+        stream.flush()
+    assert "".join(written) == "it is *** and more\nbegun\nend"
 
 
 def test_a_password_that_was_seen_in_an_address_is_taken_out_alone() -> None:
