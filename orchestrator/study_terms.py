@@ -192,8 +192,7 @@ def rungs(experiment: Experiment) -> list[Rows]:
     """Rows of the calibration text, one range after the other."""
     tune = section(experiment)
     total = min(tune.sequences, len(experiment.calibration.ids))
-    # Whether a trial keeps to its constraints is known when it is done.
-    if not tune.prune or len(tune.objectives) > 1 or tune.constraints:
+    if not tune.prunes:
         return [(0, total)]
     ends = sorted({math.ceil(total * share) for share in _RUNGS})
     return list(zip([0, *ends], ends, strict=False))

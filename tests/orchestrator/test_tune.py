@@ -19,6 +19,7 @@ from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Study
@@ -455,6 +456,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "infinite": ({"tune": {"constraints": {"latency": math.inf}}}, "tune.constraints.latency"),
     "bytes limit": ({"tune": {"constraints": {"bytes": "1 MB"}}}, "the budget is the limit"),
     "kl limit": ({"tune": {"constraints": {"kl": 0.1}}}, "kl is the only objective"),
+    "several pruned": (
+        {"tune": {"objectives": ["bytes", "kl"], "prune": True}},
+        "prune: with several objectives or constraints no trial is given up early",
+    ),
+    "constrained pruned": (
+        {"tune": {"constraints": {"latency": 1}, "prune": True}},
+        "prune: with several objectives or constraints no trial is given up early",
+    ),
     "unheeded": (
         {"tune": {"constraints": {"latency": 1}, "sampler": "cmaes"}},
         "cmaes heeds no constraints: take tpe, gp, nsga2",
@@ -666,6 +675,17 @@ def test_values_of_options_are_fixed_as_they_are_written(
     knobs = study_terms.knobs_of(experiment, study_terms.sized_allocator(experiment))
     (found,) = [k for k in knobs if k.name == knob]
     assert found.to_json()["allowed"] == allowed
+
+
+@pytest.mark.parametrize("tune", [{}, {"prune": True}, {"objectives": ["bytes", "kl"]}])
+def test_a_recipe_as_resolved_can_be_tuned_again(tune: dict[str, Any], make: Make) -> None:
+    project = make(tune=tune)
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    again = project.folder / "again.yaml"
+    again.write_text(experiment.recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(again) == experiment.recipe
+    section = study_terms.section(experiment)
+    assert section.prunes == (len(section.objectives) == 1)
 
 
 def test_rungs_grow_to_all_sequences(make: Make) -> None:
