@@ -271,7 +271,8 @@ class Tune(Section):
         sampler: one of :mod:`moesaic.search.samplers`.
         seed: of the sampler.
         sequences: of the calibration text that a trial is judged on, at most.
-        prune: whether trials that fall behind are stopped before they have seen all of them.
+        prune: whether trials that fall behind are stopped before they have seen all of them; by
+            default where that can be, see :attr:`prunes`.
         groups: name → regular expression over names of units; each group gets a weight.
         knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it.
     """
@@ -284,7 +285,7 @@ class Tune(Section):
     sampler: Annotated[str, AfterValidator(_sampler)] = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**31)
     sequences: int = Field(default=64, ge=1, le=10**6)
-    prune: bool = True
+    prune: bool | None = None
     groups: Annotated[dict[str, str], AfterValidator(_groups)] = {}
     knobs: dict[str, Annotated[Any, AfterValidator(_knob)]] = {}
 
@@ -295,6 +296,11 @@ class Tune(Section):
         reason = refusal(self.sampler, len(self.objectives), len(self.constraints))
         if reason is not None:
             raise ValueError(reason)
+        if self.prune and not self._may_prune:
+            raise ValueError(
+                "prune: with several objectives or constraints no trial is given up early: leave it"
+                " out, or false"
+            )
         if "bytes" in self.constraints and "bytes" not in self.objectives:
             raise ValueError(
                 "constraints.bytes: the budget is the limit: change it, or make bytes an objective"
@@ -305,6 +311,16 @@ class Tune(Section):
                 " or latency to the objectives"
             )
         return self
+
+    @property
+    def _may_prune(self) -> bool:
+        # Whether a trial keeps to its constraints is known when it is done.
+        return len(self.objectives) == 1 and not self.constraints
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials that fall behind are given up early."""
+        return self._may_prune and self.prune is not False
 
     @property
     def timed(self) -> bool:

@@ -221,8 +221,7 @@ def tune_recipe(
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
     from moesaic.orchestrator.study import JOURNAL
-    from moesaic.orchestrator.study_terms import check_tune
-    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline
+    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline, check_study
 
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)
@@ -230,7 +229,15 @@ def tune_recipe(
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     # More trials of a study belong to its run, also if that had finished.
-    known = (options.storage or folder / JOURNAL).exists()
+    journal = options.storage or folder / JOURNAL
+    make_folder(journal.parent, "--storage")
+    known = journal.exists()
+    experiment = None
+    if known:
+        # One that is refused leaves the folder, and the run on record, as they are.
+        with _naming(recipe_file):
+            experiment = _ready(Experiment(recipe, folder))
+            check_study(experiment, options)
     with (
         _started(recipe_file, recipe, folder, "tune"),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune", known) as tracker,
@@ -239,7 +246,8 @@ def tune_recipe(
             folder,
             pool,
             lambda *parts: TunedPipeline(*parts, options=options, tracker=tracker),
-            check_tune,
+            lambda found: None if known else check_study(found, options),
+            experiment=experiment,
         ) as pipeline,
     ):
         result["tracking_uri"] = tracker.uri
@@ -304,8 +312,9 @@ def _pipeline(
     make: Callable[[Experiment, Pool, View], Pipeline] = Pipeline,
     check: Callable[[Experiment], None] = lambda experiment: None,
     view: View | None = None,
+    experiment: Experiment | None = None,
 ) -> Iterator[Pipeline]:
-    experiment = _ready(Experiment(recipe, output))
+    experiment = experiment or _ready(Experiment(recipe, output))
     check(experiment)
     check_refine(experiment)
     with view or View() as shown, begun or Pool(recipe.compute) as pool:

@@ -6,22 +6,27 @@ with a mark that says whose values they are: wherever that is interrupted, no tr
 is there twice. Such interrupted trials do not count.
 
 A line that a dying process left unfinished at the end of the journal is cut off; it was never told.
-One driver at a time works on a journal: it holds a lock of the system, which ends with it.
+One driver at a time works on a journal (:mod:`moesaic.orchestrator.study_journal`).
 """
 
-import fcntl
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import parse_json
-from moesaic.orchestrator.store import disk_errors, make_folder
+from moesaic.orchestrator.study_journal import (
+    KNOBS,
+    MADE_OF,
+    check_same,
+    journal_errors,
+    locked,
+    mend,
+    open_storage,
+)
 from moesaic.search.knobs import Knob, Values
 from moesaic.search.samplers import make_sampler, start_params, suggest
 
@@ -33,14 +38,11 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "journal.log"
-_JOURNAL_BYTES = 1 << 30
-# Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
-_GRACE_SECONDS = 5
 # Trials that are not stopped early, so that there is something to compare with.
 _UNPRUNED = 5
 # Complete trials that importances are told from, at least.
 _TELLING = 10
-_MADE_OF, _REASON, _AGAIN, _START, _WANTED = "made_of", "reason", "again", "start", "wanted"
+_REASON, _AGAIN, _START, _WANTED = "reason", "again", "start", "wanted"
 _INTERRUPTED = "interrupted"
 
 
@@ -98,6 +100,16 @@ class Told:
         return found if self.kl is None else {"kl": self.kl, **found}
 
 
+def facts(
+    made_of: Mapping[str, Any], knobs: Sequence[Knob], objectives: Sequence[str]
+) -> dict[str, Any]:
+    """All that a study is made of, as its journal has it."""
+    varied = {knob.name: knob.to_json() for knob in knobs}
+    whole = {**made_of, "objectives": list(objectives), KNOBS: varied}
+    found: dict[str, Any] = json.loads(json.dumps(whole))
+    return found
+
+
 class Study:
     """One study; use as a context manager.
 
@@ -134,21 +146,16 @@ class Study:
         self.knobs = list(knobs)
         self.objectives = list(objectives)
         self.sampler, self.seed = sampler, seed
-        self.made_of: dict[str, Any] = json.loads(json.dumps(dict(made_of)))
-        self.made_of["objectives"] = self.objectives
-        self.made_of["knobs"] = {knob.name: knob.to_json() for knob in knobs}
+        self.made_of = facts(made_of, knobs, objectives)
         self._starts = starts
         self._resume = resume
-        self._lock: IO[str] | None = None
 
     def __enter__(self) -> "Study":
-        self._take_lock()
-        try:
-            _mend(self.journal)
+        with ExitStack() as held:
+            held.enter_context(locked(self.journal))
+            mend(self.journal)
             self._study = self._open()
-        except BaseException:
-            self._drop_lock()
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(
@@ -157,54 +164,20 @@ class Study:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._drop_lock()
-
-    def _take_lock(self) -> None:
-        make_folder(self.journal.parent, "--storage")
-        path = self.journal.with_name(f"{self.journal.name}.driver")
-        with disk_errors(path):
-            self._lock = path.open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            who = self._lock.read().strip()
-            self._lock.close()
-            raise UserError(
-                f"{self.journal}: process {who or 'unknown'} is at work on it: wait until it has"
-                " finished, end it, or take another --storage"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
-
-    def _drop_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     def _open(self) -> "OptunaStudy":
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        path = str(self.journal)
-        try:
-            lock = JournalFileOpenLock(path, grace_period=_GRACE_SECONDS)
-            storage = JournalStorage(JournalFileBackend(path, lock_obj=lock))
+        with journal_errors(self.journal):
             study = optuna.create_study(
-                storage=storage,
+                storage=open_storage(self.journal),
                 study_name=self.name,
                 directions=["minimize"] * len(self.objectives),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
                 load_if_exists=True,
             )
-        except OSError as error:
-            raise UserError(f"{self.journal}: cannot be used: {error.strerror}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(_damaged(self.journal, str(error))) from None
-        known = study.user_attrs.get(_MADE_OF)
+        known = study.user_attrs.get(MADE_OF)
         if known is None:
             # Some may be there: of a process that died here.
             there = {trial.user_attrs.get(_START) for trial in study.get_trials(deepcopy=False)}
@@ -215,25 +188,15 @@ class Study:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that this is experimental
                 study.set_metric_names(self.objectives)  # which Optuna's dashboard shows
-            study.set_user_attr(_MADE_OF, self.made_of)
+            study.set_user_attr(MADE_OF, self.made_of)
         else:
-            self._check(known)
+            with journal_errors(self.journal):
+                check_same(self.journal, self.name, known, self.made_of, self._resume)
             _bury_zombies(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(self.sampler, draws % 2**32)
         return study
-
-    def _check(self, known: Mapping[str, Any]) -> None:
-        where = f"{self.journal}: the study {self.name!r}"
-        if not self._resume:
-            raise UserError(f"{where} is there already: take another --output or --storage")
-        differences = list(_differences(known, self.made_of))
-        if differences:
-            raise UserError(
-                f"{where} was made with something else: {'; '.join(differences)}. Undo that, or"
-                " take another --output or --storage"
-            )
 
     # Trials
 
@@ -383,60 +346,3 @@ def _bury_zombies(study: "OptunaStudy") -> None:
             study.enqueue_trial(params, user_attrs=marks)
         Trial(study, zombie._trial_id).set_user_attr(_REASON, _INTERRUPTED)
         study.tell(zombie.number, state=TrialState.FAIL)
-
-
-def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What two studies differ in, for people."""
-    found = []
-    for key in dict.fromkeys([*known, *wanted]):
-        before, now = known.get(key), wanted.get(key)
-        if before == now:
-            continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            for name in dict.fromkeys([*before, *now]):
-                if before.get(name) != now.get(name):
-                    found.append(f"{key} {name}: {_shown(before, name)}, now {_shown(now, name)}")
-        else:
-            found.append(f"{key}: {_text(before)}, now {_text(now)}")
-    return found
-
-
-def _shown(value: Mapping[str, Any], name: str) -> str:
-    found = value.get(name, "none")
-    return _text(found["allowed"] if isinstance(found, dict) and "allowed" in found else found)
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:100]} …"
-
-
-def _damaged(journal: Path, reason: str) -> str:
-    return (
-        f"{journal}: is damaged, or no journal of Optuna ({' '.join(reason.split())[:120]}): move"
-        " it away, or take another --storage"
-    )
-
-
-def _mend(journal: Path) -> None:
-    """Cuts off a line that has no end: whoever wrote it was killed.
-
-    Raises:
-        UserError: another line is no JSON.
-    """
-    if not journal.exists():
-        return
-    try:
-        if journal.stat().st_size > _JOURNAL_BYTES:
-            raise ValueError(f"more than {_JOURNAL_BYTES} bytes")
-        content = journal.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content) and (whole > 0 or content.startswith(b"{")):
-            os.truncate(journal, whole)
-            content = content[:whole]
-        for line in content.splitlines():
-            parse_json(line)
-    except OSError as error:
-        raise UserError(f"{journal}: cannot be used: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(_damaged(journal, str(error))) from None

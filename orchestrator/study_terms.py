@@ -4,16 +4,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from moesaic.methods.base import Unit
+from moesaic.methods.base import Unit, chain_text
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.limits import Limits
+from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import Rows
-from moesaic.orchestrator.scoring import is_predicted
+from moesaic.orchestrator.scoring import described, is_predicted
+from moesaic.orchestrator.study_journal import CANDIDATES, MODEL, TEXT
 from moesaic.search._sources import SOURCE
 from moesaic.search.base import Layer, Measurement, search_module
 from moesaic.search.knobs import Allocator, Knob, Place, narrowed
@@ -118,6 +121,28 @@ def sized_allocator(experiment: Experiment) -> Allocator:
     return Allocator(given, places, experiment.recipe.search, sources(experiment))
 
 
+def made_of(experiment: Experiment) -> dict[str, Any]:
+    """What the plans of trials and their losses depend on, besides measurements and knobs."""
+    recipe, judge, tune = experiment.recipe, experiment.calibration_judge, section(experiment)
+    budget = recipe.budget
+    size = f"{budget.bits_per_weight} bits per weight"
+    return {
+        MODEL: judge.fingerprint,
+        "dtype": judge.dtype,
+        TEXT: judge.ids_digest,
+        "sequences": [list(rows) for rows in rungs(experiment)],
+        "budget": size if budget.bytes is None else f"{budget.bytes:,} bytes",
+        CANDIDATES: list(map(chain_text, recipe.candidates)),
+        "kept units": recipe.keep,
+        "search": recipe.search,
+        "score": described(recipe),
+        "serve": recipe.serve,
+        "groups": tune.groups,
+        **({"constraints": tune.constraints} if tune.constraints else {}),
+        **({"timed on": describe_machine()} if tune.timed else {}),
+    }
+
+
 def place(experiment: Experiment, unit: Unit) -> Place:
     """Where a unit stands, and which of the recipe's groups it belongs to."""
     groups = section(experiment).groups
@@ -167,8 +192,7 @@ def rungs(experiment: Experiment) -> list[Rows]:
     """Rows of the calibration text, one range after the other."""
     tune = section(experiment)
     total = min(tune.sequences, len(experiment.calibration.ids))
-    # Whether a trial keeps to its constraints is known when it is done.
-    if not tune.prune or len(tune.objectives) > 1 or tune.constraints:
+    if not tune.prunes:
         return [(0, total)]
     ends = sorted({math.ceil(total * share) for share in _RUNGS})
     return list(zip([0, *ends], ends, strict=False))

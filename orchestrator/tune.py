@@ -19,21 +19,22 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.kept_limits import KeptLimits
-from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.refine import release
-from moesaic.orchestrator.scoring import described
 from moesaic.orchestrator.store import digest, write_atomically, write_json
-from moesaic.orchestrator.study import JOURNAL, Study, Told
+from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
+from moesaic.orchestrator.study_journal import KNOBS, MEASUREMENTS, check_journal
 from moesaic.orchestrator.study_terms import (
     BITS,
     check_plans,
+    check_tune,
     knobs_of,
     limits,
+    made_of,
     place,
-    rungs,
     section,
+    sized_allocator,
     sources,
 )
 from moesaic.orchestrator.summary import RunSummary, StudySummary
@@ -67,6 +68,23 @@ class StudyOptions:
     resume: bool = True
 
 
+def check_study(experiment: Experiment, options: StudyOptions) -> None:
+    """Finds out before any work whether a recipe can be tuned and its study begun or gone on with;
+    changes nothing.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    check_tune(experiment)
+    name, objectives = experiment.recipe.name, section(experiment).objectives
+    knobs = knobs_of(experiment, sized_allocator(experiment))
+    journal = options.storage or experiment.output / JOURNAL
+    # Where layers are still to share out their experts, other options are there afterwards.
+    unknown = (MEASUREMENTS, KNOBS) if experiment.open_specs() else (MEASUREMENTS,)
+    wanted = facts(made_of(experiment), knobs, objectives)
+    check_journal(journal, name, wanted, options.resume, unknown)
+
+
 class TunedPipeline(Pipeline):
     """The stages of a recipe, with the best plan of a study in the place of the searched one."""
 
@@ -98,7 +116,7 @@ class TunedPipeline(Pipeline):
             tune.objectives,
             tune.sampler,
             tune.seed,
-            self._made_of(allocator),
+            {**made_of(self.experiment), MEASUREMENTS: digest(allocator.measured())},
             self._starts(allocator, knobs),
             self.options.resume,
         ) as study:
@@ -155,28 +173,6 @@ class TunedPipeline(Pipeline):
                 for bits in ((knob.low + middle) / 2, (middle + knob.high) / 2):
                     starts[f"as predicted, {bits:.3g} bits"] = {BITS: bits}
         return starts
-
-    def _made_of(self, allocator: Allocator) -> dict[str, Any]:
-        """What the plans of trials and their losses depend on."""
-        experiment = self.experiment
-        recipe, judge = experiment.recipe, experiment.calibration_judge
-        constraints = section(experiment).constraints
-        return {
-            "model": judge.fingerprint,
-            "dtype": judge.dtype,
-            "calibration text": judge.ids_digest,
-            "sequences": [list(rows) for rows in rungs(experiment)],
-            "budget in bytes": experiment.budget.total_bytes,
-            "candidates": digest([list(map(str, chain)) for chain in recipe.candidates]),
-            "kept units": recipe.keep,
-            "search": recipe.search,
-            "score": described(recipe),
-            "serve": recipe.serve,
-            "groups": section(experiment).groups,
-            "measurements": digest(allocator.measured()),
-            **({"constraints": constraints} if constraints else {}),
-            **({"timed on": describe_machine()} if section(experiment).timed else {}),
-        }
 
     def _best(self, told: list[Told]) -> Told:
         """The best trial within the recipe's budget and the constraints.

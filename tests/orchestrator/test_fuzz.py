@@ -41,7 +41,8 @@ from moesaic.orchestrator.run_folder import changed_lines
 from moesaic.orchestrator.shared import CachePlace, fetched, make_store, write_shared
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.stored_model import model_folder, write_stored
-from moesaic.orchestrator.study import Study, Told
+from moesaic.orchestrator.study import Study, Told, facts
+from moesaic.orchestrator.study_journal import check_journal
 from moesaic.orchestrator.texts import Source, documents
 from moesaic.search.knobs import Knob
 from tests.orchestrator.projects import make_recipe
@@ -498,10 +499,13 @@ def test_rows_of_text_are_read_or_refused(
     assert found is None or all(isinstance(text, str) for text in found)
 
 
+_KNOBS = [Knob("slope", "", 0.0, -1.0, 1.0)]
+_MADE_OF = {"model": "a"}
+
+
 def opened_study(journal: Path) -> Study:
-    knobs = [Knob("slope", "", 0.0, -1.0, 1.0)]
-    made_of, starts = {"model": "a"}, {"as predicted": {}}
-    return Study(journal, "small", knobs, ["kl"], "random", 3, made_of, starts)
+    starts = {"as predicted": {}}
+    return Study(journal, "small", _KNOBS, ["kl"], "random", 3, _MADE_OF, starts)
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +535,9 @@ def test_a_journal_is_gone_on_with_or_refused(
         with opened_study(file) as study:
             return study.told()
 
+    content = file.read_bytes()
+    tells(lambda: check_journal(file, "small", facts(_MADE_OF, _KNOBS, ["kl"]), True))
+    assert file.read_bytes() == content
     found = tells(read)
     assert found is None or all(isinstance(told, Told) for told in found)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import study as study_module
+from moesaic.orchestrator import study_journal
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.study import Study
 from moesaic.search.knobs import Knob
@@ -97,7 +97,11 @@ def test_a_resumed_sampler_does_not_draw_the_same_again(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "model": ({"made_of": {"model": "b", "sequences": [[0, 4]]}}, "model: a, now b"),
+    "model": ({"made_of": {"model": "b", "sequences": [[0, 4]]}}, "else: the model differs (anoth"),
+    "rows": (
+        {"made_of": {"model": "a", "sequences": [[0, 3]]}},
+        "sequences: [[0, 4]], now [[0, 3]",
+    ),
     "range": (
         {"knobs": [Knob("slope", "", 0.0, -2.0, 1.0), *KNOBS[1:]]},
         "knobs slope: [-1.0, 1.0], now [-2.0, 1.0]",
@@ -170,7 +174,7 @@ def test_a_lock_that_a_dead_process_left_in_the_journal_is_waited_for_and_taken(
 ) -> None:
     with study(tmp_path) as opened:
         opened.tell(opened.ask(), {"kl": 1.0})
-    monkeypatch.setattr(study_module, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(study_journal, "_GRACE_SECONDS", 0.5)
     (tmp_path / "journal.log.lock").write_bytes(b"")
     with study(tmp_path) as opened:
         opened.tell(opened.ask(), {"kl": 2.0})

@@ -1,8 +1,10 @@
 """moesaic tune: trials on resident models, what they find, what stops them, what they leave."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.study_journal import locked
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
 from moesaic.search.base import Infeasible, Plan
@@ -64,6 +68,30 @@ def make(model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return made
 
     return project
+
+
+@pytest.fixture(scope="module")
+def known_study(model: Path, measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study of ``CHAINS`` with two trials."""
+    folder = tmp_path_factory.mktemp("known")
+    with pytest.MonkeyPatch.context() as patch:
+        project = Project(folder, model, patch)
+        project.write(**CHAINS)
+        shutil.copytree(measured, folder / "store")
+        project.tune(2)
+    return project.output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Name → content of all files."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def copied(folder: Path, output: Path) -> dict[str, bytes]:
+    """Copies the folder of a run; what is in it."""
+    shutil.copytree(folder, output)
+    return contents(output)
 
 
 def chains(units: dict[str, Any]) -> dict[str, Chain]:
@@ -428,6 +456,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "infinite": ({"tune": {"constraints": {"latency": math.inf}}}, "tune.constraints.latency"),
     "bytes limit": ({"tune": {"constraints": {"bytes": "1 MB"}}}, "the budget is the limit"),
     "kl limit": ({"tune": {"constraints": {"kl": 0.1}}}, "kl is the only objective"),
+    "several pruned": (
+        {"tune": {"objectives": ["bytes", "kl"], "prune": True}},
+        "prune: with several objectives or constraints no trial is given up early",
+    ),
+    "constrained pruned": (
+        {"tune": {"constraints": {"latency": 1}, "prune": True}},
+        "prune: with several objectives or constraints no trial is given up early",
+    ),
     "unheeded": (
         {"tune": {"constraints": {"latency": 1}, "sampler": "cmaes"}},
         "cmaes heeds no constraints: take tpe, gp, nsga2",
@@ -462,22 +498,111 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(case: str, make: Make) 
     assert project.calls.total() == 0
 
 
-def test_a_study_with_another_budget_is_refused(make: Make) -> None:
-    project = make()
-    project.tune(4)
-    project = make(budget={"bits_per_weight": 5.0})
-    with pytest.raises(UserError, match="made with something else: budget in bytes"):
+# What a study of CHAINS cannot be gone on with, and what is said of it.
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "budget": (
+        {"budget": {"bits_per_weight": 5}},
+        "budget: 4.5 bits per weight, now 5.0 bits per weight",
+    ),
+    "bytes": (
+        {"budget": {"bits_per_weight": None, "bytes": 110_000}},
+        "budget: 4.5 bits per weight, now 110,000 bytes",
+    ),
+    "candidates": (
+        {"candidates": [BITS, *CHAINS["candidates"][1:], {**BITS, "bits": [3, 6], "clip": "mse"}]},
+        "candidates: 2 added (rtn(bits=3, group_size=-1, clip=mse); rtn(bits=6, group_size=-1, cl",
+    ),
+    "fewer": (
+        {"candidates": [{**BITS, "bits": [2, 4]}]},
+        "candidates: 5 removed (rtn(bits=8, group_size=-1); reap(keep=0.5) → rtn(bits=4, group_si",
+    ),
+    "text": ({"calibration": {"length": 23}}, "calibration text differs (its files, sequences"),
+    "knobs": ({"tune": {"knobs": {"mix": 0}}}, "knobs mix: [0.0, 1.0], now [0.0, 0.0]"),
+    "groups": ({"tune": {"groups": {"a": "q_proj"}}}, "groups a: none, now q_proj"),
+    "objectives": (
+        {"tune": {"objectives": ["kl", "bytes"], "prune": False}},
+        'objectives: ["kl"], now ["kl", "bytes"]',
+    ),
+    "constraints": (
+        {"tune": {"constraints": {"latency": 9}, "prune": False}},
+        'constraints: null, now {"latency": 9.0}',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_study_of_something_else_is_refused_before_any_work(
+    case: str, make: Make, known_study: Path
+) -> None:
+    changes, text = OTHERS[case]
+    project = make(**changes)
+    before = copied(known_study, project.output)
+    with pytest.raises(UserError) as error:
         project.tune(5)
-    with pytest.raises(UserError, match="is there already"):
-        project.tune(5, resume=False)
-    project.tune(4, storage=project.folder / "other.log")
+    assert "was made with something else: " in str(error.value) and text in str(error.value)
+    assert project.calls.total() == 0 and contents(project.output) == before
 
 
-def test_a_study_with_other_measurements_is_refused(make: Make) -> None:
+def test_another_model_is_told_in_words(make: Make, known_study: Path, tmp_path: Path) -> None:
+    other = make_model_folder(tmp_path / "other", "qwen3_moe", tie_word_embeddings=True)
+    project = make(model=str(other))
+    before = copied(known_study, project.output)
+    with pytest.raises(UserError, match="made with something else: the model differs"):
+        project.tune(5)
+    assert project.calls.total() == 0 and contents(project.output) == before
+
+
+def test_a_study_that_is_there_may_be_refused_or_begun_elsewhere(
+    make: Make, known_study: Path
+) -> None:
     project = make()
+    before = copied(known_study, project.output)
+    with pytest.raises(UserError, match="the study 'small' is there already"):
+        project.tune(5, resume=False)
+    assert project.calls.total() == 0 and contents(project.output) == before
+    project = make(budget={"bits_per_weight": 5.0})
+    project.tune(4, storage=project.folder / "other.log")
+    assert contents(project.output)["journal.log"] == before["journal.log"]
+
+
+@pytest.mark.parametrize("state", ["damaged", "held", "a folder"])
+def test_a_journal_that_cannot_be_used_is_refused_before_any_work(
+    state: str, make: Make, known_study: Path
+) -> None:
+    project = make(baselines={"all": {**BITS, "bits": 4}})
+    before = copied(known_study, project.output)
+    journal = project.output / "journal.log"
+    with ExitStack() as stack:
+        told = f"process {os.getpid()} is at work on it"
+        if state == "held":
+            stack.enter_context(locked(journal))
+        elif state == "damaged":
+            journal.write_bytes(before["journal.log"] + b"garbage\n")
+            told = "journal.log: is damaged"
+        else:
+            journal.unlink()
+            journal.mkdir()
+            told = "journal.log: cannot be used"
+        before = contents(project.output)
+        with pytest.raises(UserError, match=told):
+            project.tune(5)
+        assert project.calls.total() == 0 and contents(project.output) == before
+
+
+def test_a_line_that_has_no_end_yet_is_no_obstacle_before_any_work(
+    make: Make, known_study: Path
+) -> None:
+    project = make()
+    before = copied(known_study, project.output)["journal.log"]
+    (project.output / "journal.log").write_bytes(before + b'{"op_code": 4, "wor')
     project.tune(2)
+    assert contents(project.output)["journal.log"].startswith(before)
+
+
+def test_a_study_with_other_measurements_is_refused(make: Make, known_study: Path) -> None:
     project = make(calibration={"gradient_sequences": 12})
-    with pytest.raises(UserError, match="made with something else: measurements"):
+    copied(known_study, project.output)
+    with pytest.raises(UserError, match=r"made with something else: measurements differ \(other"):
         project.tune(3)
 
 
@@ -497,6 +622,21 @@ def test_groups_and_options_are_knobs(make: Make) -> None:
         "gptq.act_order"
     ]["allowed"] == ["any", "true", "false"]
     assert set(project.json("study.json")["best"]["values"]) == set(knobs)
+    _, calls = project.tune(4)  # what is known of knobs before measuring is what there is then
+    assert calls.total() == 0
+
+
+def test_a_study_of_layers_that_share_out_their_experts_goes_on(make: Make) -> None:
+    """Their options are others once they have."""
+    reduced = [{"method": "stun", "keep": 0.5, "window": [1, 2]}, {**BITS, "bits": [4, 8]}]
+    project = make(candidates=[BITS, reduced], tune={"sequences": 2})
+    project.tune(4)
+    before = trials(project)
+    project.tune(5)
+    pd.testing.assert_series_equal(trials(project)["kl"][:4], before["kl"])
+    other = make(candidates=[BITS, reduced], tune={"sequences": 2, "knobs": {"mix": 0}})
+    with pytest.raises(UserError, match="else: knobs mix"):
+        other.tune(6)
 
 
 @pytest.mark.parametrize(
@@ -535,6 +675,17 @@ def test_values_of_options_are_fixed_as_they_are_written(
     knobs = study_terms.knobs_of(experiment, study_terms.sized_allocator(experiment))
     (found,) = [k for k in knobs if k.name == knob]
     assert found.to_json()["allowed"] == allowed
+
+
+@pytest.mark.parametrize("tune", [{}, {"prune": True}, {"objectives": ["bytes", "kl"]}])
+def test_a_recipe_as_resolved_can_be_tuned_again(tune: dict[str, Any], make: Make) -> None:
+    project = make(tune=tune)
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    again = project.folder / "again.yaml"
+    again.write_text(experiment.recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(again) == experiment.recipe
+    section = study_terms.section(experiment)
+    assert section.prunes == (len(section.objectives) == 1)
 
 
 def test_rungs_grow_to_all_sequences(make: Make) -> None:
