@@ -33,6 +33,8 @@ _GROW_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 # Deaths in a row of workers that had not answered yet.
 _FAILED_STARTS = 5
+# Nodes that are named in one line.
+_NAMES = 5
 # Characters shown of what Ray tells of a death.
 _CAUSE = 300
 # oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts bring a new one with almost
@@ -111,6 +113,7 @@ class Roster:
                 " when nodes join",
                 markup=False,
             )
+        self._tell_unused(nodes)
         self.beside = min(count, max(map(self._fitting_node, nodes), default=1))
         self.slots = [self._start() for _ in range(count)]
         self._looked = time.monotonic()
@@ -139,11 +142,30 @@ class Roster:
         count = int(node.get("CPU", 0)) // self.cpus
         return min(count, shares(node.get("GPU", 0.0), self.gpus)) if self.gpus else count
 
+    def _tell_unused(self, nodes: Iterable[Mapping[str, float]]) -> None:
+        """Nodes that no worker fits; one without a processor to give is not meant to work."""
+        unused = [node for node in nodes if node.get("CPU", 0) and not self._fitting_node(node)]
+        if not unused:
+            return
+        names = [name for node in unused if (name := _address(node))]
+        shown = ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "")
+        each = f"{self.cpus} CPU and {self.gpus:g} GPU" if self.gpus else f"{self.cpus} CPU"
+        how = "compute.cpus_per_worker"
+        if self.gpus:
+            how += ", or compute.gpus_per_worker: 0 for the processors of all nodes and no GPU"
+        stderr.print(
+            f"compute: {len(unused)} node(s) take no part{f' ({shown})' if names else ''}: no"
+            f" worker of {each} fits them; see {how}",
+            markup=False,
+        )
+
     def _start(self) -> Slot:
         """Asks Ray for a worker, which comes when some node has room."""
         from moesaic.orchestrator.worker import Worker
 
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
+        if not self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them to who asked for none
         options = {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus,
@@ -293,6 +315,12 @@ def why_dead(text: str) -> str:
 def _alive_nodes() -> list[Mapping[str, float]]:
     """What each node has."""
     return [node["Resources"] for node in interruptible(ray.nodes) if node["Alive"]]
+
+
+def _address(resources: Mapping[str, float]) -> str:
+    """Where a node is; Ray names a resource after it."""
+    own = (name.removeprefix("node:") for name in resources if name.startswith("node:"))
+    return next((name for name in own if not name.startswith("__")), "")
 
 
 def _check_installed(there: Mapping[str, str]) -> None:

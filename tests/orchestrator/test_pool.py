@@ -198,11 +198,11 @@ def test_the_pool_goes_on_after_a_run_that_failed(pool: Pool, tmp_path: Path) ->
     assert (tmp_path / "notes").read_text().splitlines()[-1] == "b"
 
 
-def test_workers_have_as_many_threads_as_processors(pool: Pool) -> None:
+def test_workers_have_as_many_threads_as_processors_and_no_gpu_unasked(pool: Pool) -> None:
     found: list[str] = []
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
     pool.run(task("environment", name=n, done=lambda v: found.append(v) or ()) for n in names)
-    assert sorted(found) == ["1", "PASSIVE"]
+    assert sorted(found) == ["", "1", "PASSIVE"]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,43 @@ def test_workers_are_counted_node_by_node(
     else:
         with pytest.raises(UserError, match="at most 0"):
             _ = asked.size
+
+
+@pytest.mark.parametrize(
+    ("compute", "line"),
+    [
+        (
+            Compute(),
+            "compute: 2 node(s) take no part (10.0.0.2, 10.0.0.3): no worker of 1 CPU and 1 GPU"
+            " fits them; see compute.cpus_per_worker, or compute.gpus_per_worker: 0 for the"
+            " processors of all nodes and no GPU\n",
+        ),
+        (
+            Compute(gpus_per_worker=0, cpus_per_worker=8),
+            "compute: 1 node(s) take no part (10.0.0.3): no worker of 8 CPU fits them; see"
+            " compute.cpus_per_worker\n",
+        ),
+        (Compute(gpus_per_worker=0), ""),
+    ],
+)
+def test_nodes_that_take_no_part_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compute: Compute,
+    line: str,
+) -> None:
+    """A mixed cluster; its head has no processor to give."""
+    resources = [
+        {"CPU": 8.0, "GPU": 2.0, "node:10.0.0.1": 1.0},
+        {"CPU": 8.0, "node:10.0.0.2": 1.0},
+        {"CPU": 4.0, "node:10.0.0.3": 1.0},
+        {"CPU": 0.0, "node:__internal_head__": 1.0, "node:10.0.0.9": 1.0},
+    ]
+    nodes = [{"Alive": True, "Resources": node} for node in resources]
+    monkeypatch.setattr(placing.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(Roster, "_start", lambda self: placing.Slot(None, None, 0.0))
+    Roster(compute).ask()
+    assert capsys.readouterr().err == line
 
 
 def test_an_empty_run_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
