@@ -38,23 +38,20 @@ class KeptLimits:
         pipeline: whose plans they are.
         limits: of the study.
         best: the trial whose plan is refined.
-        start: that plan.
 
     Attributes:
         most: figure → the most that a plan may have.
-        most_bytes: that a plan may have as searches count them, with headers at their bound; None
-            where the recipe's budget alone limits it.
+        most_bytes: that a refiner may give a plan, or as many as the trial's plan has: it counts
+            headers of files at their bound. None where the recipe's budget alone limits it.
         working: whether a worker was asked for anything.
     """
 
-    def __init__(self, pipeline: "Pipeline", limits: Limits, best: Told, start: Plan) -> None:
+    def __init__(self, pipeline: "Pipeline", limits: Limits, best: Told) -> None:
         self.pipeline = pipeline
         self.most = dict(limits.limits)
         if limits.first != "kl":
             self.most[limits.first] = best.figures[limits.first]
-        self.most_bytes: int | None = None
-        if "bytes" in self.most:
-            self.most_bytes = start.bytes + int(self.most["bytes"] - best.figures["bytes"])
+        self.most_bytes = int(self.most["bytes"]) if "bytes" in self.most else None
         self.working = False
         self._left_out: list[str] = []
 

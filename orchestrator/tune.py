@@ -143,7 +143,7 @@ class TunedPipeline(Pipeline):
         if self.experiment.recipe.refine is None:
             return start
         assert self.best is not None, "its plan is refined"
-        kept = KeptLimits(self, limits(self.experiment), self.best, start)
+        kept = KeptLimits(self, limits(self.experiment), self.best)
         plan = self._refine(start, kept.keeps, kept.most_bytes)
         if kept.working:
             release(self.pool)

@@ -9,10 +9,12 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
 from moesaic.methods.base import Chain, is_repair
+from moesaic.search.base import Measurement, Problem
 
 T = TypeVar("T")
 Rule = Callable[[Chain], bool]
@@ -66,6 +68,21 @@ class Reach:
             return list(offers)
         some = self._some(tuple(map(chain, offers)))
         return [offer for offer, is_left in zip(offers, some, strict=True) if is_left]
+
+    def problem(self, given: Problem) -> Problem:
+        """The problem with what may be left of its choices and alternatives."""
+
+        def kept(choices: Mapping[str, Sequence[Measurement]]) -> dict[str, list[Measurement]]:
+            return {name: self.left(found, lambda m: m.chain) for name, found in choices.items()}
+
+        banks = {
+            bank: [
+                replace(a, choices=kept(a.choices))
+                for a in self.left(alternatives, lambda a: a.prefix)
+            ]
+            for bank, alternatives in given.banks.items()
+        }
+        return replace(given, choices=kept(given.choices), banks=banks)
 
     def _of(self, chains: tuple[Chain, ...]) -> list[bool]:
         everything, union = (1 << len(chains)) - 1, 0

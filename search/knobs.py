@@ -218,19 +218,7 @@ class Allocator:
             ValueError: there is no plan at all.
         """
         reach = Reach({knob.name: knob.choices for knob in knobs if knob.choices})
-
-        def kept(choices: Mapping[str, Sequence[Measurement]]) -> dict[str, list[Measurement]]:
-            return {name: reach.left(found, lambda m: m.chain) for name, found in choices.items()}
-
-        banks = {
-            bank: [
-                replace(a, choices=kept(a.choices))
-                for a in reach.left(alternatives, lambda a: a.prefix)
-            ]
-            for bank, alternatives in self.problem.banks.items()
-        }
-        given = replace(self.problem, choices=kept(self.problem.choices), banks=banks)
-        return smallest_bytes(given, self.strategy)
+        return smallest_bytes(reach.problem(self.problem), self.strategy)
 
     def starts(self) -> dict[str, dict[str, Value]]:
         """Values to try first, by name: the allocation as predicted, the even one, and the greedy
