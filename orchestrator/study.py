@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +112,9 @@ class Study:
         starts: name → values to try first.
         resume: whether a study that is there already may be gone on with.
 
+    Attributes:
+        is_new: whether the plan of some values is not known yet; values are drawn again while not.
+
     Raises:
         UserError: the study is there and made of something else or not to be resumed, the journal
             is damaged, or somebody else is at work on it.
@@ -140,6 +143,7 @@ class Study:
         self._starts = starts
         self._resume = resume
         self._lock: IO[str] | None = None
+        self.is_new: Callable[[Values], bool] = lambda values: True
 
     def __enter__(self) -> "Study":
         self._take_lock()
@@ -221,7 +225,9 @@ class Study:
             _bury_zombies(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(self.sampler, draws % 2**32)
+        study.sampler = make_sampler(
+            self.sampler, draws % 2**32, self.knobs, lambda values: self.is_new(values)
+        )
         return study
 
     def _check(self, known: Mapping[str, Any]) -> None:
