@@ -11,7 +11,7 @@ One driver at a time works on a journal (:mod:`moesaic.orchestrator.study_journa
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,9 @@ class Study:
         starts: name → values to try first.
         resume: whether a study that is there already may be gone on with.
 
+    Attributes:
+        is_new: whether the plan of some values is not known yet; values are drawn again while not.
+
     Raises:
         UserError: the study is there and made of something else or not to be resumed, the journal
             is damaged, or somebody else is at work on it.
@@ -149,6 +152,7 @@ class Study:
         self.made_of = facts(made_of, knobs, objectives)
         self._starts = starts
         self._resume = resume
+        self.is_new: Callable[[Values], bool] = lambda values: True
 
     def __enter__(self) -> "Study":
         with ExitStack() as held:
@@ -195,7 +199,9 @@ class Study:
             _bury_zombies(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(self.sampler, draws % 2**32)
+        study.sampler = make_sampler(
+            self.sampler, draws % 2**32, self.knobs, lambda values: self.is_new(values)
+        )
         return study
 
     # Trials

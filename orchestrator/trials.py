@@ -96,6 +96,10 @@ class Trials:
         # The trial that the next idle worker takes.
         self.prepared: _Job | None = None
         self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
+        # What every plan consists of that was ever asked for; the plan of the values drawn last.
+        self.known: set[str] = set()
+        self.drawn: tuple[Mapping[str, Value], Plan] | None = None
+        study.is_new = self._is_new
         self.finished = self.front = 0
         self.failures = Failures()
         self.timed = section(self.experiment).timed
@@ -110,6 +114,7 @@ class Trials:
         """Trials until there are as many as wanted, or time is up."""
         known = self.study.told()
         for trial in known:
+            self.known.add(str(trial.attributes.get("plan")))
             self.record.add(trial)
             self._rank(trial)
             self.failures.planned |= "plan" in trial.attributes
@@ -195,7 +200,7 @@ class Trials:
             asked = self.study.ask()
             self.begun += 1
             try:
-                plan = self.plan(asked.values, asked.start)
+                plan = self._plan_of(asked)
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], NO_PLAN, str(error))
                 continue
@@ -204,8 +209,26 @@ class Trials:
             key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
+            self.known.add(key)
             self.prepared = _Job(asked, plan, pieces, mixtures, size, key)
         return self.prepared
+
+    def _is_new(self, values: Mapping[str, Value]) -> bool:
+        """Whether no trial has the plan of these values; where there is none, the trial will say
+        why."""
+        self.drawn = None
+        try:
+            plan = self.plan(values, None)
+        except (RecipeError, Infeasible, ValueError):
+            return True
+        self.drawn = values, plan
+        return self.key(plan) not in self.known
+
+    def _plan_of(self, asked: Asked) -> Plan:
+        """The plan of a trial, which is there already where its values were drawn."""
+        if asked.start is None and self.drawn is not None and self.drawn[0] == asked.values:
+            return self.drawn[1]
+        return self.plan(asked.values, asked.start)
 
     def _meanwhile(self) -> bool:
         """A step of what no worker waits for: what follows from results, the next trial's plan, the

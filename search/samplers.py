@@ -8,10 +8,13 @@
 | random | what the others must beat | any | no |
 | cmaes | evolves a normal distribution; for numbers, others are drawn at random | one | no |
 
+With ``tpe``, ``gp`` and ``random`` values that lead to a plan known already are drawn again
+(:mod:`moesaic.search._fresh`); the others breed from a whole population, which that would disturb.
+
 Optuna takes a moment to import, so that happens where it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesaic.search.knobs import Knob, Values
@@ -24,6 +27,8 @@ SAMPLERS = ("tpe", "gp", "nsga2", "random", "cmaes")
 # Trials that are drawn at random before a model is trusted; those tried first count.
 _STARTUP = 10
 _POPULATION = 20
+# Draws of a sampler until a plan is new, at most; a Gaussian process would say the same again.
+_DRAWS = {"tpe": 8, "gp": 1, "random": 8}
 
 
 def refusal(name: str, objectives: int, constraints: int = 0) -> str | None:
@@ -37,12 +42,27 @@ def refusal(name: str, objectives: int, constraints: int = 0) -> str | None:
     return None
 
 
-def make_sampler(name: str, seed: int) -> "BaseSampler":
+def make_sampler(
+    name: str, seed: int, knobs: Sequence[Knob], is_new: Callable[[Values], bool]
+) -> "BaseSampler":
     """The sampler.
+
+    Args:
+        knobs: what it draws.
+        is_new: whether the plan of some values is not known yet.
 
     Raises:
         ValueError: no such sampler.
     """
+    sampler = _plain_sampler(name, seed)
+    if name not in _DRAWS:
+        return sampler
+    from moesaic.search._fresh import FreshSampler
+
+    return FreshSampler(sampler, _DRAWS[name], knobs, is_new, seed + 1)
+
+
+def _plain_sampler(name: str, seed: int) -> "BaseSampler":
     from optuna import samplers
 
     if name == "tpe":

@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -13,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,88 +19,28 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from tests.drivers import (
+    MOESAIC,
+    TIMEOUT,
+    children,
+    doomed,
+    finish,
+    forked,
+    gone,
+    logs,
+    start,
+    wait_for_workers,
+    wait_until,
+)
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
-MOESAIC = [sys.executable, "-m", "moesaic.orchestrator.cli"]
-TIMEOUT = 280  # for every wait; a test has several
 pytestmark = pytest.mark.timeout(900)
-# Most of a start is importing. Drivers that are to be killed are forked from a process that has
-# imported everything already, once for all of them.
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["moesaic.orchestrator.cli", "moesaic.orchestrator.run"])
-
-
-def start(recipe: Path, output: Path) -> subprocess.Popen[str]:
-    command = [*MOESAIC, "run", str(recipe), "--output", str(output), "--json"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=output.parent
-    )
-
-
-def _drive(recipe: Path, output: Path) -> None:
-    """In a process of its own: the command that :func:`start` starts."""
-    from moesaic.orchestrator import cli
-
-    os.chdir(output.parent)
-    for stream, file in zip((1, 2), logs(output), strict=True):
-        with file.open("w") as log:
-            os.dup2(log.fileno(), stream)
-    sys.argv = ["moesaic", "run", str(recipe), "--output", str(output), "--json"]
-    cli.main()
-
-
-def logs(output: Path) -> tuple[Path, Path]:
-    """Where a forked driver's stdout and stderr are."""
-    return output.parent / "stdout.log", output.parent / "stderr.log"
-
-
-@contextlib.contextmanager
-def forked(recipe: Path, output: Path) -> Iterator[BaseProcess]:
-    """A driver; what is left of it when the block ends is killed."""
-    process = FORKED.Process(target=_drive, args=(recipe, output))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
-
-
-@contextlib.contextmanager
-def doomed(recipe: Path, output: Path) -> Iterator[BaseProcess]:
-    """A driver that runs until the block ends, which is when ``kill -9`` comes."""
-    with forked(recipe, output) as process:
-        yield process
-        assert process.is_alive()
-    assert process.exitcode == -signal.SIGKILL
-    assert not any("Traceback" in log.read_text() for log in logs(output))
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, object]:
-    stdout, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, stderr
-    assert stdout.count("\n") == 1, stdout
-    result: dict[str, object] = json.loads(stdout)
-    return result
 
 
 def contents(output: Path) -> dict[str, str]:
     """Digest of every file of plan and checkpoint."""
     files = [output / "plan.json", *sorted((output / "model").iterdir())]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not happened():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def wait_for_workers(process: BaseProcess) -> list[psutil.Process]:
-    wait_until(lambda: len(children(process, "ray::Worker")) == 2, process)
-    return children(process, "ray::Worker")
 
 
 def wait_for_entries(store: Path, count: int, process: BaseProcess) -> None:
@@ -113,22 +51,6 @@ def wait_for_entries(store: Path, count: int, process: BaseProcess) -> None:
 
 def entries(store: Path) -> list[Path]:
     return list(store.rglob("*.seal.json"))
-
-
-def children(process: BaseProcess, name: str = "") -> list[psutil.Process]:
-    found = []
-    assert process.pid is not None
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if name in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=60)[1]
 
 
 @pytest.fixture(scope="module")

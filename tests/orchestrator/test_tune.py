@@ -218,6 +218,16 @@ def test_equal_plans_are_judged_once(make: Make) -> None:
     assert table["same_as"].notna().sum() >= 1
 
 
+def test_plans_that_are_known_are_not_proposed_again_nor_after_a_resume(make: Make) -> None:
+    project = make(tune={"prune": False, "sequences": 2})
+    project.tune(12)
+    project.tune(20, size=2)
+    table = trials(project)
+    drawn = table["start"].isna()
+    first, later = (set(table.loc[which, "plan"]) for which in (~drawn, drawn))
+    assert len(later) == drawn.sum() == 16 and not first & later
+
+
 def test_trials_that_fall_behind_stop_early(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make()
     project.tune(10)

@@ -6,11 +6,12 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from functools import cache
 
 import optuna
 import pytest
 
-from moesaic.methods.base import Spec
+from moesaic.methods.base import Chain, Spec
 from moesaic.search import samplers
 from moesaic.search.base import (
     Alternative,
@@ -22,7 +23,7 @@ from moesaic.search.base import (
     smallest_bytes,
 )
 from moesaic.search.knapsack import search
-from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, narrowed
+from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, Value, Values, narrowed
 from moesaic.search.samplers import SAMPLERS, make_sampler, refusal, start_params, suggest
 from tests.search.problems import best_by_looking_at_all
 
@@ -126,41 +127,52 @@ def test_plans_are_the_best_of_all_under_the_formula(seed: int) -> None:
     assert loss(chosen) == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_sixty_trials_come_near_the_optimum_of_24_layers(sampler: str) -> None:
-    """Losses are predicted with a wrong exponent, without the depth's and the kind's share."""
-    reached = []
-    for seed in range(4):
-        generator = random.Random(seed)
-        measured = [math.exp(generator.gauss(0, 1)) for _ in range(24)]
-        noise = [math.exp(generator.gauss(0, 0.1)) for _ in range(24)]
-        kinds = [(1.0, 3.0, 0.3)[i % 3] for i in range(24)]
-        depth = [math.exp(1.5 * (0.5 - i / 23)) for i in range(24)]
-        true = [
-            m**0.6 * n * k * d for m, n, k, d in zip(measured, noise, kinds, depth, strict=True)
-        ]
-        given, real = layers_problem(measured), layers_problem(true)
-        optimum = search(real).loss
-        uniform = sum(true) * 4.0**-4
-        allocator = Allocator(given, placed(given))
+def reached_of_24_layers(sampler: str, seed: int) -> float:
+    """Share of the way from the uniform plan to the optimum that 60 trials come.
 
-        def objective(trial: optuna.Trial) -> float:
-            plan = allocator.plan(suggest(trial, allocator.knobs))  # noqa: B023
-            return true_loss(true, given, dict(plan.units))  # noqa: B023
+    Losses are predicted with a wrong exponent, without the depth's and the kind's share.
+    """
+    generator = random.Random(seed)
+    measured = [math.exp(generator.gauss(0, 1)) for _ in range(24)]
+    noise = [math.exp(generator.gauss(0, 0.1)) for _ in range(24)]
+    kinds = [(1.0, 3.0, 0.3)[i % 3] for i in range(24)]
+    depth = [math.exp(1.5 * (0.5 - i / 23)) for i in range(24)]
+    true = [m**0.6 * n * k * d for m, n, k, d in zip(measured, noise, kinds, depth, strict=True)]
+    given, real = layers_problem(measured), layers_problem(true)
+    optimum = search(real).loss
+    uniform = sum(true) * 4.0**-4
+    allocator = Allocator(given, placed(given))
+    known = set()
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(sampler=make_sampler(sampler, seed))
-        for name, start in allocator.starts().items():
-            if name != GREEDY:  # knobs do not say which strategy
-                study.enqueue_trial(start_params(allocator.knobs, start))
-        study.optimize(objective, n_trials=60)
-        values = [t.value for t in study.trials]
-        assert values[1] == pytest.approx(uniform)
-        reached.append((uniform - study.best_value) / (uniform - optimum))
-    if sampler == "tpe":
-        # One in ten or so is caught on the plateau of the uniform plan.
-        assert statistics.median(reached) >= 0.97, reached
-    assert max(reached) <= 1 + 1e-9
+    @cache
+    def units(values: frozenset[tuple[str, Value]]) -> frozenset[tuple[str, Chain]]:
+        return frozenset(allocator.plan(dict(values)).units.items())
+
+    def is_new(values: Values) -> bool:
+        return units(frozenset(values.items())) not in known
+
+    def objective(trial: optuna.Trial) -> float:
+        plan = units(frozenset(suggest(trial, allocator.knobs).items()))
+        known.add(plan)
+        return true_loss(true, given, dict(plan))
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=make_sampler(sampler, seed, allocator.knobs, is_new))
+    for name, start in allocator.starts().items():
+        if name != GREEDY:  # knobs do not say which strategy
+            study.enqueue_trial(start_params(allocator.knobs, start))
+    study.optimize(objective, n_trials=60)
+    assert study.trials[1].value == pytest.approx(uniform)
+    return (uniform - study.best_value) / (uniform - optimum)
+
+
+def test_sixty_trials_come_near_the_optimum_of_24_layers() -> None:
+    reached = sorted(reached_of_24_layers("tpe", seed) for seed in range(16))
+    assert reached[-1] <= 1 + 1e-9
+    assert statistics.median(reached) >= 0.97, reached
+    assert reached[1] >= 0.9, reached  # one of sixteen may end below
+    drawn = [reached_of_24_layers("random", seed) for seed in range(8)]
+    assert statistics.median(drawn) < statistics.median(reached), drawn
 
 
 def option_problem() -> Problem:
@@ -335,7 +347,7 @@ def test_every_wrong_wish_is_named_with_what_is_allowed() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_values_within_their_ranges(name: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=make_sampler(name, 1))
+    study = optuna.create_study(sampler=make_sampler(name, 1, KNOBS, lambda values: True))
     for _ in range(12 if name == "gp" else 25):
         trial = study.ask()
         values = suggest(trial, KNOBS)
@@ -344,11 +356,41 @@ def test_every_sampler_gives_values_within_their_ranges(name: str) -> None:
         study.tell(trial, float(values["slope"]) ** 2)
 
 
+@pytest.mark.parametrize("name", ["tpe", "gp", "random"])
+def test_values_of_known_plans_are_drawn_again(name: str) -> None:
+    """A plan is known by the half of the slope's range; a fixed knob stands among the values."""
+    knobs = [*KNOBS, Knob("fixed", "", 2.0, 2.0, 2.0)]
+    asked: list[Values] = []
+
+    def is_new(values: Values) -> bool:
+        asked.append(values)
+        return float(values["slope"]) > 0
+
+    study = optuna.create_study(sampler=make_sampler(name, 1, knobs, is_new))
+    study.enqueue_trial(start_params(knobs, {"slope": -1.0}))
+    for number in range(12):
+        trial = study.ask()
+        values = suggest(trial, knobs)
+        assert (values["slope"] == -1.0) if number == 0 else (values == asked[-1])
+        assert (number == 0) == (float(values["slope"]) <= 0)
+        study.tell(trial, float(values["slope"]) ** 2)
+    assert len(asked) > 12  # and no enqueued one among them
+    assert all(values["fixed"] == 2.0 for values in asked)
+
+
+def test_where_no_plan_is_new_some_values_come_all_the_same() -> None:
+    study = optuna.create_study(sampler=make_sampler("tpe", 1, KNOBS, lambda values: False))
+    for _ in range(12):
+        trial = study.ask()
+        assert -3 <= float(suggest(trial, KNOBS)["slope"]) <= 3
+        study.tell(trial, 1.0)
+
+
 def test_samplers_are_refused_by_name() -> None:
     assert refusal("tpe", 2) is None and refusal("cmaes", 1) is None
     assert "cmaes cannot do 2 objectives" in (refusal("cmaes", 2) or "")
     with pytest.raises(ValueError, match="known are tpe"):
-        samplers.make_sampler("grid", 0)
+        samplers.make_sampler("grid", 0, KNOBS, lambda values: True)
 
 
 def test_weights_of_sources_weigh_each_loss_by_its_parts() -> None:
