@@ -56,6 +56,7 @@ class Cache:
         make_folder(folder, "cache.folder")
         self._guard = threading.Lock()
         self._pinned: set[str] = set()
+        self._lasting: set[str] = set()
         self._pins: IO[str] | None = None
         self._process = 0
         self._unseen: float | None = None  # bytes added since the folder was looked at
@@ -101,31 +102,39 @@ class Cache:
     def _own_pins(self) -> IO[str]:
         """This process's list; a process that was forked off begins its own."""
         if self._pins is None or self._process != os.getpid():
-            self._pinned = set()
+            self._pinned, self._lasting = set(), set()
             self._pins = (self.folder / _PINS / uuid.uuid4().hex).open("w", encoding="utf-8")
             fcntl.flock(self._pins, fcntl.LOCK_EX)
             self._process = os.getpid()
         return self._pins
 
-    def pin(self, path: Path) -> None:
-        """Keeps a file, there or to come, until :meth:`release`."""
+    def pin(self, path: Path, lasting: bool = False) -> None:
+        """Keeps a file, there or to come, until :meth:`release`.
+
+        Args:
+            lasting: until the process ends: for what others than us open by its name.
+        """
         name = str(path.relative_to(self.folder))
-        if name in self._pinned and self._process == os.getpid():
-            return
-        with self._locked(), disk_errors(self.folder):
-            pins = self._own_pins()
-            pins.write(f"{name}\n")
-            pins.flush()
-            self._pinned.add(name)
+        if name not in self._pinned or self._process != os.getpid():
+            with self._locked(), disk_errors(self.folder):
+                pins = self._own_pins()
+                pins.write(f"{name}\n")
+                pins.flush()
+                self._pinned.add(name)
+        if lasting:
+            self._lasting.add(name)
 
     def release(self) -> None:
-        """Nothing is in use any more. What a process has mapped into memory stays readable."""
-        if self._pinned and self._process == os.getpid():
-            with self._locked():
+        """Nothing is in use any more but what lasts. What a process has mapped into memory stays
+        readable."""
+        if self._pinned - self._lasting and self._process == os.getpid():
+            with self._locked(), disk_errors(self.folder):
                 pins = self._own_pins()
                 pins.seek(0)
                 pins.truncate()
-                self._pinned.clear()
+                pins.writelines(f"{name}\n" for name in sorted(self._lasting))
+                pins.flush()
+                self._pinned = set(self._lasting)
 
     def used(self, path: Path) -> None:
         """Remembers that a file was used now."""
@@ -206,6 +215,7 @@ _OPEN: list[Cache] = []
 
 
 def release_pins() -> None:
-    """Lets go of everything that this process uses, in all caches."""
+    """Lets go of everything that this process uses, in all caches: a worker after a task, the
+    driver when it has read what it needs."""
     for known in _OPEN:
         known.release()

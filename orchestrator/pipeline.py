@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator import finalists, fronts, results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
+from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
 from moesaic.orchestrator.choices import chains_of, choices
@@ -273,6 +274,7 @@ class Pipeline:
     def piece_bytes(self, pieces: Mapping[str, str], mixtures: Mixtures) -> int:
         """The same of a plan's pieces, as :attr:`planned` gives them."""
         headers = self.planned.headers(pieces, mixtures)
+        release_pins()  # their headers are all that was wanted
         return folder_bytes(self.experiment.model, headers, self.experiment.recipe.serve)
 
     @cached_property
@@ -463,6 +465,7 @@ class Pipeline:
                 card,
                 check=lambda written: self._verify(verifier, written, folder, pieces),
             )
+        release_pins()
         self.view.advance("assemble")
         if recipe.publish is not None:
             done = "copied" if publish(folder, recipe.publish) else "is there already"

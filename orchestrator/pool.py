@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.cluster import connect, place
 from moesaic.orchestrator.deadlines import Durations
 from moesaic.orchestrator.errors import RunError
@@ -145,6 +146,7 @@ class Pool:
             UserError, RunError: as raised by a task, when a task killed its worker repeatedly, or
                 when no worker can be had.
         """
+        release_pins()  # what the driver has read for them; workers fetch their own
         loop = Loop(self, tasks)
         if loop.left:
             _ = self.size

@@ -88,7 +88,7 @@ class RemoteCheckpoint(Checkpoint):
             raise UserError(f"{url}: no model folder: there is no config.json")
         for name, info in self.remote.items():
             if PurePosixPath(name).suffix in _SMALL and info["size"] <= _SMALL_BYTES:
-                self._copied(name)
+                self._copied(name, lasting=True)
         super().__init__(path)
 
     def _name(self, file: Path) -> str:
@@ -119,6 +119,7 @@ class RemoteCheckpoint(Checkpoint):
                 self._copied(name)
                 known = self._note(name) or {}
             digest.update(json.dumps([file.name, known["digest"]]).encode())
+            self.cache.release()  # or the whole model would have to fit
         return digest.hexdigest()
 
     def _note(self, name: str) -> dict[str, Any] | None:
@@ -129,10 +130,14 @@ class RemoteCheckpoint(Checkpoint):
         except (FileNotFoundError, ValueError, AttributeError):
             return None
 
-    def _copied(self, name: str) -> Path:
-        """The copy of a file, made if it is not there; in use until pins are released."""
+    def _copied(self, name: str, lasting: bool = False) -> Path:
+        """The copy of a file, made if it is not there; in use until pins are released.
+
+        Args:
+            lasting: for as long as the process lives: transformers opens it when it likes.
+        """
         path, info = self.folder / name, self.remote[name]
-        self.cache.pin(path)
+        self.cache.pin(path, lasting)
         if self._is_whole(path, self._note(name), info):
             self.cache.used(path)
             self.cache.used(path.with_name(f"{path.name}{_NOTE}"))

@@ -116,15 +116,18 @@ class Mirror:
         self._known[name] = _parsed(content)
         return self._known[name]
 
-    def fetched(self, name: str) -> Path:
+    def fetched(self, name: str, lasting: bool = False) -> Path:
         """The file on this node, in use until pins are released.
+
+        Args:
+            lasting: or until the process ends; see :meth:`Cache.pin`.
 
         Raises:
             FileNotFoundError: there is none.
             RunError: what is there does not match its seal; it is removed.
         """
         path = self.folder / name
-        self.cache.pin(path)
+        self.cache.pin(path, lasting)
         if self._is_whole(path):
             self.cache.used(path)
             self.cache.used(seal_path(path))
@@ -257,11 +260,15 @@ def is_mirrored(path: Path) -> bool:
     return _inside(path) is not None
 
 
-def fetched(path: Path | str) -> Path:
-    """The path, the file being there; raises FileNotFoundError where there is none at the URL."""
+def fetched(path: Path | str, lasting: bool = False) -> Path:
+    """The path, the file being there; raises FileNotFoundError where there is none at the URL.
+
+    Args:
+        lasting: it stays until the process ends, not only until pins are released.
+    """
     path = Path(path)
     found = _inside(path)
-    return path if found is None else found[0].fetched(found[1])
+    return path if found is None else found[0].fetched(found[1], lasting)
 
 
 def exists(path: Path) -> bool:

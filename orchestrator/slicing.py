@@ -27,7 +27,7 @@ from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.calibrate import Walk, opened
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.dtypes import DTYPES
-from moesaic.orchestrator.errors import RecipeError
+from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
@@ -259,7 +259,10 @@ class SlicedCheckpoint(Checkpoint):
         return f"model-{part + 1:05}-of-{self.cut.parts:05}.safetensors"
 
     def _readable(self, file: Path) -> Path:
-        return fetched(file)
+        try:
+            return fetched(file)
+        except FileNotFoundError as error:
+            raise RunError(f"{error.filename}: is gone; run the same command again") from None
 
     def _write_folder(self) -> None:
         shards = {file: self._shard(part) for part, file in enumerate(self.files)}

@@ -83,13 +83,13 @@ def write_stored(
 
 def _write_once(file: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    if exists(file) and fetched(file).read_text(encoding="utf-8") == text:
-        return
 
     def fill(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
-    write_shared(file, fill)
+    if not exists(file) or fetched(file).read_text(encoding="utf-8") != text:
+        write_shared(file, fill)
+    fetched(file, lasting=True)  # transformers opens it when it likes
 
 
 def is_stored(folder: Path) -> bool:
@@ -113,7 +113,7 @@ class StoredCheckpoint(Checkpoint):
         assert isinstance(store, RemoteStore), "is_stored says so"
         self._objects, self._root = store.mirror.objects, store.root
         for name in ("config.json", INDEX, _KEYS):
-            self._fetched(path / name)
+            self._fetched(path / name, lasting=True)
         keys = _keys(path / _KEYS)
         self._places = {shard: store.path(KIND, key) for shard, key in keys.items()}
         found = store.get_many(KIND, keys.values())
@@ -134,9 +134,9 @@ class StoredCheckpoint(Checkpoint):
     def _gone(self, file: Path) -> RunError:
         return RunError(f"{self._url(file)}: is gone; run the same command again")
 
-    def _fetched(self, file: Path) -> Path:
+    def _fetched(self, file: Path, lasting: bool = False) -> Path:
         try:
-            return fetched(file)
+            return fetched(file, lasting)
         except FileNotFoundError:
             raise self._gone(file) from None
 

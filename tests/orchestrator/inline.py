@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import pipeline, report, run, score_table
+from moesaic.orchestrator import cache, pipeline, report, run, score_table
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.score_table import ScoreOptions
@@ -74,14 +74,17 @@ class InlinePool:
                 tick([task.label])
             while meanwhile is not None and meanwhile():
                 pass
+            call = resolve(task.function)
             try:
-                result: Any = resolve(task.function)(self.states[worker], **dict(task.arguments))
+                result: Any = call(self.states[worker], **dict(task.arguments))
             except Exception as error:
                 if task.failed is None:
                     raise
                 following = task.failed(type(error).__name__, str(error))
             else:
                 following = task.done(result)
+            finally:
+                cache.release_pins()  # as a worker does after a task
             for new in following:
                 heapq.heappush(waiting, (new.priority, next(order), new))
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moesaic.orchestrator import shared
+from moesaic.orchestrator import cache, shared
 from moesaic.orchestrator.worker import WorkerState
 
 MANY = 10**9
@@ -62,6 +63,32 @@ def forget() -> None:
     """As a process that begins."""
     shared._opened.cache_clear()
     shared._mirror.cache_clear()
+
+
+def in_use(folder: Path) -> set[str]:
+    """Names of the copies in a node's cache that a process has in use."""
+    (known,) = {id(known): known for known in cache._OPEN if known.folder == folder}.values()
+    return known._in_use() - {""} if (folder / ".pins").exists() else set()
+
+
+def sizes_of_cache(patch: pytest.MonkeyPatch, folder: Path) -> list[tuple[int, int]]:
+    """Filled after every task of an :class:`InlinePool`: bytes of all copies in a node's cache, and
+    of those that the task had in use."""
+    found: list[tuple[int, int]] = []
+    release = cache.release_pins
+
+    def released() -> None:
+        used = in_use(folder)
+        release()
+        sizes = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        }
+        found.append((sum(sizes.values()), sum(sizes.get(name, 0) for name in used)))
+
+    patch.setattr(cache, "release_pins", released)
+    return found
 
 
 def pinning(state: WorkerState, path: str) -> list[str]:

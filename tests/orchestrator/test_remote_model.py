@@ -20,7 +20,7 @@ from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder, o
 from moesaic.orchestrator.shared import CachePlace
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
-from tests.orchestrator.remote import MANY, Faulty, forget
+from tests.orchestrator.remote import MANY, Faulty, forget, in_use
 
 URL = "faulty://models/llama"
 
@@ -124,7 +124,21 @@ def test_shards_leave_a_small_cache_and_come_back(model: Path, tmp_path: Path) -
             release_pins()
             kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
             assert sum(path.stat().st_size for path in kept) <= limit
+
+
+def test_the_digest_of_a_model_takes_no_more_room_than_there_is(
+    model: Path, tmp_path: Path
+) -> None:
+    """What transformers opens by its name stays."""
+    whole = Checkpoint(model)
+    limit = whole.file_bytes // 2
+    found = opened(tmp_path, limit)
     assert found.fingerprint == whole.fingerprint
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) <= limit
+    used = {Path(name).name for name in in_use(tmp_path / "cache")}
+    assert used == {path.name for path in model.iterdir() if path.suffix != ".safetensors"}
+    assert all((found.folder / name).exists() for name in used)
 
 
 def test_a_truncated_download_is_repeated_and_then_told(

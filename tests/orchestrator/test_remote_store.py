@@ -15,13 +15,15 @@ from moesaic.orchestrator import cache as cache_module
 from moesaic.orchestrator import objects, run, shared
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import load_recipe
+from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, open_store
 from moesaic.orchestrator.store import Store, digest
 from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
 from tests.orchestrator.projects import make_model_folder, make_recipe
-from tests.orchestrator.remote import MANY, Faulty, forget
+from tests.orchestrator.remote import MANY, Faulty, forget, in_use, sizes_of_cache
 
 KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
 
@@ -496,6 +498,16 @@ def test_a_worker_uses_nothing_after_its_task(store: Store) -> None:
     assert not any(store.mirror.cache._in_use())
 
 
+def test_a_driver_uses_nothing_while_its_workers_work(store: Store) -> None:
+    path = store.put("pieces", KEY, writing(b"x")).path
+    assert isinstance(store, RemoteStore)
+    folder = store.mirror.cache.folder
+    store.mirror.cache.pin(path.with_name("config.json"), lasting=True)
+    assert {Path(name).name for name in in_use(folder)} == {path.name, "config.json"}
+    Pool(Compute()).run([])
+    assert {Path(name).name for name in in_use(folder)} == {"config.json"}
+
+
 def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
     store.put("pieces", KEY, writing(bytes(5000)))
     root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
@@ -525,8 +537,15 @@ def test_a_run_on_s3_killed_and_resumed_with_an_empty_cache_leaves_the_bytes_of_
     done = made.calls.copy()
     release_pins()
     forget()
-    made.write(store=url, cache={"folder": "second", "size": "2 MB"})
-    made.run(size=2)
+    # Less than the model has, and than a third of what is read and written.
+    made.write(store=url, cache={"folder": "second", "size": "100 kB"})
+    with monkeypatch.context() as patch:
+        sizes = sizes_of_cache(patch, made.folder / "second")
+        made.run(size=2)
+    assert sum(path.stat().st_size for path in model.glob("*.safetensors")) > 100_000
+    assert sum(fsspec.filesystem("s3").du(url, total=False).values()) > 250_000
+    assert len(sizes) > 3 and 70_000 < max(total for total, _ in sizes) <= 101_000
+    assert not in_use(made.folder / "second")  # by the driver, when it has written the model
     assert done.total() > 3 and made.calls.total() > 3
     one, two = local.left(), made.left()
     assert one.keys() == two.keys()
@@ -548,7 +567,7 @@ def test_a_run_on_s3_killed_and_resumed_with_an_empty_cache_leaves_the_bytes_of_
 def test_a_sliced_model_lives_at_a_url_too(
     bucket: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed and resumed on a node whose cache is empty and holds no more than a few files."""
+    """Killed and resumed on a node whose cache is empty and holds less than the model."""
     sliced: dict[str, Any] = {
         "slice": {"method": "slicegpt", "hidden": 32, "shortcuts": True},
         "candidates": [{"method": "rtn", "bits": 4, "group_size": -1, "symmetric": True}],
@@ -565,12 +584,24 @@ def test_a_sliced_model_lives_at_a_url_too(
         made.run(size=2, kill_at=whole.total() // 2)
     release_pins()
     forget()
-    made.write(store=url, cache={"folder": "second", "size": "2 MB"}, **sliced)
-    made.run(size=2)
+    made.write(store=url, cache={"folder": "second", "size": "60 kB"}, **sliced)
+    with monkeypatch.context() as patch:
+        sizes = sizes_of_cache(patch, made.folder / "second")
+        made.run(size=2)
+    s3 = fsspec.filesystem("s3")
+    assert sum(s3.du(f"{url}/sliced", total=False).values()) > 80_000
+    # One task evaluates all of the model; what no task has in use makes room.
+    everything = sum(s3.du(url, total=False).values())
+    assert all(total <= max(60_000, used) + 1_000 for total, used in sizes)
+    assert max(used for _, used in sizes) < 0.5 * everything
+    assert {Path(name).name for name in in_use(made.folder / "second")} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "entries.json",
+    }
     one, two = local.left(), made.left()
     assert {name for name in one if one[name] != two[name]} <= {"README.md"}
     assert one.keys() == two.keys()
-    s3 = fsspec.filesystem("s3")
     (folder,) = {path.rpartition("/")[0] for path in s3.find(f"{url}/models")}
     run.collect_garbage(url, [made.output], 0)
     assert s3.exists(f"{folder}/entries.json")  # what a run uses stays
