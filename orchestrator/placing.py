@@ -345,14 +345,20 @@ def _address(resources: Mapping[str, float]) -> str:
 def _check_installed(there: Mapping[str, str]) -> None:
     """Results of different code must not be mixed, and keys of entries tell only the driver's."""
     here = installed()
-    if there["moesaic"] != here["moesaic"]:
-        raise RunError(
-            f"node {there['host']} has moesaic {there['moesaic']}, this process has"
-            f" {here['moesaic']}: install the same version on all machines"
-        )
+
+    def compare(name: str) -> None:
+        if there[name] != here[name]:
+            raise RunError(
+                f"node {there['host']} has {name} {there[name]}, this process has {here[name]}:"
+                " install the same version on all machines"
+            )
+
+    compare("moesaic")
     if there["code"] != here["code"]:
         raise RunError(
             f"node {there['host']} has other sources of moesaic {here['moesaic']} (digest"
             f" {there['code'][:8]}) than this process ({here['code'][:8]}): install the same on all"
             " machines, and start again what was started before a change"
         )
+    compare("torch")
+    compare("transformers")

@@ -1,21 +1,25 @@
 """A real cluster of several nodes: who joins, who lacks memory, who does not belong to it."""
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray._private import ray_constants
+from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 
+from moesaic.orchestrator import cluster as joining
 from moesaic.orchestrator import placing, store
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pool import Pool, Task
@@ -69,10 +73,41 @@ def test_nodes_with_other_sources_are_refused(
         _ = pool.size
     text = str(error.value)
     assert f"(digest {real['code'][:8]}) than this process (00000000)" in text
-    monkeypatch.setattr(placing, "installed", lambda: {**real, "moesaic": "9.9"})
-    with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
-        _ = pool.size
-    assert f"has moesaic {real['moesaic']}, this process has 9.9" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["moesaic", "torch", "transformers"])
+def test_nodes_with_another_version_are_refused(name: str) -> None:
+    here = placing.installed()
+    assert here[name] == version(name).partition("+")[0]
+    placing._check_installed({**here, "host": "n7", "node": "5f"})
+    with pytest.raises(RunError) as error:
+        placing._check_installed({**here, "host": "n7", "node": "5f", name: "9.9"})
+    assert str(error.value) == (
+        f"node n7 has {name} 9.9, this process has {here[name]}: install the same version on all"
+        " machines"
+    )
+
+
+@pytest.mark.parametrize("there", [("2.0.0", platform.python_version()), (ray.__version__, "3.8")])
+def test_a_cluster_with_another_ray_or_python_is_refused(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[str, str]
+) -> None:
+    """In the words of Ray, which finds it out."""
+
+    def init(**_: Any) -> None:
+        cluster = {"ray_version": there[0], "python_version": there[1]}
+        check_version_info(cluster, "node 10.0.0.1")
+
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", init)
+    monkeypatch.setattr(joining, "try_address", lambda address: None)
+    with pytest.raises(RunError) as error:
+        joining.connect(Compute(address="10.0.0.1:6379"))
+    assert str(error.value) == (
+        f"compute.address: the Ray cluster at 10.0.0.1:6379 runs Ray {there[0]} on Python"
+        f" {there[1]}, this process has Ray {ray.__version__} on Python"
+        f" {platform.python_version()}: use the same versions on all machines"
+    )
 
 
 def test_a_node_that_joins_is_used(
