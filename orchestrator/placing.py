@@ -6,6 +6,7 @@ Where the recipe leaves the number of workers open, nodes that join a cluster br
 own. Only while there is no worker at all the run waits, aloud and not for ever.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,11 @@ _FAILED_STARTS = 5
 _NAMES = 5
 # Characters shown of what Ray tells of a death.
 _CAUSE = 300
+_FRAME = re.compile(r'\s+File ".*", line \d+, in ')
+_NAMES_OF_ACTOR = re.compile(
+    r"^The actor died unexpectedly before finishing this task\. "
+    r"(?:(?:class_name|actor_id|pid|name|namespace|ip): \S+ )*"
+)
 # oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts bring a new one with almost
 # every batch.
 WORKER_ENVIRONMENT = {
@@ -86,7 +92,7 @@ class Roster:
         self.elastic = cluster_address(compute)[1] is not None
         self._none_since: float | None = None
         self._told = False
-        self._looked = self._failures = 0.0
+        self._looked, self._failures = 0.0, 0
 
     def ask(self) -> None:
         """Asks for the workers.
@@ -206,16 +212,16 @@ class Roster:
         self.check_nodes()
         self._failures += 1
         text = " ".join(str(error).split())
-        by_itself = isinstance(error, RuntimeEnvSetupError) or "its creation task" in text
+        by_itself = (
+            isinstance(error, RuntimeEnvSetupError) or "error raised in its creation" in text
+        )
         if "No module named 'moesaic'" in text:
             raise RunError(
                 f"a worker failed to start: moesaic is not installed on every node of the cluster"
                 f" at {place(self.compute)}"
             ) from error
         if by_itself:
-            # What was raised stands at the end of a traceback.
-            last = text if len(text) <= _CAUSE else f"… {text[-_CAUSE:].partition(' ')[2]}"
-            raise RunError(f"a worker failed to start: {last}") from error
+            raise RunError(f"a worker failed to start: {why_failed(str(error))}") from error
         if self._failures >= _FAILED_STARTS:
             raise RunError(
                 f"workers failed to start {self._failures} times in turn, the last time:"
@@ -301,6 +307,15 @@ class Roster:
         self.slots = []
 
 
+def why_failed(text: str) -> str:
+    """What was raised when a worker was made: it stands behind the last frame of a traceback."""
+    lines = text.splitlines()
+    frames = [n for n, line in enumerate(lines) if _FRAME.match(line)]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    raised = list(itertools.dropwhile(lambda line: line[:1].isspace(), after)) if frames else after
+    return _shortened(" ".join(" ".join(raised or lines).split()))
+
+
 def why_dead(text: str) -> str:
     """What Ray says of the death of an actor, in a sentence.
 
@@ -308,8 +323,12 @@ def why_dead(text: str) -> str:
     advice.
     """
     cause = re.search(r"(The actor (?:is dead|died) because .*?)(?:\. |$)", text)
-    found = cause[1] if cause else text
-    return found if len(found) <= _CAUSE else f"{found[:_CAUSE].rpartition(' ')[0]} …"
+    found = cause[1] if cause else _NAMES_OF_ACTOR.sub("", text)
+    return _shortened(found.partition(" Some common causes include")[0].rstrip("."))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _CAUSE else f"{text[:_CAUSE].rpartition(' ')[0]} …"
 
 
 def _alive_nodes() -> list[Mapping[str, float]]:
@@ -326,14 +345,20 @@ def _address(resources: Mapping[str, float]) -> str:
 def _check_installed(there: Mapping[str, str]) -> None:
     """Results of different code must not be mixed, and keys of entries tell only the driver's."""
     here = installed()
-    if there["moesaic"] != here["moesaic"]:
-        raise RunError(
-            f"node {there['host']} has moesaic {there['moesaic']}, this process has"
-            f" {here['moesaic']}: install the same version on all machines"
-        )
+
+    def compare(name: str) -> None:
+        if there[name] != here[name]:
+            raise RunError(
+                f"node {there['host']} has {name} {there[name]}, this process has {here[name]}:"
+                " install the same version on all machines"
+            )
+
+    compare("moesaic")
     if there["code"] != here["code"]:
         raise RunError(
             f"node {there['host']} has other sources of moesaic {here['moesaic']} (digest"
             f" {there['code'][:8]}) than this process ({here['code'][:8]}): install the same on all"
             " machines, and start again what was started before a change"
         )
+    compare("torch")
+    compare("transformers")

@@ -114,12 +114,15 @@ class Worker:
 
 
 def installed() -> dict[str, str]:
-    """Version of the package, and digest of its sources, of this process."""
+    """Versions of the package and of what decides about numbers, and digest of the sources."""
     from moesaic.orchestrator.store import code_digest
 
     return {
         "moesaic": version("moesaic"),
         "code": code_digest("kernels", "methods", "orchestrator"),
+        # What it was built for may differ: the driver needs no GPU.
+        "torch": version("torch").partition("+")[0],
+        "transformers": version("transformers"),
     }
 
 

@@ -1,19 +1,25 @@
 """A real cluster of several nodes: who joins, who lacks memory, who does not belong to it."""
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray._private import ray_constants
+from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
 
+from moesaic.orchestrator import cluster as joining
 from moesaic.orchestrator import placing, store
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pool import Pool, Task
@@ -67,10 +73,41 @@ def test_nodes_with_other_sources_are_refused(
         _ = pool.size
     text = str(error.value)
     assert f"(digest {real['code'][:8]}) than this process (00000000)" in text
-    monkeypatch.setattr(placing, "installed", lambda: {**real, "moesaic": "9.9"})
-    with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
-        _ = pool.size
-    assert f"has moesaic {real['moesaic']}, this process has 9.9" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["moesaic", "torch", "transformers"])
+def test_nodes_with_another_version_are_refused(name: str) -> None:
+    here = placing.installed()
+    assert here[name] == version(name).partition("+")[0]
+    placing._check_installed({**here, "host": "n7", "node": "5f"})
+    with pytest.raises(RunError) as error:
+        placing._check_installed({**here, "host": "n7", "node": "5f", name: "9.9"})
+    assert str(error.value) == (
+        f"node n7 has {name} 9.9, this process has {here[name]}: install the same version on all"
+        " machines"
+    )
+
+
+@pytest.mark.parametrize("there", [("2.0.0", platform.python_version()), (ray.__version__, "3.8")])
+def test_a_cluster_with_another_ray_or_python_is_refused(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[str, str]
+) -> None:
+    """In the words of Ray, which finds it out."""
+
+    def init(**_: Any) -> None:
+        cluster = {"ray_version": there[0], "python_version": there[1]}
+        check_version_info(cluster, "node 10.0.0.1")
+
+    monkeypatch.setattr(joining.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining.ray, "init", init)
+    monkeypatch.setattr(joining, "try_address", lambda address: None)
+    with pytest.raises(RunError) as error:
+        joining.connect(Compute(address="10.0.0.1:6379"))
+    assert str(error.value) == (
+        f"compute.address: the Ray cluster at 10.0.0.1:6379 runs Ray {there[0]} on Python"
+        f" {there[1]}, this process has Ray {ray.__version__} on Python"
+        f" {platform.python_version()}: use the same versions on all machines"
+    )
 
 
 def test_a_node_that_joins_is_used(
@@ -117,6 +154,96 @@ def test_the_cause_of_a_death_is_a_sentence(text: str, told: str) -> None:
     assert placing.why_dead(text) == told
 
 
+# What Ray 2.60 says of a node that is gone, and of a worker that was killed while it started.
+_ADVICE = (
+    " Some common causes include: (1) the process was killed by the OOM killer due to high memory"
+    " usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly due to SIGSEGV"
+    " or another unexpected error. If the process was killed by the kernel OOM killer (verifiable"
+    " by checking for OOM in dmesg of the OOMing node), consider enabling resource isolation via"
+    " --enable-resource-isolation to prevent node deaths by resource contention and significant"
+    " loss of progress by uninformed kernel OOM killing."
+)
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        (
+            f"The actor died because its node has died. Node Id: {'7a' * 28}\n\tthe actor's node"
+            f" was terminated unexpectedly: health check failed.{_ADVICE}",
+            "The actor died because its node has died",
+        ),
+        (
+            "Worker unexpectedly exits with a connection error code 2. End of file." + _ADVICE,
+            "Worker unexpectedly exits with a connection error code 2. End of file; see to",
+        ),
+    ],
+)
+def test_workers_that_die_while_they_start_are_told_of_by_the_cause(
+    monkeypatch: pytest.MonkeyPatch, says: str, told: str
+) -> None:
+    context = ActorDiedErrorContext(
+        error_message=says,
+        class_name="Worker",
+        actor_id=b"\5" * 16,
+        node_ip_address="10.0.0.2",
+        never_started=True,
+    )
+    monkeypatch.setattr(placing.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(placing.ray, "get", raising(ActorDiedError(context)))
+    monkeypatch.setattr(placing.ray, "kill", lambda actor: None)
+    made = iter(range(99))
+
+    def start(roster: placing.Roster) -> placing.Slot:
+        return placing.Slot(None, next(made), 0.0)
+
+    monkeypatch.setattr(placing.Roster, "_start", start)
+    roster = placing.Roster(Compute())
+    roster.ask()
+    with pytest.raises(RunError) as error:
+        for _ in range(9):
+            roster.arrived(roster.starting())
+    text = str(error.value)
+    assert text.startswith(f"workers failed to start 5 times in turn, the last time: {told}")
+    assert text.endswith("; see to the nodes and run the same command again, finished work is kept")
+    assert "it was ca" not in text and len(text) < 500 and "class_name" not in text
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def raised(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raised
+
+
+_FRAMES = (
+    "The actor died because of an error raised in its creation task, ray::Worker.__init__() (pid=1,"
+    " ip=10.0.0.2, actor_id=5f, repr=<Worker object>)\n      ^^^^^^\n"
+    '  File "/x/worker.py", line 77, in __init__\n    self.state = WorkerState(*given)\n'
+    "      ^^^^^^^^^^^\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (_FRAMES + "RuntimeError: no CUDA\n  device 3 is busy", "RuntimeError: no CUDA device 3"),
+        (_FRAMES + f"ValueError: {'many words ' * 100}", "ValueError: many words many"),
+        (
+            "Failed to set up runtime environment.\n[Node 10.0.0.2] Traceback (most recent call"
+            ' last):\n  File "/x/y.py", line 1, in get\n    raise A\nA: first\n\nDuring handling of'
+            ' the above exception:\n\nTraceback:\n  File "/x/y.py", line 2, in get\n    raise B\n'
+            "OSError: [Errno 28] No space left on device",
+            "OSError: [Errno 28] No space left on device",
+        ),
+        ("Failed to set up runtime environment.\nIt is bad.", "Failed to set up runtime environ"),
+    ],
+)
+def test_a_worker_that_cannot_be_made_is_told_of_by_what_was_raised(text: str, told: str) -> None:
+    found = placing.why_failed(text)
+    assert found.startswith(told) and "\n" not in found and len(found) <= 302
+
+
 def test_a_wrong_token_is_told_as_such() -> None:
     """A cluster with a token of its own, and a driver that has another one."""
     with tempfile.TemporaryDirectory(prefix="tk", dir="/tmp", ignore_cleanup_errors=True) as name:
@@ -160,6 +287,8 @@ def test_a_wrong_token_is_told_as_such() -> None:
 _START = """
 import sys
 from ray.cluster_utils import Cluster
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
 made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 print(made.address, flush=True)
 sys.stdin.read()
