@@ -271,7 +271,7 @@ def test_a_plan_is_only_taken_if_it_fits_and_is_better(
     project = make(refine={"generations": 4, "offspring": 6})
     run = refine.Refining.run
     monkeypatch.setattr(
-        refine.Refining, "run", lambda self, start, fits: run(self, start, lambda plan: False)
+        refine.Refining, "run", lambda self, start, *_: run(self, start, lambda plan: False)
     )
     project.run(stages=SEARCH)
     refined = project.json("plan.json")["refined"]
