@@ -23,6 +23,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.scoring import described
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told
+from moesaic.orchestrator.study_baselines import judged_baselines
 from moesaic.orchestrator.study_terms import BITS, knobs_of, limits, place, rungs, section, sources
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
@@ -171,6 +172,7 @@ class TunedPipeline(Pipeline):
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
             importances=study.importances(),
             constraints=limits(self.experiment).limits,
+            baselines=judged_baselines(self) if len(study.objectives) > 1 else {},
         )
 
     def _write(self, study: Study) -> None:
