@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from moesaic.orchestrator.fronts import FrontPoint
+from moesaic.orchestrator.label_places import Label, place_labels
 from moesaic.orchestrator.yardsticks import Figure
 
 _PLAN, _CURVE = "#D55E00", "#8a9099"
 _BASELINES = ["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5f6368"]
 _MARKERS = "osD^vP"
-_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def bytes_and_loss(
     axes.set_ylabel(loss.about)
     axes.set_title("Loss against bytes, held-out text")
     axes.grid()
-    _labels(figure, axes, [(e.name, e.bytes / scale, lost, e.searched) for e, lost in known])
+    labels = [Label(e.name, e.bytes / scale, lost, e.searched) for e, lost in known]
+    place_labels(figure, axes, labels, [label.place for label in labels])
     return figure
 
 
@@ -119,25 +119,3 @@ def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
         axes.set_ylim(min(above) / 1.6, max(above) * 1.6)
     else:
         axes.set_ylim(0, max([*above, 1e-9]) * 1.18)
-
-
-def _labels(figure: Picture, axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
-    """Names to the right of points, pushed up where they would overlap."""
-    figure.canvas.draw()
-    line = 15 * figure.dpi / 100  # pixels
-    lowest = -np.inf
-    for name, x, y, ours in sorted(points, key=lambda point: point[2]):
-        across, up = axes.transData.transform((x, y))
-        at = max(up, lowest + line)
-        lowest = at
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(14 * 100 / 72, (at - up) * 72 / figure.dpi),
-            textcoords="offset points",
-            va="center",
-            weight="bold" if ours else "normal",
-            bbox=_BEHIND,
-            zorder=4,
-            arrowprops={"arrowstyle": "-", "color": "#9aa0a6", "linewidth": 0.7, "shrinkB": 5},
-        )

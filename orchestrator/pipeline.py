@@ -166,14 +166,17 @@ class Pipeline:
     @cached_property
     def plans(self) -> dict[str, Plan]:
         """The baselines and, last, ``plan``; their bytes are those of the files, exactly."""
-        experiment = self.experiment
-        everything = results.problem(experiment, self.table, candidates_only=False)
-        found = {
-            name: everything.plan(experiment.everywhere(chain))
-            for name, chain in experiment.recipe.baselines.items()
-        }
+        found = self.baseline_plans()
         found["plan"] = self._refined(self._searched())
         return {name: replace(p, bytes=self.file_bytes(p)) for name, p in found.items()}
+
+    def baseline_plans(self) -> dict[str, Plan]:
+        """The baselines, by name."""
+        everything = results.problem(self.experiment, self.table, candidates_only=False)
+        return {
+            name: everything.plan(self.experiment.everywhere(chain))
+            for name, chain in self.experiment.recipe.baselines.items()
+        }
 
     def _searched(self) -> Plan:
         """The best plan whose files fit the budget.

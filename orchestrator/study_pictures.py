@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moesaic.orchestrator.label_places import Label, place_labels
 from moesaic.orchestrator.pictures import BEHIND, GREY, KINDS, byte_scale, save
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 
-_BEST, _OTHERS = "#D55E00", KINDS[0]
+_BEST, _OTHERS, _BASELINE = "#D55E00", KINDS[0], "#009E73"
 
 _CAPTIONS = {
     "study_history": "Every trial's KL to the dense model on calibration text; the line is the best"
@@ -24,7 +25,8 @@ _CAPTIONS = {
     " value.",
     "study_front": "KL on calibration text against the other objective. Blue: the trials that no"
     " other one beats in all objectives; every one of them is a plan that can be had. Rings: tried"
-    " first. A thin line is what the measurements predict for every size.",
+    " first. Diamonds: the recipe's baselines, on the same text. A thin line is what the"
+    " measurements predict for every size.",
 }
 
 
@@ -94,7 +96,7 @@ def importances(study: StudySummary) -> Figure:
 
 def front(summary: RunSummary, study: StudySummary) -> Figure:
     """KL against the first other objective of all complete trials, those that no other beats
-    joined."""
+    joined, and the recipe's baselines."""
     trials = _of(study, "complete")
     other = next(name for name in study.objectives if name != "kl")
     in_bytes = other == "bytes"
@@ -115,18 +117,17 @@ def front(summary: RunSummary, study: StudySummary) -> Figure:
     axes.plot(places(unbeaten), _losses(unbeaten), **joined)  # type: ignore[arg-type]
     best = [study.best_trial]
     axes.scatter(places(best), _losses(best), s=130, marker="*", color=_BEST, zorder=4)
-    for trial in (t for t in trials if "start" in t.attributes):
-        place = trial.figures[other] / scale, trial.figures["kl"]
-        axes.scatter(*place, s=80, facecolors="none", edgecolors="#202124", zorder=4)
-        axes.annotate(
-            trial.attributes["start"],
-            place,
-            xytext=(8, 5),
-            textcoords="offset points",
-            size=8,
-            bbox=BEHIND,
-            zorder=5,
-        )
+    starts = [t for t in trials if "start" in t.attributes]
+    axes.scatter(
+        places(starts), _losses(starts), s=80, facecolors="none", edgecolors="#202124", zorder=4
+    )
+    labels = [
+        Label(t.attributes["start"], t.figures[other] / scale, t.figures["kl"]) for t in starts
+    ]
+    for name, figures in study.baselines.items():
+        if other in figures:
+            labels.append(Label(name, figures[other] / scale, figures["kl"]))
+            axes.scatter(*labels[-1].place, s=45, marker="D", color=_BASELINE, zorder=4)
     what = "latency (ms per token); star: the best trial"
     if in_bytes:
         line = {"color": "#202124", "linestyle": (0, (4, 3)), "linewidth": 1}
@@ -138,11 +139,15 @@ def front(summary: RunSummary, study: StudySummary) -> Figure:
             inside = [(x, y) for x, y in curve if ends[0] <= x <= ends[1]]
             if inside:
                 axes.plot(*zip(*inside, strict=True), color="#8a9099", linewidth=1.2, zorder=1)
-    _log_if_wide(axes, _losses(trials))
+    points = [(t.figures[other] / scale, t.figures["kl"]) for t in trials]
+    points += [label.place for label in labels]
+    _log_if_wide(axes, [kl for _, kl in points])
     axes.set_xlabel(what)
     axes.set_ylabel("KL (nats per token)")
     axes.set_title(f"{'Bytes' if in_bytes else 'Latency'} against loss, calibration text")
     axes.grid()
+    axes.margins(0.08)
+    place_labels(figure, axes, labels, points, size=8)
     return figure
 
 

@@ -98,6 +98,7 @@ class StudySummary:
         front: numbers of the trials that no other beats; empty with one objective.
         importances: knob → its share in what makes trials good, the largest first.
         constraints: figure → the most that was allowed.
+        baselines: name → ``kl`` and ``bytes`` of the recipe's baselines on the trials' text.
     """
 
     journal: Path
@@ -109,6 +110,7 @@ class StudySummary:
     front: Sequence[int]
     importances: Mapping[str, float]
     constraints: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def trial(self, number: int) -> Told:
         """The trial of a number."""
@@ -146,6 +148,7 @@ class StudySummary:
             },
             "constraints": dict(self.constraints),
             "front": [{"trial": n, **_figures(by_number[n])} for n in self.front],
+            "baselines": {name: dict(figures) for name, figures in self.baselines.items()},
             "importances": dict(self.importances),
         }
 

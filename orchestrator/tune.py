@@ -24,6 +24,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
+from moesaic.orchestrator.study_baselines import judged_baselines
 from moesaic.orchestrator.study_journal import KNOBS, MEASUREMENTS, check_journal
 from moesaic.orchestrator.study_terms import (
     BITS,
@@ -200,6 +201,7 @@ class TunedPipeline(Pipeline):
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
             importances=study.importances(),
             constraints=limits(self.experiment).limits,
+            baselines=judged_baselines(self) if len(study.objectives) > 1 else {},
         )
 
     def _write(self, study: Study) -> None:

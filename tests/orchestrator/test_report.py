@@ -14,7 +14,7 @@ from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.refinement_pictures import draw_refinement
 from moesaic.orchestrator.report import number_text, render, seconds_text, write_report
 from moesaic.orchestrator.study import Told
-from moesaic.orchestrator.study_pictures import draw_study
+from moesaic.orchestrator.study_pictures import draw_study, front
 from moesaic.orchestrator.summary import RunSummary, StudySummary, module_names
 from moesaic.search.knobs import Knob
 from tests.orchestrator.summaries import summary, units
@@ -194,6 +194,33 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
         "bytes": run.budget_bytes,
         "values": {"mix": 0.5, "order": "any"},
     }
+
+
+def test_the_front_has_trials_starts_and_baselines_with_their_names(run: RunSummary) -> None:
+    found = replace(
+        study(True, run),
+        baselines={
+            "rtn 4": {"bytes": run.budget_bytes + 30.0, "kl": 0.6},
+            "untimed": {"kl": 0.1},  # what has no bytes has no place here
+        },
+    )
+    figure = front(run, found)
+    (axes,) = figure.axes
+    scale, _ = byte_scale(run.budget_bytes + 30.0)
+
+    def near(places: object, wanted: list[tuple[float, float]]) -> bool:
+        return np.allclose(sorted(map(tuple, np.asarray(places))), sorted(wanted))
+
+    known = [t for t in found.trials if t.kl is not None]
+    at = {t.number: (t.attributes["bytes"] / scale, t.kl or 0.0) for t in known}
+    beaten, best, starts, baseline = axes.collections
+    assert near(beaten.get_offsets(), [at[n] for n in (1, 2, 4, 5, 6, 7)])
+    assert near(best.get_offsets(), [at[5]])
+    assert near(starts.get_offsets(), [at[0], at[1]])
+    assert near(baseline.get_offsets(), [((run.budget_bytes + 30) / scale, 0.6)])
+    unbeaten = axes.lines[0]
+    assert near(np.transpose(unbeaten.get_data()), [at[n] for n in (0, 3, 8)])
+    assert sorted(text.get_text() for text in axes.texts) == ["even", "even", "rtn 4"]
 
 
 def test_refining_has_its_own_section(run: RunSummary, tmp_path: Path) -> None:

@@ -257,6 +257,28 @@ def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) 
     assert study["best"]["kl"] == fitting["kl"].min()
 
 
+def test_baselines_are_judged_once_on_the_text_of_the_trials_and_are_no_trials(make: Make) -> None:
+    project = make(
+        baselines={"rtn 4": {**BITS, "bits": 4}},
+        tune={"objectives": ["bytes", "kl"], "sequences": 8},
+    )
+    _, calls = project.tune(5)
+    study, table = project.json("study.json"), trials(project)
+    assert list(table["trial"]) == list(range(5))
+    assert calls[EVALUATE] == table["plan"].nunique() + 1
+    assert study["baselines"].keys() == {"rtn 4"} == project.summary.study.baselines.keys()
+    found = study["baselines"]["rtn 4"]
+    assert found["bytes"] == project.json("scores.json")["rtn 4"]["bytes"]
+    experiment = open_experiment(project.folder / "recipe.yaml", project.output)
+    everywhere = experiment.everywhere(experiment.recipe.baselines["rtn 4"])
+    pieces = plan_pieces(experiment, experiment.walk, everywhere)
+    assert len(pieces) == len(experiment.units)
+    kl = evaluate_rows(WorkerState(1), plain(experiment.calibration_judge), (0, 8), pieces)["kl"]
+    assert found["kl"] == pytest.approx(math.fsum(kl) / (8 * 23), rel=1e-9)
+    _, calls = project.tune(5)
+    assert calls[EVALUATE] == 0 and project.json("study.json")["baselines"] == study["baselines"]
+
+
 def as_long_as_large(
     state: Any, judge: Any, pieces: dict[str, str], mixtures: Mixtures
 ) -> dict[str, Any]:
