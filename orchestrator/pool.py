@@ -36,6 +36,9 @@ class Task:
         priority: smaller runs first.
         affinity: worker that holds what the task needs in memory, if it matters. Where that worker
             is gone or does not answer, another one gets the task, and makes again what it lacks.
+        near: names files that a node keeps copies of once it has read them, if that matters. Of the
+            tasks of a stage (the first number of the priority) that wait, a free worker gets one
+            whose files its node has, else one whose files no node has; it never waits for one.
         done: called in the driver with the result; returns the tasks that can start now.
         kind: tells tasks apart whose function is the same and whose times are not: how long one may
             take follows from those of its kind.
@@ -51,6 +54,7 @@ class Task:
     done: Callable[[Any], Iterable["Task"]] = lambda result: ()
     failed: Callable[[str, str], Iterable["Task"]] | None = None
     kind: str = ""
+    near: str = ""
 
     @property
     def like(self) -> str:
