@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from moesaic.orchestrator.cluster import connect, place
+from moesaic.orchestrator.cluster import connect, end_local, place
 from moesaic.orchestrator.deadlines import Durations
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.head import Watch, watch_head
@@ -97,8 +97,10 @@ class Pool:
         head, self._head = self._head, None
         if head is not None:
             head.stop()
-            if head.lost:
-                return  # there is nobody to ask for the end of anything
+            if head.lost:  # there is nobody to ask for the end of anything
+                if self._local:
+                    end_local()
+                return
         self.roster.close()
         if self._local:
             ray.shutdown()
