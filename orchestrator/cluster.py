@@ -126,6 +126,13 @@ def start_local(**options: Any) -> None:
     _collect_lines()
 
 
+def end_local() -> None:
+    """Ends the processes of a Ray of our own whose head is gone; ``ray.shutdown`` would ask it."""
+    node = ray._private.worker._global_node
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
 def _collect_lines() -> None:
     """What workers print goes into the run's log; Ray would print it between our lines."""
     for name in ("ray_print_logs", "moesaic"):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Deaths of its worker that a task outlives, less one; one that may fail is tried once more.
 _ATTEMPTS, _ATTEMPTS_IF_IT_MAY_FAIL = 4, 2
 WORKER_DIED = "worker died"
+# Waiting tasks of a stage among which one is sought that is near its worker.
+_LOOK = 256
 _POLL_SECONDS = 1.0
 # Errors of a shared file system that pass by; a task is tried again after each of these pauses.
 _PASSING_ERRORS = frozenset(
@@ -87,6 +89,7 @@ class Loop:
         running: what is in flight, by handle; at most one copy per worker.
         at: worker → what it is at.
         reserved: the node that a work is to have, or has, for itself.
+        places: what tasks are near to → nodes that have been at tasks of it.
     """
 
     def __init__(self, pool: "Pool", tasks: Iterable["Task"]) -> None:
@@ -97,6 +100,7 @@ class Loop:
         self.running: dict[Any, _Copy] = {}
         self.at: dict[int, _Copy] = {}
         self.reserved: tuple[str, _Work] | None = None
+        self.places: dict[str, set[str]] = {}
         self._order = itertools.count()
         self._add(tasks)
 
@@ -160,6 +164,8 @@ class Loop:
             if worker is None:
                 passed.append(item)
                 continue
+            if _may_be_near(work):
+                work = self._nearest(item, worker)
             idle.discard(worker)
             work.queued = False
             self._start(work, worker)
@@ -178,8 +184,34 @@ class Loop:
             busy_with = self.at[wanted].work
             if _open(busy_with) and busy_with.copies == 1 and not busy_with.queued:
                 return None  # what it needs lies in the memory of a worker that is busy
+        places = self.places.get(work.task.near, ())
+        near = {number for number in open_to_all if self.pool._node(number) in places}
         # Whoever keeps something in memory is among the first: free for what needs that.
-        return max(open_to_all, default=None)
+        return max(near or open_to_all, default=None)
+
+    def _nearest(self, item: tuple[tuple[int, ...], int, _Work], worker: int) -> _Work:
+        """What a worker should have instead of a work of the same stage that is its turn.
+
+        First comes what its node has been at, then what no node has been at; the others wait.
+        """
+        node = self.pool._node(worker)
+
+        def rank(work: _Work) -> int:
+            places = self.places.get(work.task.near, ())
+            return 0 if node in places else 1 if not places else 2
+
+        best, looked = item, [item]
+        while rank(best[2]) and len(looked) < _LOOK and self.waiting:
+            if self.waiting[0][0][:1] != item[0][:1]:
+                break
+            other = heapq.heappop(self.waiting)
+            looked.append(other)
+            if _may_be_near(other[2]) and rank(other[2]) < rank(best[2]):
+                best = other
+        for other in looked:
+            if other is not best:
+                heapq.heappush(self.waiting, other)
+        return best[2]
 
     def _not_reserved(self, idle: set[int]) -> set[int]:
         if self.reserved is None:
@@ -206,6 +238,8 @@ class Loop:
     def _start(self, work: _Work, worker: int) -> None:
         work.copies += 1
         work.begun += 1
+        if work.task.near:
+            self.places.setdefault(work.task.near, set()).add(self.pool._node(worker))
         copy = _Copy(work, worker, self.pool._now())
         self.running[self.pool._submit(worker, work.task)] = self.at[worker] = copy
 
@@ -338,6 +372,12 @@ class Loop:
 
 def _open(work: _Work) -> bool:
     return work.over_since is None
+
+
+def _may_be_near(work: _Work) -> bool:
+    """Whether a work may go before others of its stage, on a node that has what it reads."""
+    task = work.task
+    return bool(task.near) and task.affinity is None and _open(work) and not work.alone
 
 
 def _lacked_memory(cause: BaseException) -> bool:

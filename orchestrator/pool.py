@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from moesaic.orchestrator.cache import release_pins
-from moesaic.orchestrator.cluster import connect, place
+from moesaic.orchestrator.cluster import connect, end_local, place
 from moesaic.orchestrator.deadlines import Durations
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.head import Watch, watch_head
@@ -37,6 +37,9 @@ class Task:
         priority: smaller runs first.
         affinity: worker that holds what the task needs in memory, if it matters. Where that worker
             is gone or does not answer, another one gets the task, and makes again what it lacks.
+        near: names files that a node keeps copies of once it has read them, if that matters. Of the
+            tasks of a stage (the first number of the priority) that wait, a free worker gets one
+            whose files its node has, else one whose files no node has; it never waits for one.
         done: called in the driver with the result; returns the tasks that can start now.
         kind: tells tasks apart whose function is the same and whose times are not: how long one may
             take follows from those of its kind.
@@ -52,6 +55,7 @@ class Task:
     done: Callable[[Any], Iterable["Task"]] = lambda result: ()
     failed: Callable[[str, str], Iterable["Task"]] | None = None
     kind: str = ""
+    near: str = ""
 
     @property
     def like(self) -> str:
@@ -94,8 +98,10 @@ class Pool:
         head, self._head = self._head, None
         if head is not None:
             head.stop()
-            if head.lost:
-                return  # there is nobody to ask for the end of anything
+            if head.lost:  # there is nobody to ask for the end of anything
+                if self._local:
+                    end_local()
+                return
         self.roster.close()
         if self._local:
             ray.shutdown()

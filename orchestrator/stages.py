@@ -13,8 +13,9 @@ from moesaic.orchestrator.evaluate import Judge, score
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
+from moesaic.orchestrator.shared import RemoteStore, exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, digest
 from moesaic.orchestrator.walk_ahead import Ahead
@@ -285,11 +286,17 @@ def measuring_jobs(
 
 
 def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], done: Any) -> Task:
-    """A job as a task; a bank takes many times as long as a linear."""
+    """A job as a task; a bank takes many times as long as a linear.
+
+    Where nodes copy what they read, few of them should read the same block.
+    """
     kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
-    return Task("measure:compress_job", arguments, label, priority, None, done, kind=kind)
+    copied = is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore)
+    near = f"block {job.block}" if copied else ""
+    function = "measure:compress_job"
+    return Task(function, arguments, label, priority, None, done, kind=kind, near=near)
 
 
 def _judge(experiment: Experiment, name: str) -> Judge:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import psutil
@@ -20,8 +22,10 @@ import pytest
 
 from moesaic.orchestrator import cluster as joining
 from moesaic.orchestrator import head, reach
+from moesaic.orchestrator import pool as pool_module
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.head import Watch, interruptible
+from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe_sections import Compute
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
@@ -82,13 +86,14 @@ class Answers:
 
     def __init__(self) -> None:
         self.there = True
+        self.code = grpc.StatusCode.UNAVAILABLE
 
     def __call__(self, channel: object, seconds: float) -> "Answers":
         return self
 
     def result(self) -> None:
         if not self.there:
-            raise Refusal(grpc.StatusCode.UNAVAILABLE)
+            raise Refusal(self.code)
 
 
 @pytest.fixture
@@ -126,9 +131,12 @@ def test_a_watch_ends_with_the_ray_that_it_is_for(silent: str) -> None:
     watch.stop()
 
 
-def test_a_head_that_is_gone_ends_whatever_the_run_waits_for(answers: Answers, silent: str) -> None:
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED"])
+def test_a_head_that_is_gone_ends_whatever_the_run_waits_for(
+    answers: Answers, silent: str, code: str
+) -> None:
     """Also where Ray itself waits, in which no signal gets through."""
-    answers.there = False
+    answers.there, answers.code = False, grpc.StatusCode[code]
     never = threading.Event()
     watch = Watch(silent, "there")
     try:
@@ -140,6 +148,22 @@ def test_a_head_that_is_gone_ends_whatever_the_run_waits_for(answers: Answers, s
         never.set()
         watch.stop()
     assert watch.lost
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_pool_without_its_head_says_so_and_asks_it_nothing(
+    monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(pool_module, "end_local", lambda: ended.append("local"))
+    monkeypatch.setattr(pool_module.Roster, "close", lambda roster: ended.append("roster"))
+    monkeypatch.setattr(pool_module.ray, "shutdown", lambda: ended.append("Ray"))
+    made: Any = Pool(Compute())
+    made._head = SimpleNamespace(lost=True, line="gone", stop=lambda: ended.append("watch"))
+    made._local = local
+    with pytest.raises(RunError, match="^gone$"), made:
+        raise KeyboardInterrupt
+    assert ended == ["watch", *(["local"] if local else [])]
 
 
 def test_what_an_interruptible_call_returns_and_raises_comes_through() -> None:

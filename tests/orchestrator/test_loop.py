@@ -1,6 +1,7 @@
 """The pool's loop on a clock of its own: deaths, silence, stragglers, memory, trouble."""
 
 import errno
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -351,3 +352,44 @@ def test_results_go_before_what_there_is_to_do_meanwhile() -> None:
         ("d", 12.0),
     ]
     assert [(call.label, call.begun) for call in pool.calls][2:] == [("c", 4.0), ("d", 6.0)]
+
+
+def near_tasks(blocks: int, each: int, told: list[Any]) -> list[Task]:
+    return [
+        task
+        for block in range(blocks)
+        for task in tasks(
+            [f"{block} {n}" for n in range(each)], told, priority=(1, block), near=f"block {block}"
+        )
+    ]
+
+
+@pytest.mark.parametrize(("nodes", "blocks"), [("ab", 4), ("aabb", 4), ("abc", 7), ("ab", 1)])
+def test_nodes_keep_to_the_blocks_that_they_have_copies_of(nodes: str, blocks: int) -> None:
+    each = 6
+    pool = Scripted(list(nodes), lambda label, worker, times: (10.0, label))
+    told: list[Any] = []
+    late = tasks(["late"], told, priority=(2, 0), near="block 0")
+    pool.run([*late, *near_tasks(blocks, each, told), *tasks(["urgent"], told, priority=(0, 9))])
+    assert len(told) == blocks * each + 2
+    began = [call.label for call in pool.calls]
+    assert "urgent" in began[: len(nodes)] and began[-1] == "late"
+    # Nobody waits for what is near.
+    assert pool.clock == 10.0 * math.ceil((blocks * each + 2) / len(nodes))
+    readers = {
+        block: {nodes[c.worker] for c in pool.calls if c.label.startswith(f"{block} ")}
+        for block in range(blocks)
+    }
+    # Without the preference every node reads every block.
+    reads, kinds = sum(map(len, readers.values())), len(set(nodes))
+    assert blocks <= reads <= blocks + kinds - 1
+
+
+def test_of_free_workers_one_that_is_near_gets_the_task() -> None:
+    pool = Scripted(["a", "b", "c"], lambda label, worker, times: (10.0, label))
+    told: list[Any] = []
+    second = near_tasks(1, 1, told)
+    first = tasks(["walk"], told, affinity=1, near="block 0")
+    first[0].done = lambda result: second
+    pool.run(first)
+    assert [call.worker for call in pool.calls[-2:]] == [1, 1]

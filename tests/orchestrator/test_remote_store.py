@@ -6,19 +6,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 
 from moesaic.orchestrator import cache as cache_module
-from moesaic.orchestrator import objects, run, shared
+from moesaic.orchestrator import objects, run, shared, worker
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.recipe_sections import Compute
-from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, open_store
+from moesaic.orchestrator.shared import (
+    CachePlace,
+    RemoteStore,
+    make_store,
+    mirror_folder,
+    open_store,
+)
+from moesaic.orchestrator.stages import measure_task
 from moesaic.orchestrator.store import Store, digest
 from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
@@ -490,7 +499,10 @@ def test_a_process_that_is_suspended_with_the_lock_is_named(
         os.close(write)
 
 
-def test_a_worker_uses_nothing_after_its_task(store: Store) -> None:
+def test_a_worker_uses_nothing_after_its_task(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "clean_streams", lambda: None)  # those of the tests stay theirs
     path = store.put("pieces", KEY, writing(b"x")).path
     release_pins()
     used = Worker(1).call("tests.orchestrator.remote:pinning", {"path": str(path)})
@@ -506,6 +518,23 @@ def test_a_driver_uses_nothing_while_its_workers_work(store: Store) -> None:
     assert {Path(name).name for name in in_use(folder)} == {path.name, "config.json"}
     Pool(Compute()).run([])
     assert {Path(name).name for name in in_use(folder)} == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("model", "remote", "near"),
+    [("m", False, ""), ("m", True, "block 3"), ("s3://b/m", False, "block 3")],
+)
+def test_what_nodes_copy_is_read_by_few_of_them(
+    tmp_path: Path, model: str, remote: bool, near: str
+) -> None:
+    root = mirror_folder("s3://b/store", CachePlace(tmp_path, 1000))
+    experiment: Any = SimpleNamespace(
+        recipe=SimpleNamespace(model=model),
+        store=RemoteStore(root) if remote else Store(tmp_path / "store"),
+        by_name={"up": SimpleNamespace(kind="linear")},
+    )
+    job = Job(model, "float32", False, 3, ("up",), {}, {}, "stats", "store")
+    assert measure_task(experiment, job, (4, 3), None).near == near
 
 
 def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
