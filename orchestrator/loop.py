@@ -185,7 +185,7 @@ class Loop:
             if _open(busy_with) and busy_with.copies == 1 and not busy_with.queued:
                 return None  # what it needs lies in the memory of a worker that is busy
         places = self.places.get(work.task.near, ())
-        near = {number for number in open_to_all if self.pool._node(number) in places}
+        near = {n for n in open_to_all if self.pool._node(n) in places} if places else None
         # Whoever keeps something in memory is among the first: free for what needs that.
         return max(near or open_to_all, default=None)
 
