@@ -15,7 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.redaction import redacted
@@ -39,6 +39,8 @@ class Lines(Console):
 stderr = Lines(stderr=True, highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
 _LOG_WIDTH = 200
+# Of many things that are being worked on, those that are named.
+_SHOWN = 4
 # Rates and times left are those of the last minutes: a stage may have waited for another one.
 _RATE_SECONDS = 120.0
 
@@ -66,7 +68,8 @@ class View:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            # A long note goes on in further lines of its column.
+            TextColumn("{task.fields[note]}", style="dim", table_column=Column(ratio=1)),
             console=console,
             disable=not console.is_terminal,
             get_time=lambda: time.monotonic(),
@@ -122,8 +125,14 @@ class View:
         self.progress.update(bar, total=done)
 
     def tick(self, running: Iterable[str]) -> None:
-        """Shows what is being worked on; for :meth:`Pool.run`."""
-        note = ", ".join(running)[:60]
+        """Shows what is being worked on, or what a stage has to say; for :meth:`Pool.run`.
+
+        On a terminal it goes on below a bar where the line is too short.
+        """
+        shown = list(running)
+        if len(shown) > _SHOWN:
+            shown[_SHOWN:] = [f"{len(shown) - _SHOWN} more"]
+        note = ", ".join(shown)
         if self._peak_bytes:
             note += f"  peak {self._peak_bytes / 1e9:.1f} GB/worker"
         for task in self.progress.tasks:

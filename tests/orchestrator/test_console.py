@@ -53,6 +53,35 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(clock: Clock) ->
     assert view.seconds["measure"] == 1010
 
 
+LONG = ["best 0.02444 (trial 8)", "front 12", "49.6 trials/min, 3 failed (no room for 3 GB)"]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_long_note_is_shown_whole_on_a_terminal_of_any_width(clock: Clock, width: int) -> None:
+    stream = io.StringIO()
+    view = View(Console(file=stream, force_terminal=True, width=width, soft_wrap=True))
+    view.stage("trials", 60)
+    view.tick(LONG)
+    screen = io.StringIO()
+    Console(file=screen, width=width).print(view.progress.get_renderable())
+    lines = screen.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    column = lines[0].index("best")
+    assert " ".join(" ".join(line[column:] for line in lines).split()) == ", ".join(LONG)
+
+
+def test_a_log_has_long_notes_whole_and_few_of_many_names(clock: Clock) -> None:
+    view, stream = log()
+    view.stage("trials", 60)
+    clock.now += 20
+    view.tick(LONG)
+    clock.now += 20
+    view.tick([f"experts {n}" for n in range(64)])
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith(", ".join(LONG))
+    assert second.endswith("experts 0, experts 1, experts 2, experts 3, 60 more")
+
+
 def test_a_finished_stage_says_no_more(clock: Clock) -> None:
     view, stream = log()
     with view:

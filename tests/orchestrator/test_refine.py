@@ -17,6 +17,7 @@ from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.listing import listing
+from moesaic.orchestrator.pieces import is_cut
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import check_recipe, open_experiment
 from moesaic.orchestrator.trials import Trials
@@ -105,6 +106,34 @@ def test_a_plan_is_refined_and_all_of_it_is_on_record(make: Make, whole: Whole) 
         best = [moment[3] for moment in told["trace"]]
         assert best == sorted(best, reverse=True)
     # The plan's KL, streamed: of the same text, but in one go.
+    assert kl_streamed(project, plan) == pytest.approx(kl[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["evolve", "relax"])
+def test_ranks_are_refined_like_anything_else(method: str, make: Make) -> None:
+    """All ranks but the largest are pieces without tensors of their own: cuts of that one."""
+    ranks = {"method": "svd_llm", "rank": [0.2, 0.35, 0.5, 0.7, 0.9]}
+    project = make(
+        candidates=[ranks],
+        budget={"bits_per_weight": 9.0},
+        refine={"method": method, "generations": 6, "offspring": 6, "steps": 4, "draws": 4},
+    )
+    project.run(stages=("assemble",))
+    plan = project.json("plan.json")
+    refined = plan["refined"]
+    assert plan["bytes"] <= plan["budget_bytes"]
+    assert refined["stages"][0]["kl"] < refined["start_kl"]
+    taken = {specs[0]["options"]["rank"] for specs in plan["units"].values() if specs}
+    assert len(taken) > 1
+    kl = kl_streamed(project, plan)
+    assert kl == pytest.approx(refined["stages"][0]["kl"], rel=1e-4)
+    units = open_experiment(project.folder / "recipe.yaml", project.output).units
+    made = (project.folder / "store" / "pieces").rglob("*.safetensors")
+    assert sum(map(is_cut, made)) == 4 * len(units)
+
+
+def kl_streamed(project: Project, plan: dict[str, Any]) -> float:
+    """A plan's KL on all twelve sequences, by a worker that keeps no model."""
     experiment = open_experiment(project.folder / "recipe.yaml", project.output)
     judge = plain(experiment.calibration_judge)
     state = WorkerState(1)
@@ -114,8 +143,7 @@ def test_a_plan_is_refined_and_all_of_it_is_on_record(make: Make, whole: Whole) 
         for name, specs in plan["units"].items()
     }
     pieces = plan_pieces(experiment, experiment.walk, units)
-    sums = evaluate_rows(state, judge, (0, 12), pieces)["kl"]
-    assert math.fsum(sums) / (12 * 23) == pytest.approx(kl[-1], rel=1e-4)
+    return math.fsum(evaluate_rows(state, judge, (0, 12), pieces)["kl"]) / (12 * 23)
 
 
 def test_the_number_of_workers_changes_nothing(make: Make, whole: Whole) -> None:

@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moesaic.methods import svd
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
 from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.pieces import is_cut, read_piece, write_cut, write_piece
 from moesaic.orchestrator.resident import evaluate_plan
 from moesaic.orchestrator.slopes import DENSE, plan_slopes
 from moesaic.orchestrator.worker import WorkerState
@@ -23,9 +25,10 @@ ROWS = (1, 6)
 
 
 class Sloped:
-    """A model with a text, a plan, and candidates of two and five bits for all units."""
+    """A model with a text, a plan, and candidates of two and five bits for all units; or of rank
+    two and five, those of rank two and the plan's of rank three being cuts."""
 
-    def __init__(self, folder: Path, path: Path) -> None:
+    def __init__(self, folder: Path, path: Path, ranks: bool = False) -> None:
         ids = torch.arange(7 * 11).view(7, 11) * 37 % 90
         save_file({"ids": ids.int()}, path / "ids.safetensors")
         self.ids = ids[slice(*ROWS)]
@@ -42,14 +45,43 @@ class Sloped:
         )
         self.state = WorkerState(1)
         evaluate_rows(self.state, plain(self.judge), ROWS, {})
-        self.pieces = self.paths(path / "plan", mixed)
-        both = [self.paths(path / f"{bits}", every(bits)) for bits in (2, 5)]
         self.units = open_model(folder).units()
+        if ranks:
+            whole = self.factored(path / "pieces")
+            three, two = (self.cuts(whole, rank) for rank in (3, 2))
+            self.pieces = {u.name: three[u.name] for n, u in enumerate(self.units) if n % 5 != 3}
+            both = [two, whole]
+        else:
+            self.pieces = self.paths(path / "plan", mixed)
+            both = [self.paths(path / f"{bits}", every(bits)) for bits in (2, 5)]
         self.candidates = {u.name: [DENSE, *(found[u.name] for found in both)] for u in self.units}
 
     def paths(self, folder: Path, choose: Any) -> dict[str, str]:
         made = make_pieces(open_model(self.folder), choose, folder)
         return {unit: str(path) for unit, path in made.items() if path is not None}
+
+    def factored(self, folder: Path) -> dict[str, str]:
+        """Rank five of all units, where the pieces of a store would lie."""
+        model, found = open_model(self.folder), {}
+        (folder / "00").mkdir(parents=True)
+        for number, unit in enumerate(self.units):
+            members = svd.compress(model.read_unit(unit), {}, svd.Options(rank=5)).members
+            file = folder / "00" / f"{number:04x}.safetensors"
+            write_piece(file, members, {"unit": unit.name})
+            found[unit.name] = str(file)
+        return found
+
+    def cuts(self, whole: dict[str, str], rank: int) -> dict[str, str]:
+        """Cuts of them, written out, as workers get them."""
+        found = {}
+        for unit in self.units:
+            of = Path(whole[unit.name])
+            file = of.with_name(f"{of.stem}{rank}.safetensors")
+            write_cut(file, of.stem, dict.fromkeys(unit.shapes, rank), {"unit": unit.name})
+            assert is_cut(file)
+            found[unit.name] = str(file.with_name(f"{rank}-{file.name}"))
+            write_piece(Path(found[unit.name]), read_piece(file), {"unit": unit.name})
+        return found
 
     def sloped(self) -> dict[str, Any]:
         return plan_slopes(self.state, plain(self.judge), ROWS, self.pieces, self.candidates)
@@ -75,11 +107,14 @@ def kl_of(model: Any, dense: Tensor, ids: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [("llama", False), ("qwen3_moe", False), ("gpt_oss", False), ("qwen3_moe", True)],
+)
 def test_slopes_are_those_of_autograd_through_transformers(
-    family: str, tiny: Tiny, tmp_path: Path
+    family: str, ranks: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
-    made = Sloped(tiny(family), tmp_path)
+    made = Sloped(tiny(family), tmp_path, ranks)
     found = made.sloped()
     kl = evaluate_plan(made.state, plain(made.judge), ROWS, made.pieces, total=7)["kl"]
     assert found["kl"] == pytest.approx(kl, rel=1e-6)
