@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,7 +49,8 @@ def place_labels(
         points: all that is drawn, in the units of the axes.
         size: of the letters.
     """
-    FigureCanvasAgg(figure).draw()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
     scale = figure.dpi / 72
     half = (_MARKER + _MARGIN) * scale
     marks = [
