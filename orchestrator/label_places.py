@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
@@ -48,7 +47,7 @@ def place_labels(
         points: all that is drawn, in the units of the axes.
         size: of the letters.
     """
-    FigureCanvasAgg(figure).draw()
+    figure.draw_without_rendering()
     scale = figure.dpi / 72
     half = (_MARKER + _MARGIN) * scale
     marks = [
