@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
@@ -49,8 +48,12 @@ def place_labels(
         points: all that is drawn, in the units of the axes.
         size: of the letters.
     """
+<<<<<<< HEAD
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
+=======
+    figure.draw_without_rendering()
+>>>>>>> mk2
     scale = figure.dpi / 72
     half = (_MARKER + _MARGIN) * scale
     marks = [

@@ -7,7 +7,8 @@ workers suspended, files of the store truncated and removed, writes fail (``test
 Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
 makes larger ones, which are only rounded to nearest. With ``--cut`` two of the nodes are in network
 namespaces and are cut off by the network as well, for up to so many seconds, and come back
-(``tests/namespaces.py``); that needs root and ``ip``.
+(``tests/namespaces.py``); that needs root and ``ip``. ``--all-stages`` slices the model first, offers
+pruned experts and corrections, refines the plan and evaluates it.
 """
 
 import argparse
@@ -34,6 +35,19 @@ from tests.orchestrator.projects import make_model_folder, make_recipe  # noqa: 
 
 CUT = "node cut off"
 MOESAIC = [sys.executable, "-m", "moesaic.orchestrator.cli"]
+# What a run may do besides calibrating, measuring and assembling.
+ALL_STAGES: dict[str, Any] = {
+    "slice": {"method": "slicegpt", "hidden": 48, "shortcuts": True},
+    "candidates": [
+        {"method": "rtn", "bits": [3, 8], "group_size": 16},
+        [
+            {"method": "reap", "keep": [0.5, 0.75]},
+            {"method": "gptq", "bits": 4, "group_size": 16},
+            {"method": "eora", "rank": 2},
+        ],
+    ],
+    "refine": {"method": "evolve", "generations": 4},
+}
 # Bounds of stragglers and deadlines follow the size of the tasks: those of a large model take long.
 LARGE = Pace(suspended=30.0, unwritable=5.0, straggler=10.0, deadline=120.0, first=600.0, slow=0.0)
 
@@ -55,10 +69,16 @@ def parsed() -> argparse.Namespace:
         default=0.0,
         help="seconds that a node is cut off, at most (default: never)",
     )
+    parser.add_argument("--all-stages", action="store_true", help="slice, prune, refine, evaluate")
     parser.add_argument(
         "--memory-per-worker", help="compute.memory_per_worker of both runs, such as '3 GB'"
     )
     return parser.parse_args()
+
+
+def stage(arguments: argparse.Namespace) -> str:
+    """How far runs go."""
+    return "evaluate" if arguments.all_stages else "assemble"
 
 
 def recipe(folder: Path, model: Path, arguments: argparse.Namespace, **compute: Any) -> Path:
@@ -66,6 +86,8 @@ def recipe(folder: Path, model: Path, arguments: argparse.Namespace, **compute: 
     changes: dict[str, Any] = {"compute": {"workers": None, "cpus_per_worker": 1, **compute}}
     if arguments.memory_per_worker:
         changes["compute"]["memory_per_worker"] = arguments.memory_per_worker
+    if arguments.all_stages:
+        changes |= ALL_STAGES
     if arguments.model:
         changes["calibration"] = {"sequences": 24, "length": 64, "gradient_sequences": 2}
         changes["compute"]["dtype"] = "auto"
@@ -90,7 +112,7 @@ def disturbed(folder: Path, model: Path, arguments: argparse.Namespace) -> Outco
         kind(Path(short), folder / "store", arguments.seed, pace) as chaos,
     ):
         file = recipe(folder, model, arguments, address=chaos.address)
-        command = ["assemble", str(file), "--output", str(folder / "run")]
+        command = [stage(arguments), str(file), "--output", str(folder / "run")]
         faults = faults_of(arguments.seed, arguments.faults, more)
         return chaos.run([command], faults, arguments.limit)
 
@@ -104,7 +126,7 @@ def main() -> int:
             model = make_model_folder(folder / "tiny", "qwen3_moe")
         progress("undisturbed")
         file = recipe(folder / "whole", model.resolve(), arguments)
-        command = [*MOESAIC, "assemble", str(file), "--output", str(folder / "whole" / "run")]
+        command = [*MOESAIC, stage(arguments), str(file), "--output", str(folder / "whole" / "run")]
         usage = watch(command, folder / "whole.log")
         progress(f"disturbed, {arguments.faults} faults")
         outcome = disturbed(folder / "disturbed", model.resolve(), arguments)
