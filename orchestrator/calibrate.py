@@ -246,7 +246,10 @@ def _hidden(state: WorkerState, walk: Walk, block: int, shard: int) -> Tensor:
     hidden = load_tensor(hidden_path(walk, start, shard))
     while hidden is None and start > 0:
         if walk.prefixes:
-            raise RunError(f"the hidden states before block {block} of shard {shard} are missing")
+            raise RunError(
+                f"the hidden states before block {block} of shard {shard} are missing;"
+                " run the same command again"
+            )
         start -= 1
         hidden = load_tensor(hidden_path(walk, start, shard))
     if hidden is None:
@@ -616,7 +619,10 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     paths, missing = found_nodes(root, lambda node: node_path(plan, what, block, node), exists)
     try:
         if missing:
-            raise RunError(f"block {block}: the {what} of shard {missing[0]} are missing")
+            raise RunError(
+                f"block {block}: the {what} of shard {missing[0]} are missing; run the same command"
+                " again"
+            )
         with open_sums(root, paths) as sums:
             counts = {
                 name: {

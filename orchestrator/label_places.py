@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,12 +47,7 @@ def place_labels(
         points: all that is drawn, in the units of the axes.
         size: of the letters.
     """
-<<<<<<< HEAD
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-=======
     figure.draw_without_rendering()
->>>>>>> mk2
     scale = figure.dpi / 72
     half = (_MARKER + _MARGIN) * scale
     marks = [

@@ -203,7 +203,10 @@ def _entering(cut: Cut, model: StreamedModel, block: int, shard: int) -> Tensor:
     if block > 0 or (block == 0 and cut.shortcuts):
         hidden = load_tensor(cut.hidden_path(block, shard))
         if hidden is None:
-            raise RunError(f"the hidden states before block {block} of shard {shard} are missing")
+            raise RunError(
+                f"the hidden states before block {block} of shard {shard} are missing;"
+                " run the same command again"
+            )
         return hidden
     ids = token_ids(cut.walk, shard)
     return torch.cat([model.embed(p.to(model.device)).cpu() for p in ids.split(cut.walk.batch)])
@@ -278,7 +281,10 @@ def _total(cut: Cut, step: int) -> Stats:
         if exists(path):
             return load_stats(path)
         if node[1] - node[0] == 1:
-            raise RunError(f"slice: the sums of step {step}, shard {node[0]} are missing")
+            raise RunError(
+                f"slice: the sums of step {step}, shard {node[0]} are missing; run the same command"
+                " again"
+            )
         return None
 
     return tree_sum((0, cut.walk.shards), leaf)[_STREAM]

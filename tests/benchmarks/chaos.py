@@ -7,8 +7,8 @@ workers suspended, files of the store truncated and removed, writes fail (``test
 Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
 makes larger ones, which are only rounded to nearest. With ``--cut`` two of the nodes are in network
 namespaces and are cut off by the network as well, for up to so many seconds, and come back
-(``tests/namespaces.py``); that needs root and ``ip``. ``--all-stages`` slices the model first, offers
-pruned experts and corrections, refines the plan and evaluates it.
+(``tests/namespaces.py``); that needs root and ``ip``. ``--all-stages`` slices the model first,
+offers pruned experts and corrections, refines the plan and evaluates it.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def parsed() -> argparse.Namespace:
 
 def stage(arguments: argparse.Namespace) -> str:
     """How far runs go."""
-    return "evaluate" if arguments.all_stages else "assemble"
+    return "run" if arguments.all_stages else "assemble"
 
 
 def recipe(folder: Path, model: Path, arguments: argparse.Namespace, **compute: Any) -> Path:
