@@ -29,7 +29,8 @@ def kernels_take(x: Tensor) -> bool:
 
     A tensor that only stands for another has no memory that a kernel could read.
     """
-    return x.is_cuda and x.dtype in _KERNEL_DTYPES and type(x) is Tensor
+    stands_for_another = isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter)
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and not stands_for_another
 
 
 def multiply(x: Tensor, weight: CompressedTensor) -> Tensor:

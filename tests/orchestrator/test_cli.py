@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moesaic.orchestrator import headstart, reach
+from moesaic.orchestrator import cluster, headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
@@ -382,7 +382,10 @@ def test_a_search_without_any_plan_is_told(
     assert words in refusal("check", recipe)
 
 
-def test_a_server_that_answers_will_do(model: Path, tmp_path: Path) -> None:
+def test_a_server_that_answers_will_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ask", lambda address: None)  # a head that is well
     with socket.create_server(("127.0.0.1", 0)) as ray:
         address = f"127.0.0.1:{ray.getsockname()[1]}"
         recipe = make_recipe(tmp_path, model, compute={"address": address})
