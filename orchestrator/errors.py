@@ -1,5 +1,6 @@
 """Errors that people read: one or two lines, no traceback."""
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,6 +23,18 @@ class RecipeError(UserError):
 
 class RunError(Exception):
     """Something failed that is not the user's doing: exit status 1. Finished work is kept."""
+
+
+# Errors of a shared file system that may not come again.
+_PASSING = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN}
+    | {errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+
+
+def passes_by(error: BaseException) -> bool:
+    """Whether the same may go well a moment later."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 class Mistakes:

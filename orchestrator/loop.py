@@ -9,7 +9,6 @@ once: the first result is taken, the other ignored. A copy that fails while anot
 waits decides nothing: it may have failed because the other had finished and tidied up.
 """
 
-import errno
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.errors import RunError, UserError, passes_by
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.pool import Pool, Task
@@ -29,11 +28,7 @@ WORKER_DIED = "worker died"
 # Waiting tasks of a stage among which one is sought that is near its worker.
 _LOOK = 256
 _POLL_SECONDS = 1.0
-# Errors of a shared file system that pass by; a task is tried again after each of these pauses.
-_PASSING_ERRORS = frozenset(
-    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN}
-    | {errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}
-)
+# After each of these a task is tried again that met an error that passes by.
 _PAUSE_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -274,7 +269,7 @@ class Loop:
         if work.copies or work.queued:
             return  # the other copy decides
         cause, task = error.cause, work.task
-        if isinstance(cause, OSError) and cause.errno in _PASSING_ERRORS:
+        if passes_by(cause):
             if work.troubles < len(_PAUSE_SECONDS):
                 pause = _PAUSE_SECONDS[work.troubles]
                 work.troubles += 1

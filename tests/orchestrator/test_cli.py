@@ -1,5 +1,6 @@
 """Bad input through the command line: exit status, and one or two lines that say what to do."""
 
+import errno
 import json
 import math
 import os
@@ -636,10 +637,16 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
 
 def test_what_fails_is_one_json_object_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(kind: str) -> None:
-        raise {"run": RunError("out of luck"), "other": OSError("odd")}[kind]
+        passing = OSError(errno.EIO, "Input/output error", "/shared/run/recipe.yaml")
+        found = {"run": RunError("out of luck"), "other": OSError("odd"), "passing": passing}
+        raise found[kind]
 
     monkeypatch.setattr("moesaic.orchestrator.listing.listing", fail)
-    for kind, reason in (("run", "out of luck"), ("other", "OSError: odd (--debug shows the")):
+    for kind, reason in (
+        ("run", "out of luck"),
+        ("other", "OSError: odd (--debug shows the"),
+        ("passing", "/shared/run/recipe.yaml: Input/output error; finished work is kept: run the"),
+    ):
         result = ask("list", kind, "--json")
         assert result.exit_code == 1
         answer = json.loads(result.stdout)
