@@ -272,8 +272,13 @@ class Chaos:
         if code == -signal.SIGKILL:
             self.outcome.endings.append("killed")
             return False
-        # Ray may tell of a dead worker when we have said why we stop.
-        ours = [line for line in said.splitlines() if "(raylet)" not in line]
+        # Ray may tell of a dead worker, or in many indented lines of a dead node, when we have said
+        # why we stop.
+        ours = [
+            line
+            for line in said.splitlines()
+            if "(raylet)" not in line and line.strip() and not line.startswith("    ")
+        ]
         assert code == 1 and ours and ours[-1].startswith("failed: "), f"exit status {code}: {said}"
         self.outcome.endings.append(ours[-1])
         return False
