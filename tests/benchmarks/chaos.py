@@ -134,7 +134,8 @@ def main() -> int:
     counts = outcome.counts()
     rows = [[kind, counts[kind]] for kind in (*SHARES, *([CUT] if arguments.cut else []))]
     killed = outcome.endings.count("killed")
-    stopped = [line for line in outcome.endings if line != "killed"]
+    place = f"{folder / 'disturbed'}/"
+    stopped = [line.replace(place, "") for line in outcome.endings if line != "killed"]
     text = (
         f"{counts.total()} faults in {outcome.seconds:.0f} s, seed {arguments.seed}; undisturbed,"
         f" with a Ray of its own: {usage.seconds:.0f} s. The driver was killed {killed} time(s) and"
