@@ -260,8 +260,7 @@ def families(chains: Iterable[Chain], shapes: Shapes) -> list[Family]:
 def cut_events(events: Iterable[Event], cut: Mapping[str, CompressedTensor]) -> list[Event]:
     """What there is to tell of the members of a chain, given what was told of the largest of its
     family: they may be smaller than the dense weights where that is not."""
-    found = [event for event in events if event.kind != ABOVE_BREAK_EVEN]
-    return found + [event for name, tensor in cut.items() for event in above_dense(name, tensor)]
+    return [event for event in events if event.kind != ABOVE_BREAK_EVEN] + above_dense(cut)
 
 
 def cut_errors(

@@ -69,8 +69,7 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
     packed = {
         name: delta.pack(dense.pack(bases[name]), deltas) for name, deltas in result.members.items()
     }
-    grown = [event for name, tensor in packed.items() for event in above_dense(name, tensor)]
-    return Result(packed, result.events + grown)
+    return Result(packed, result.events + above_dense(packed))
 
 
 def _mean(weight: Tensor, tokens: Tensor) -> Tensor:

@@ -66,8 +66,7 @@ def repair(
         name: residual.pack(compressed[name], correction)
         for name, correction in result.members.items()
     }
-    grown = [event for name, tensor in packed.items() for event in above_dense(name, tensor)]
-    return Result(packed, result.events + grown)
+    return Result(packed, result.events + above_dense(packed))
 
 
 def _matrix(tensor: CompressedTensor, expert: int) -> CompressedTensor:

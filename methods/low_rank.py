@@ -97,13 +97,15 @@ def rank_problem(shapes: Mapping[str, tuple[int, ...]], rank: Rank) -> str | Non
     return None
 
 
-def above_dense(name: str, tensor: CompressedTensor) -> list[Event]:
-    """An event where a member takes more bytes than its dense weight."""
-    most = math.prod(tensor.shape) * tensor.dtype.itemsize
-    if tensor.nbytes <= most:
-        return []
-    text = f"{name}: {tensor.nbytes} bytes, the dense weight has {most}"
-    return [Event(ABOVE_BREAK_EVEN, text, value=tensor.nbytes)]
+def above_dense(members: Mapping[str, CompressedTensor]) -> list[Event]:
+    """An event for every member that takes more bytes than its dense weight."""
+    events = []
+    for name, tensor in members.items():
+        most = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if tensor.nbytes > most:
+            text = f"{name}: {tensor.nbytes} bytes, the dense weight has {most}"
+            events.append(Event(ABOVE_BREAK_EVEN, text, value=tensor.nbytes))
+    return events
 
 
 def factor_shapes(shape: tuple[int, ...], rank: Rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -203,7 +205,7 @@ def low_rank(
             dense.pack(right.view(*batch, columns, inputs)),
         )
         if base is None:
-            result.events += above_dense(name, result.members[name])
+            result.events += above_dense({name: result.members[name]})
         result.events += root_events(name, roots, first)
         result.events += root_events(f"{name}, inputs that it is fitted to", others, first)
     return result

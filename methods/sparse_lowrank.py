@@ -143,7 +143,7 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
             options,
         )
         result.members[name] = tensor
-        result.events += root_events(name, roots, stats[name].first) + above_dense(name, tensor)
+        result.events += root_events(name, roots, stats[name].first) + above_dense({name: tensor})
     return result
 
 

@@ -59,7 +59,7 @@ def compress(weights: Mapping[str, Tensor], stats: Mapping[str, Stats], options:
             mask[expert] = largest(score if scale is None else score * scale, options)
         tensor = sparse.pack(weight, mask.view(weight.shape), block=options.block)
         result.members[name] = tensor
-        result.events += root_events(name, roots, stats[name].first) + above_dense(name, tensor)
+        result.events += root_events(name, roots, stats[name].first) + above_dense({name: tensor})
     return result
 
 
