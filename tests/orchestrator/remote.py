@@ -1,6 +1,7 @@
 """A place at a URL for tests, in memory, that fails as it is told to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moesaic.orchestrator import cache, shared
+from moesaic.orchestrator import cache, objects, shared
 from moesaic.orchestrator.worker import WorkerState
 
 MANY = 10**9
@@ -89,6 +90,18 @@ def sizes_of_cache(patch: pytest.MonkeyPatch, folder: Path) -> list[tuple[int, i
 
     patch.setattr(cache, "release_pins", released)
     return found
+
+
+@contextmanager
+def emptied(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The place without files and faults, asked without pauses by a process that begins."""
+    patch.setattr(objects, "PAUSE_SECONDS", 0.001)
+    patch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
+    Faulty.store.clear()
+    Faulty.calls.clear()
+    forget()
+    yield
+    cache.release_pins()
 
 
 def pinning(state: WorkerState, path: str) -> list[str]:

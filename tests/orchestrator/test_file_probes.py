@@ -8,27 +8,21 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from moesaic.orchestrator import objects
-from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.file_probes import file_speeds
 from moesaic.orchestrator.outlook import predict_on
 from moesaic.orchestrator.run import check_recipe
 from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store
 from tests.orchestrator.projects import make_model_folder, make_recipe
-from tests.orchestrator.remote import MANY, Faulty, forget
+from tests.orchestrator.remote import MANY, Faulty, emptied
 
 MARK = "/bucket/folder/moesaic-store.json"
 
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
-    Faulty.store.clear()
-    forget()
-    yield
-    release_pins()
+    with emptied(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="module")

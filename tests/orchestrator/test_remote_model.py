@@ -20,7 +20,7 @@ from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder, o
 from moesaic.orchestrator.shared import CachePlace
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
-from tests.orchestrator.remote import MANY, Faulty, forget, in_use
+from tests.orchestrator.remote import MANY, Faulty, emptied, in_use
 
 URL = "faulty://models/llama"
 
@@ -34,15 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    Faulty.store.clear()
-    upload(model, "faulty", "/models/llama")
-    Faulty.calls.clear()
-    forget()
-    yield
-    release_pins()
+    with emptied(monkeypatch):
+        upload(model, "faulty", "/models/llama")
+        Faulty.calls.clear()
+        yield
 
 
 def upload(folder: Path, protocol: str, to: str) -> None:

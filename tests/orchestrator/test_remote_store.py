@@ -32,20 +32,15 @@ from moesaic.orchestrator.store import Store, digest
 from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
 from tests.orchestrator.projects import make_model_folder, make_recipe
-from tests.orchestrator.remote import MANY, Faulty, forget, in_use, sizes_of_cache
+from tests.orchestrator.remote import MANY, Faulty, emptied, forget, in_use, sizes_of_cache
 
 KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
 
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
-    Faulty.store.clear()
-    Faulty.calls.clear()
-    forget()
-    yield
-    release_pins()
+    with emptied(monkeypatch):
+        yield
 
 
 @pytest.fixture

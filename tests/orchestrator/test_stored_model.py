@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.orchestrator import objects, shared
-from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.shared import CachePlace, make_store, mirror_folder
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.stored_model import model_folder, shard_file, write_stored
-from tests.orchestrator.remote import MANY, Faulty, forget
+from tests.orchestrator.remote import MANY, Faulty, emptied
 
 CONFIG = {"model_type": "llama"}
 TENSORS = {"a.safetensors": "first", "b.safetensors": "second"}
@@ -29,12 +28,8 @@ URL = "faulty://bucket/models"
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(Faulty, "faults", staticmethod(lambda operation, path: 0))
-    Faulty.store.clear()
-    forget()
-    yield
-    release_pins()
+    with emptied(monkeypatch):
+        yield
 
 
 @pytest.fixture(params=["folder", "URL"])
