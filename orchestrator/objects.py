@@ -116,15 +116,19 @@ class Objects:
     Args:
         url: of a folder; it need not exist where folders do not.
         key: of the recipe that holds it, for errors.
+        fs: gives the files, by names below its root, where fsspec has none for the URL.
 
     Raises:
         RecipeError: the protocol is not known, or its package is not installed.
     """
 
-    def __init__(self, url: str, key: str = "store") -> None:
+    def __init__(self, url: str, key: str = "store", fs: Any = None) -> None:
         import fsspec
 
         self.url = url.rstrip("/")
+        if fs is not None:
+            self.fs, self.root = fs, ""
+            return
         protocol = url.partition("://")[0]
         # s3fs logs what it retries itself; our line comes when it gives up.
         logging.getLogger("s3fs").setLevel(logging.CRITICAL)
@@ -249,7 +253,8 @@ class Objects:
             found = self._tried(work, folder, "listed", LISTING_SECONDS)
         except FileNotFoundError:
             return {}
-        skip = len(self._stripped(self.root)) + 1
+        root = self._stripped(self.root)
+        skip = len(root) + 1 if root else 0
         return {self._stripped(path)[skip:]: info for path, info in found.items()}
 
     def download(self, name: str, path: Path, size: int) -> None:

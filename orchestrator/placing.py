@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.head import interruptible
+from moesaic.orchestrator.model_source import ModelPlace, ModelSource, offer_model
 from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import COMPILED_SHAPES
@@ -78,12 +79,17 @@ class Slot:
 class Roster:
     """All slots of a run; what is in them changes.
 
+    Args:
+        model: a folder that nodes may lack; without it they read what the tasks name.
+
     Attributes:
         replaced: how many workers were replaced.
     """
 
-    def __init__(self, compute: Compute) -> None:
-        self.compute = compute
+    def __init__(self, compute: Compute, model: ModelPlace | None = None) -> None:
+        self.compute, self.model = compute, model
+        self.source: ModelSource | None = None
+        self._fetching: set[str] = set()  # nodes that were told to fetch the model
         self.slots: list[Slot] = []
         self.replaced = 0
         self.beside = 1  # workers that one node may get
@@ -120,6 +126,8 @@ class Roster:
                 markup=False,
             )
         self._tell_unused(nodes)
+        if self.elastic and self.model is not None:
+            self.source = offer_model(self.model)
         self.beside = min(count, max(map(self._fitting_node, nodes), default=1))
         self.slots = [self._start() for _ in range(count)]
         self._looked = time.monotonic()
@@ -177,7 +185,8 @@ class Roster:
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
         }
-        given = (self.cpus, self.gpus, self.beside, self.compute.memory_per_worker)
+        memory = self.compute.memory_per_worker
+        given = (self.cpus, self.gpus, self.beside, memory, self.source)
         actor = ray.remote(Worker).options(**options).remote(*given)
         return Slot(actor, actor.ready.remote(), time.monotonic())
 
@@ -193,19 +202,34 @@ class Roster:
         """First answers that are there: those workers can be given work.
 
         Raises:
-            RunError: workers cannot be started, or have another version of this package.
+            RunError: workers cannot be started, or have another version of this package, or another
+                model.
         """
         by_handle = {slot.starting: n for n, slot in enumerate(self.slots)}
         for handle in handles:
             number = by_handle[handle]
             try:
                 told = ray.get(handle, timeout=_ANSWER_SECONDS)
+            except RunError as error:  # Ray's, which is both, shows where it was raised
+                raise (error.cause if isinstance(error, RayTaskError) else error) from None
             except RayError as error:
                 self._failed_start(number, error)
                 continue
             _check_installed(told)
+            if told["fetches"]:
+                self._tell_fetching(told)
             self._failures = 0
             self.slots[number].starting, self.slots[number].node = None, told["node"]
+
+    def _tell_fetching(self, told: Mapping[str, Any]) -> None:
+        assert self.source is not None, "or nothing could be fetched"
+        if told["node"] not in self._fetching:
+            self._fetching.add(told["node"])
+            stderr.print(
+                f"model: node {told['host']} has no {self.source.place.folder}: it fetches what it"
+                f" needs from {self.source.host}",
+                markup=False,
+            )
 
     def _failed_start(self, number: int, error: RayError) -> None:
         """Tries again where it was an accident: the new worker, or its node, was killed."""
@@ -304,7 +328,9 @@ class Roster:
         """Ends all workers."""
         for slot in self.slots:
             ray.kill(slot.actor)
-        self.slots = []
+        if self.source is not None:
+            self.source.close()
+        self.slots, self.source = [], None
 
 
 def why_failed(text: str) -> str:

@@ -19,6 +19,7 @@ from moesaic.orchestrator.deadlines import Durations
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.head import Watch, watch_head
 from moesaic.orchestrator.loop import Loop
+from moesaic.orchestrator.model_source import ModelPlace
 from moesaic.orchestrator.placing import Roster
 from moesaic.orchestrator.recipe_sections import Compute
 
@@ -68,11 +69,14 @@ class Pool:
 
     Ray and the workers are started when the first task comes, if not before: a run whose work was
     all done needs neither.
+
+    Args:
+        model: the folder that tasks read weights from, where nodes may lack it.
     """
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, model: ModelPlace | None = None) -> None:
         self.compute = compute
-        self.roster = Roster(compute)
+        self.roster = Roster(compute, model)
         self.durations = Durations()
         self._local = self._awaited = False
         self._head: Watch | None = None

@@ -1,4 +1,5 @@
-"""A model folder at a URL, copied to the nodes that read it, file by file.
+"""A model folder at a URL, or on the driver's node alone, copied to the nodes that read it, file by
+file.
 
 Every node has a folder of copies; its name, as that of a store's mirror (see
 :mod:`moesaic.orchestrator.shared`), says where they come from:
@@ -25,6 +26,7 @@ from moesaic.orchestrator.cache import TEMPORARY, cache_at
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.model_source import SMALL_FILES, DriverFiles, ModelSource
 from moesaic.orchestrator.objects import Objects, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
 from moesaic.orchestrator.store import disk_errors
@@ -32,8 +34,7 @@ from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_st
 
 _COPIES = "moesaic-model@"
 _PATTERN = re.compile(rf"(/.*?)/{_COPIES}(\d+)/([^/]+)")
-# What a model consists of besides weights; as for models of the hub, no code.
-_SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
+# Of what a model consists of besides weights.
 _SMALL_BYTES = 200_000_000
 # Beside a copy: what is known of it.
 _NOTE = ".copy"
@@ -51,14 +52,22 @@ def copies_folder(url: str, place: CachePlace) -> Path:
     return place.folder / f"{_COPIES}{place.limit_bytes}" / name
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The model in a folder, at the URL that the folder takes copies of, or in a store at one."""
+def open_checkpoint(folder: Path, source: ModelSource | None = None) -> Checkpoint:
+    """The model in a folder, at the URL that the folder takes copies of, or in a store at one.
+
+    Args:
+        source: in a worker: of the driver's model, for nodes that do not have its folder.
+    """
     if is_stored(folder):
         return StoredCheckpoint(folder)
-    found = _PATTERN.fullmatch(str(folder))
-    if found is None:
-        return Checkpoint(folder)
-    return RemoteCheckpoint(folder, unquote(found[3]), CachePlace(Path(found[1]), int(found[2])))
+    if found := _PATTERN.fullmatch(str(folder)):
+        place = CachePlace(Path(found[1]), int(found[2]))
+        return RemoteCheckpoint(folder, place, Objects(unquote(found[3]), "model"))
+    if source is not None and folder == source.place.folder and source.is_needed():
+        place = source.place.cache
+        objects = Objects(source.url, "model", DriverFiles(source))
+        return RemoteCheckpoint(copies_folder(source.url, place), place, objects)
+    return Checkpoint(folder)
 
 
 class RemoteCheckpoint(Checkpoint):
@@ -66,18 +75,17 @@ class RemoteCheckpoint(Checkpoint):
 
     Args:
         path: folder of the copies.
-        url: where the model is.
         place: the cache that the folder is in.
+        objects: the model's files.
 
     Raises:
         UserError: as :class:`Checkpoint`; or there is no model.
         RunError: nobody answers there.
     """
 
-    def __init__(self, path: Path, url: str, place: CachePlace) -> None:
-        self.url, self.folder = url, path
+    def __init__(self, path: Path, place: CachePlace, objects: Objects) -> None:
+        self.url, self.folder, self.objects = objects.url, path, objects
         self.cache = cache_at(place.folder, place.limit_bytes)
-        self.objects = Objects(url, "model")
         try:
             found = self.objects.listing()
         except Refusal as error:
@@ -85,9 +93,9 @@ class RemoteCheckpoint(Checkpoint):
         # A name that leads out of the folder is nobody's file.
         self.remote = {name: info for name, info in found.items() if _is_inside(name)}
         if "config.json" not in self.remote:
-            raise UserError(f"{url}: no model folder: there is no config.json")
+            raise UserError(f"{self.url}: no model folder: there is no config.json")
         for name, info in self.remote.items():
-            if PurePosixPath(name).suffix in _SMALL and info["size"] <= _SMALL_BYTES:
+            if PurePosixPath(name).suffix in SMALL_FILES and info["size"] <= _SMALL_BYTES:
                 self._copied(name, lasting=True)
         super().__init__(path)
 

@@ -19,6 +19,7 @@ from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
+from moesaic.orchestrator.model_source import ModelPlace
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
@@ -317,8 +318,15 @@ def _pipeline(
     experiment = experiment or _ready(Experiment(recipe, output))
     check(experiment)
     check_refine(experiment)
-    with view or View() as shown, begun or Pool(recipe.compute) as pool:
+    with view or View() as shown, begun or _pool(experiment) as pool:
         yield make(experiment, pool, shown)
+
+
+def _pool(experiment: Experiment) -> Pool:
+    recipe = experiment.recipe
+    at_url = is_url(recipe.model)
+    model = None if at_url else ModelPlace(experiment.folder, recipe.cache.place)
+    return Pool(recipe.compute, model)
 
 
 def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> Budgets | None:

@@ -7,6 +7,7 @@ from typing import Any
 from moesaic.methods.base import Chain, reducers_of, reducing, reverse_needs
 from moesaic.methods.chains import refits
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
+from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import Judge, score
@@ -288,13 +289,14 @@ def measuring_jobs(
 def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], done: Any) -> Task:
     """A job as a task; a bank takes many times as long as a linear.
 
-    Where nodes copy what they read, few of them should read the same block.
+    Few nodes should read the same block: they copy it, or keep it in their page cache.
     """
     kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
+    several = cluster_address(experiment.recipe.compute)[1] is not None
     copied = is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore)
-    near = f"block {job.block}" if copied else ""
+    near = f"block {job.block}" if several or copied else ""
     function = "measure:compress_job"
     return Task(function, arguments, label, priority, None, done, kind=kind, near=near)
 

@@ -6,10 +6,13 @@ import socket
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator.process import collect_rarely
 from moesaic.orchestrator.redaction import clean_error, clean_streams
+
+if TYPE_CHECKING:
+    from moesaic.orchestrator.model_source import ModelSource
 
 
 class WorkerState:
@@ -22,10 +25,16 @@ class WorkerState:
         gpus: that the worker was given.
         beside: workers that its node has room for, itself included.
         memory_bytes: what the recipe lets a worker take of its device; None for what there is.
+        source: of the driver's model, for nodes that do not have its folder.
     """
 
     def __init__(
-        self, cpus: int, gpus: float = 0.0, beside: int = 1, memory_bytes: int | None = None
+        self,
+        cpus: int,
+        gpus: float = 0.0,
+        beside: int = 1,
+        memory_bytes: int | None = None,
+        source: "ModelSource | None" = None,
     ) -> None:
         import torch
 
@@ -33,6 +42,7 @@ class WorkerState:
         torch.manual_seed(0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.gpus, self.beside, self.memory_bytes = gpus, beside, memory_bytes
+        self.source = source
         self._models: dict[tuple[str, str, bool], Any] = {}
         self._cache: dict[Any, Any] = {}
 
@@ -49,7 +59,7 @@ class WorkerState:
         from moesaic.orchestrator.remote_model import open_checkpoint
         from moesaic.orchestrator.streaming import StreamedModel, dtype_named
 
-        checkpoint = open_checkpoint(Path(path))
+        checkpoint = open_checkpoint(Path(path), self.source)
         return StreamedModel(checkpoint, dtype_named(dtype), self.device, trust_remote_code)
 
     @property
@@ -85,12 +95,18 @@ class Worker:
         clean_streams()
         self.state = WorkerState(*given)
 
-    def ready(self) -> dict[str, str]:
-        """Who answers: the node's id and host, and what is installed there."""
+    def ready(self) -> dict[str, Any]:
+        """Who answers: the node's id and host, whether it fetches the driver's model, and what is
+        installed there.
+
+        Raises:
+            RunError: it has another model in the same folder.
+        """
         import ray
 
-        own = ray.get_runtime_context().get_node_id()
-        return {"node": own, "host": socket.gethostname(), **installed()}
+        own, source = ray.get_runtime_context().get_node_id(), self.state.source
+        fetches = source is not None and source.is_needed()
+        return {"node": own, "host": socket.gethostname(), "fetches": fetches, **installed()}
 
     def forget(self) -> None:
         """Makes room in memory for a task on another worker of the node."""

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, each saved once per test run."""
+"""Tiny checkpoints, each saved once per test run; servers and clusters."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,7 +9,10 @@ from typing import Any
 
 import fsspec
 import pytest
+import ray
 import torch
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -18,6 +21,7 @@ from moesaic.methods.base import reducers
 from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.store import digest
+from tests.chaos import environment
 from tests.orchestrator.tiny import save_tiny
 
 Tiny = Callable[..., Path]
@@ -60,6 +64,26 @@ def make_walk(request: pytest.FixtureRequest, tiny: Tiny, ids: Tensor, tmp_path:
         return replace(walk, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One node with one core; tests add others."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    with environment(variables), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
+        head = {"num_cpus": 1, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
 
 
 @pytest.fixture(scope="session")

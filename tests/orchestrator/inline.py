@@ -139,7 +139,7 @@ class Project:
         """What the run returns, and how often each function was called on a worker."""
         pool = InlinePool(size, kill_at)
         self.calls = pool.calls
-        self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(run, "Pool", lambda *given: pool)
         self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
         result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
         return dict(result), pool.calls
@@ -157,7 +157,7 @@ class Project:
         pool = InlinePool(size, kill_at)
         self.calls, self.judged = pool.calls, pool.judged
         self.tracked: list[tuple[Any, ...]] = []
-        self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(run, "Pool", lambda *given: pool)
         self.patch.setattr(run, "Tracker", lambda *about: InlineTracker(self.tracked))
         self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
         self.patch.setattr(report, "write_report", self._report)
@@ -179,7 +179,7 @@ class Project:
         not asked for."""
         pool = InlinePool(size, kill_at)
         self.calls, self.judged = pool.calls, pool.judged
-        self.patch.setattr(run, "Pool", lambda compute: pool)
+        self.patch.setattr(run, "Pool", lambda *given: pool)
         self.patch.setattr(run, "Tracker", lambda *about: InlineTracker([]))
         if not pictures:
             self.patch.setattr(score_table, "save", lambda wanted, folder: {})

@@ -92,3 +92,11 @@ def host(state: WorkerState, seconds: float) -> str:
     time.sleep(seconds)
     node: str = ray.get_runtime_context().get_node_id()
     return node
+
+
+def weights(state: WorkerState, model: str) -> dict[str, Any]:
+    """Sums of all tensors of a model, where its files are on this node, and who says so."""
+    checkpoint = state.open(model, "float32", False).checkpoint
+    sums = {name: float(checkpoint.read(name).double().sum()) for name in checkpoint.names()}
+    node = ray.get_runtime_context().get_node_id()
+    return {"sums": sums, "path": str(checkpoint.path), "node": node}

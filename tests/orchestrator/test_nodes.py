@@ -6,14 +6,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray._private import ray_constants
 from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -25,30 +24,8 @@ from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.store import Store
-from tests.chaos import environment
 
 TASKS = "tests.orchestrator.pool_tasks"
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """One node with one core; tests add others."""
-    variables = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": ROOT,
-    }
-    with environment(variables), pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
-        head = {"num_cpus": 1, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
 
 
 def test_a_worker_without_memory_is_tried_alone_and_then_told_of(

@@ -516,15 +516,26 @@ def test_a_driver_uses_nothing_while_its_workers_work(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "remote", "near"),
-    [("m", False, ""), ("m", True, "block 3"), ("s3://b/m", False, "block 3")],
+    ("model", "remote", "address", "near"),
+    [
+        ("m", False, None, ""),
+        ("m", True, None, "block 3"),
+        ("s3://b/m", False, None, "block 3"),
+        ("m", False, "10.0.0.1:6379", "block 3"),
+    ],
 )
-def test_what_nodes_copy_is_read_by_few_of_them(
-    tmp_path: Path, model: str, remote: bool, near: str
+def test_a_block_is_read_by_few_nodes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    remote: bool,
+    address: str | None,
+    near: str,
 ) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     root = mirror_folder("s3://b/store", CachePlace(tmp_path, 1000))
     experiment: Any = SimpleNamespace(
-        recipe=SimpleNamespace(model=model),
+        recipe=SimpleNamespace(model=model, compute=Compute(address=address)),
         store=RemoteStore(root) if remote else Store(tmp_path / "store"),
         by_name={"up": SimpleNamespace(kind="linear")},
     )

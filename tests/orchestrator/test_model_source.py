@@ -1,0 +1,217 @@
+"""A model that only the driver's node has: a real cluster whose second node sees other folders.
+
+The second node is a raylet in a mount namespace, where one folder is empty and one holds another
+model.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.cluster import connect
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.model_source import (
+    DriverFiles,
+    FolderReader,
+    ModelPlace,
+    ModelSource,
+    model_files,
+    offer_model,
+)
+from moesaic.orchestrator.objects import Objects
+from moesaic.orchestrator.pool import Pool, Task
+from moesaic.orchestrator.recipe_sections import Compute
+from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder
+from moesaic.orchestrator.shared import CachePlace
+from tests.orchestrator.projects import make_model_folder
+from tests.orchestrator.remote import MANY
+
+WEIGHTS = "tests.orchestrator.pool_tasks:weights"
+_RAY = 'import sys; from ray.scripts.scripts import main; sys.argv[0] = "ray"; main()'
+# Empties the first folder, puts the second in the place of the third, and becomes what follows.
+_ELSEWHERE = 'mount -t tmpfs none "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@"'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One that the second node does not have, and one in whose place it has another."""
+    root = tmp_path_factory.mktemp("models")
+    here = make_model_folder(root / "here", "llama", max_shard_size="20KB")
+    other = make_model_folder(root / "other", "llama", hidden_size=32, intermediate_size=64)
+    return here, other
+
+
+@pytest.fixture(scope="module")
+def second(
+    cluster: Cluster, models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """The second node, with one core."""
+    here, other = models
+    longer = make_model_folder(tmp_path_factory.mktemp("longer"), "llama")
+    unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "-r", "--mount"]
+    if subprocess.run(
+        [*unshare, "mount", "-t", "tmpfs", "none", str(here)], check=False
+    ).returncode:
+        pytest.skip("no mount namespaces here")
+    command = [*unshare, "sh", "-c", _ELSEWHERE, "sh", str(here), str(longer), str(other)]
+    command += [sys.executable, "-c", _RAY, "start", "--block", f"--address={cluster.address}"]
+    command += ["--num-cpus=1", f"--object-store-memory={100 << 20}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        own = psutil.Process(process.pid)
+        for each in [*own.children(recursive=True), own]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait(30)
+
+
+@contextlib.contextmanager
+def two_nodes(cluster: Cluster, model: Path, cache: Path) -> Iterator[Pool]:
+    connect(Compute(address=cluster.address))
+    until = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) < 2:
+        assert time.monotonic() < until, "the second node did not come"
+        time.sleep(0.2)
+    place = ModelPlace(model, CachePlace(cache, MANY))
+    with Pool(Compute(address=cluster.address, workers=2), place) as pool:
+        yield pool
+
+
+def test_a_node_without_the_model_fetches_it_from_the_driver(
+    cluster: Cluster,
+    second: None,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found: list[dict[str, Any]] = []
+    model, cache = models[0], tmp_path / "cache"
+
+    def done(result: dict[str, Any]) -> tuple[()]:
+        found.append(result)
+        return ()
+
+    with two_nodes(cluster, model, cache) as pool:
+        assert pool.size == 2
+        pool.run(
+            [Task(WEIGHTS, {"model": str(model)}, "all", affinity=n, done=done) for n in (0, 1)]
+        )
+    own, fetched = sorted(found, key=lambda result: result["path"] != str(model))
+    assert own["path"] == str(model) and own["node"] != fetched["node"]
+    checkpoint = Checkpoint(model)
+    assert (
+        own["sums"]
+        == fetched["sums"]
+        == {name: float(checkpoint.read(name).double().sum()) for name in checkpoint.names()}
+    )
+    copies = Path(fetched["path"])
+    assert copies.is_relative_to(cache)
+    for file in checkpoint.files:
+        assert (copies / file.name).read_bytes() == file.read_bytes()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fetches" in line]
+    assert len(lines) == 1 and f"has no {model}: it fetches what it needs from" in lines[0]
+
+
+def test_a_node_with_another_model_in_the_folder_is_refused(
+    cluster: Cluster, second: None, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = models[1]
+    with two_nodes(cluster, model, tmp_path) as pool, pytest.raises(RunError) as error:
+        _ = pool.size
+    text = str(error.value)
+    assert text.startswith(f"{model}/") and "give all nodes the same" in text and "\n" not in text
+    assert " bytes on node " in text
+
+
+@pytest.fixture
+def source(cluster: Cluster, models: tuple[Path, Path], tmp_path: Path) -> Iterator[ModelSource]:
+    connect(Compute(address=cluster.address))
+    found = offer_model(ModelPlace(models[0], CachePlace(tmp_path / "cache", MANY)))
+    assert found is not None
+    yield found
+    found.close()
+
+
+def opened(source: ModelSource) -> RemoteCheckpoint:
+    place = source.place.cache
+    objects = Objects(source.url, "model", DriverFiles(source))
+    return RemoteCheckpoint(copies_folder(source.url, place), place, objects)
+
+
+def test_parts_of_files_are_those_of_the_files(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, folder = DriverFiles(source), source.place.folder
+    name = Checkpoint(folder).files[0].name
+    whole = (folder / name).read_bytes()
+    assert files.cat_file(f"/{name}") == whole
+    assert files.cat_file(f"/{name}", start=8, end=20) == whole[8:20]
+    assert files.cat_file(f"/{name}", start=len(whole) - 3, end=len(whole) + 9) == whole[-3:]
+    for size in (1000, len(whole), 1 << 20):
+        monkeypatch.setattr("moesaic.orchestrator.model_source._PART_BYTES", size)
+        files.get_file(f"/{name}", str(tmp_path / "copy"))
+        assert (tmp_path / "copy").read_bytes() == whole
+
+
+def test_a_source_that_dies_is_started_anew(source: ModelSource) -> None:
+    found = opened(source)
+    pid = ray.get(source.actor.__ray_call__.remote(lambda reader: os.getpid()))
+    psutil.Process(pid).kill()
+    name = found.names()[0]
+    assert found.read(name).equal(Checkpoint(source.place.folder).read(name))
+
+
+def test_a_model_that_changes_meanwhile_ends_the_run(
+    cluster: Cluster, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = make_model_folder(tmp_path / "model", "llama")
+    connect(Compute(address=cluster.address))
+    source = offer_model(ModelPlace(model, CachePlace(tmp_path / "cache", MANY)))
+    assert source is not None
+    try:
+        found = opened(source)
+        (file,) = Checkpoint(model).files
+        raw = file.read_bytes()
+        file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        with pytest.raises(RunError, match="changed while the model was read"):
+            found.read(found.names()[0])
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("name", ["../secret.json", "/etc/x.json", ".git/x.json", "run.py", "x/.."])
+def test_nothing_but_the_model_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    reader = FolderReader(tmp_path / "model")
+    with pytest.raises(FileNotFoundError):
+        reader.about(name)
+    with pytest.raises(FileNotFoundError):
+        reader.part(name, 0, 9)
+
+
+def test_its_files_are_those_of_the_model(models: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", "llama", max_shard_size="20KB")
+    (folder / "run.py").write_text("1")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.json").write_text("{}")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "x.safetensors").write_bytes(b"12345")
+    found = model_files(folder)
+    assert found["parts/x.safetensors"]["size"] == 5
+    expected = {file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")}
+    assert found.keys() - {"parts/x.safetensors"} == expected
