@@ -39,6 +39,7 @@ from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
+from moesaic.orchestrator.gpu_shares import workers_per_gpu
 from moesaic.orchestrator.measure import Job, needs, piece_key
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.offers import Offering
@@ -569,6 +570,13 @@ class Experiment:
             tensors = {"ids": torch.from_numpy(sequences.ids.copy())}
             entry = self.store.put("ids", key, lambda p: save_file(tensors, p))
         return str(entry.path)
+
+    @property
+    def workers_per_gpu(self) -> int:
+        """Workers that one GPU has work for."""
+        checkpoint = self.original.checkpoint
+        weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+        return workers_per_gpu(self.original.units(), weights)
 
     @cached_property
     def walk(self) -> Walk:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moesaic.orchestrator.datasheet import DATA_SHEETS
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.foreign import shown
+from moesaic.orchestrator.gpu_shares import gpu_share, shares
 from moesaic.orchestrator.machine import Crew
-from moesaic.orchestrator.placing import shares
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.recipe_values import parse_bytes
 from moesaic.orchestrator.room import block_room
@@ -84,15 +84,25 @@ class Cluster(BaseModel):
         ]
         return min(found, default=0)
 
-    def places(self, compute: Compute) -> list[int]:
+    def share(self, compute: Compute, per_gpu: int) -> float:
+        """GPUs of one worker.
+
+        Args:
+            per_gpu: workers that a GPU has work for.
+        """
+        rooms = [(group.cores, group.gpus) for group in self.nodes for _ in range(group.count)]
+        return gpu_share(compute, rooms, per_gpu)
+
+    def places(self, compute: Compute, per_gpu: int = 1) -> list[int]:
         """Node of every worker that the cluster carries, in the order in which they are filled.
+
+        Args:
+            per_gpu: workers that a GPU has work for.
 
         Raises:
             UserError: no worker fits, or fewer than the recipe wants.
         """
-        each = compute.gpus_per_worker
-        if each is None:
-            each = 1.0 if self.gpu else 0.0
+        each = self.share(compute, per_gpu)
         rooms = []
         for group in self.nodes:
             room = group.cores // compute.cpus_per_worker
@@ -110,12 +120,12 @@ class Cluster(BaseModel):
         """Bytes per second of every node's link."""
         return [group.network for group in self.nodes for _ in range(group.count)]
 
-    def crew(self, compute: Compute) -> Crew:
-        """The workers of a run there."""
-        places = self.places(compute)
-        device = "cuda" if self.gpu and compute.gpus_per_worker != 0 else "cpu"
+    def crew(self, compute: Compute, per_gpu: int = 1) -> Crew:
+        """The workers of a run there; see :meth:`places`."""
+        places, share = self.places(compute, per_gpu), self.share(compute, per_gpu)
+        device = "cuda" if share else "cpu"
         if device == "cuda":
-            there = int(self.gpu_memory * min(1.0, compute.gpus_per_worker or 1.0))
+            there = int(self.gpu_memory * min(1.0, share))
         else:
             there = min(group.node_memory for group in self.nodes) // max(1, places.count(0))
         room = block_room(device, there, compute.memory_per_worker)

@@ -133,7 +133,7 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
     Args:
         bench: file of unit costs; by default they are measured now.
     """
-    team = crew(experiment.recipe.compute)
+    team = crew(experiment.recipe.compute, experiment.workers_per_gpu)
     sizes = Sizes(experiment, team)
     left = _left(experiment)
     stages = memory.predict_memory(sizes)

@@ -1,7 +1,8 @@
 """Ray and its workers start while the driver still imports what it needs itself.
 
 Both take seconds and seldom more than one core. It is done where there will be work: on this
-machine alone, with a store that holds nothing yet.
+machine alone, with a store that holds nothing yet. With GPUs the model must be known first: its
+size decides how many workers share one.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.gpu_shares import may_have_gpus
 from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import Recipe, load_recipe
@@ -56,6 +58,8 @@ def head_start(
 def _all_is_to_do(recipe: Recipe, output: Path | None) -> bool:
     store = recipe.store_beside(recipe.folder(output))
     if is_url(store) or cluster_address(recipe.compute)[1] is not None:
+        return False
+    if recipe.compute.gpus_per_worker is None and may_have_gpus():
         return False
     try:
         return not os.listdir(store)

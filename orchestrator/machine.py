@@ -20,7 +20,7 @@ from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.file_probes import file_speeds
-from moesaic.orchestrator.placing import shares
+from moesaic.orchestrator.gpu_shares import gpu_share, shares
 from moesaic.orchestrator.probes import (
     WIDTH,
     probe_attention,
@@ -63,17 +63,18 @@ class Crew:
     room: int | None = None
 
 
-def crew(compute: Compute) -> Crew:
+def crew(compute: Compute, per_gpu: int) -> Crew:
     """The workers that the recipe gives on this machine.
+
+    Args:
+        per_gpu: that a GPU has work for.
 
     Raises:
         RecipeError: they do not fit, and no cluster is named where they might.
     """
     gpus = torch.cuda.device_count()
-    per_worker = compute.gpus_per_worker
-    if per_worker is None:
-        per_worker = 1.0 if gpus else 0.0
     cpus = len(os.sched_getaffinity(0))
+    per_worker = gpu_share(compute, [(cpus, gpus)], per_gpu)
     fitting = cpus // compute.cpus_per_worker
     if per_worker:
         fitting = min(fitting, shares(gpus, per_worker))

@@ -156,7 +156,7 @@ def _walkers(
     for count in (count for count in _WALKERS if count < now):
         compute = recipe.compute.model_copy(update={"walkers": count})
         other = experiment.under(recipe.model_copy(update={"compute": compute}), experiment.output)
-        clock = Clock(other, cluster.crew(compute), source)
+        clock = Clock(other, cluster.crew(compute, experiment.workers_per_gpu), source)
         times[str(count)] = simulated(other, cluster, clock, call).makespan
     return times
 
@@ -209,7 +209,7 @@ def simulated(experiment: Experiment, cluster: Cluster, clock: Clock, call: floa
         clock: of the experiment and one of its workers.
         call: seconds of the driver per task.
     """
-    places = cluster.places(experiment.recipe.compute)
+    places = cluster.places(experiment.recipe.compute, experiment.workers_per_gpu)
     speeds = clock.speeds
     links = Links(cluster.store, cluster.networks(), speeds.read, speeds.save, call)
     pool = SimulatedPool(places, links, TaskCosts(clock))
@@ -239,7 +239,7 @@ def outlook(
         told: where the speeds are from, for people.
         overheads: stage → seconds that do not depend on the model.
     """
-    team = cluster.crew(experiment.recipe.compute)
+    team = cluster.crew(experiment.recipe.compute, experiment.workers_per_gpu)
     sizes = Sizes(experiment, team)
     stages = memory.predict_memory(sizes)
     store = memory.predict_store(sizes)
@@ -252,7 +252,7 @@ def outlook(
         **closing(clock, overheads),
     }
     places = {name: _placed(parts, team) for name, parts in stages.items()}
-    beside = max(1, cluster.places(experiment.recipe.compute).count(0))
+    beside = max(1, cluster.places(experiment.recipe.compute, experiment.workers_per_gpu).count(0))
     node = min(group.node_memory for group in cluster.nodes)
     return {
         "cluster": cluster.model_dump(),

@@ -65,6 +65,6 @@ def measure_overheads(threads: int, place: Path) -> dict[str, float]:
         experiment = Experiment(load_recipe(recipe), folder / "work")
         blocks = list(range(experiment.model.blocks))
         left = Left(blocks, len(blocks), experiment.offers)
-        team = crew(experiment.recipe.compute)
+        team = crew(experiment.recipe.compute, experiment.workers_per_gpu)
         work = predict_seconds(experiment, team, left, overheads=_NONE)
     return {stage: max(0.0, taken[stage].seconds - work[stage]) for stage in STAGES}

@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.gpu_shares import gpu_share, shares
 from moesaic.orchestrator.head import interruptible
 from moesaic.orchestrator.model_source import ModelPlace, ModelSource, offer_model
 from moesaic.orchestrator.process import SLEEPING_THREADS
@@ -54,11 +55,6 @@ WORKER_ENVIRONMENT = {
 }
 
 
-def shares(gpus: float, each: float) -> int:
-    """Workers that a node's accelerators carry; Ray does not spread a fraction over two of them."""
-    return int(gpus) * int(1 / each) if each < 1 else int(gpus / each)
-
-
 @dataclass
 class Slot:
     """A place for a worker.
@@ -81,13 +77,14 @@ class Roster:
 
     Args:
         model: a folder that nodes may lack; without it they read what the tasks name.
+        per_gpu: workers that a GPU has work for; see :mod:`moesaic.orchestrator.gpu_shares`.
 
     Attributes:
         replaced: how many workers were replaced.
     """
 
-    def __init__(self, compute: Compute, model: ModelPlace | None = None) -> None:
-        self.compute, self.model = compute, model
+    def __init__(self, compute: Compute, model: ModelPlace | None = None, per_gpu: int = 1) -> None:
+        self.compute, self.model, self.per_gpu = compute, model, per_gpu
         self.source: ModelSource | None = None
         self._fetching: set[str] = set()  # nodes that were told to fetch the model
         self.slots: list[Slot] = []
@@ -109,8 +106,8 @@ class Roster:
         nodes = _alive_nodes()
         total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
         total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-        if self.compute.gpus_per_worker is None:
-            self.gpus = 1.0 if total_gpus >= 1 else 0.0
+        rooms = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+        self.gpus = gpu_share(self.compute, rooms, self.per_gpu)
         fitting = self._fitting(nodes)
         count = self.compute.workers or max(fitting, 1)
         if fitting == 0 or (count > fitting and not self.elastic):
@@ -126,6 +123,12 @@ class Roster:
                 markup=False,
             )
         self._tell_unused(nodes)
+        if self.compute.gpus_per_worker is None and 0 < self.gpus < 1:
+            stderr.print(
+                f"compute: small layers: {1 / self.gpus:.0f} workers share a GPU;"
+                " compute.gpus_per_worker decides otherwise",
+                markup=False,
+            )
         if self.elastic and self.model is not None:
             self.source = offer_model(self.model)
         self.beside = min(count, max(map(self._fitting_node, nodes), default=1))

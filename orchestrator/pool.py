@@ -72,11 +72,12 @@ class Pool:
 
     Args:
         model: the folder that tasks read weights from, where nodes may lack it.
+        per_gpu: workers that a GPU has work for.
     """
 
-    def __init__(self, compute: Compute, model: ModelPlace | None = None) -> None:
+    def __init__(self, compute: Compute, model: ModelPlace | None = None, per_gpu: int = 1) -> None:
         self.compute = compute
-        self.roster = Roster(compute, model)
+        self.roster = Roster(compute, model, per_gpu)
         self.durations = Durations()
         self._local = self._awaited = False
         self._head: Watch | None = None

@@ -82,7 +82,8 @@ def check_recipe(
     mistakes, warnings = Mistakes(), []
     with _naming(recipe_file):
         experiment = mistakes.attempt(lambda: Experiment(recipe, folder))
-        mistakes.attempt(lambda: crew(recipe.compute))
+        per_gpu = 1 if experiment is None else experiment.workers_per_gpu
+        mistakes.attempt(lambda: crew(recipe.compute, per_gpu))
         mistakes.attempt(lambda: check_cluster(recipe.compute))
         mistakes.attempt(lambda: check_tracking(recipe.tracking, folder.parent))
         if experiment is not None and recipe.tune is not None:
@@ -326,7 +327,7 @@ def _pool(experiment: Experiment) -> Pool:
     recipe = experiment.recipe
     at_url = is_url(recipe.model)
     model = None if at_url else ModelPlace(experiment.folder, recipe.cache.place)
-    return Pool(recipe.compute, model)
+    return Pool(recipe.compute, model, experiment.workers_per_gpu)
 
 
 def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> Budgets | None:

@@ -96,7 +96,7 @@ def once(
     experiment = Experiment(load_recipe(file), folder / "out")
     blocks = list(range(experiment.model.blocks))
     left = Left(blocks, len(blocks), experiment.offers)
-    team = crew(experiment.recipe.compute)
+    team = crew(experiment.recipe.compute, experiment.workers_per_gpu)
     source = None if arguments.bench is None else bench_source(arguments.bench, "cpu")
     predicted = predict_seconds(experiment, team, left, source, overheads)
     shutil.rmtree(folder / "store", ignore_errors=True)

@@ -323,7 +323,7 @@ def test_a_forecast_reckons_with_the_second_loss(make_project: Callable[..., Pro
     for name, candidates in (("one", [{**FWSVD, "method": "svd"}]), ("two", [FWSVD])):
         project = make_project(name, candidates=candidates)
         experiment = Experiment(load_recipe(project.folder / "recipe.yaml"), project.output)
-        sizes = Sizes(experiment, crew(experiment.recipe.compute))
+        sizes = Sizes(experiment, crew(experiment.recipe.compute, experiment.workers_per_gpu))
         found.append(predict_memory(sizes))
     for part in ("statistics", "hidden states", "activations"):
         assert found[1]["gradients"][part] > found[0]["gradients"][part]

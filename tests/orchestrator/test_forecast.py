@@ -383,7 +383,9 @@ def test_speeds_of_this_machine_are_positive(tmp_path: Path, moe: Path) -> None:
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
     load = Load(tokens=96, few=24, fewer=6, length=24, heads=4, channels=16)
-    speeds = measure_speeds(experiment, crew(experiment.recipe.compute), load)
+    speeds = measure_speeds(
+        experiment, crew(experiment.recipe.compute, experiment.workers_per_gpu), load
+    )
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)
     rates = [value for name, value in vars(speeds).items() if name not in ("compress", "copy")]

@@ -251,7 +251,7 @@ def test_what_a_study_cannot_weigh_is_refused(model: Path, tmp_path: Path) -> No
 
 def test_memory_of_the_sums_is_known_beforehand(project: Project) -> None:
     experiment = open_experiment(project.folder / "recipe.yaml", project.output)
-    sizes = Sizes(experiment, crew(experiment.recipe.compute))
+    sizes = Sizes(experiment, crew(experiment.recipe.compute, experiment.workers_per_gpu))
     for block in range(2):
         stats = load_stats(experiment.store.path("stats", experiment.walk.stats_key(block)))
         assert sizes.sums(block) == sum(entry.nbytes for entry in stats.values())

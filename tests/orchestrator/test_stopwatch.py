@@ -53,7 +53,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 def test_the_tiny_recipe_is_right_and_tiny(tmp_path: Path) -> None:
     experiment = open_experiment(tiny_recipe(tmp_path, 1), tmp_path / "out")
     assert experiment.walk.sequences * experiment.recipe.calibration.length == 32
-    assert crew(experiment.recipe.compute).workers == 1
+    assert crew(experiment.recipe.compute, experiment.workers_per_gpu).workers == 1
     assert all(len(chains) == 1 for chains in experiment.offers.values())
 
 
