@@ -1,6 +1,6 @@
 """A mixture of bits by moesaic and by AutoRound's AutoScheme, each in its own environment.
 
-    python tests/benchmarks/auto_scheme.py [--iterations 0 20] [--peer-python PATH]
+    python tests/benchmarks/auto_scheme.py [--seeds 3] [--iterations 0 20] [--peer-python PATH]
 
 Both choose one of the same options (symmetric integers of ``--bits``, one group size) for every
 linear layer of the blocks, so that what is stored for these layers, scales and zero points
@@ -12,6 +12,8 @@ moesaic: GPTQ as in recipes/smollm2.yaml, predicted losses from gradients, ``sea
 AutoRound: its DeltaLoss scores, then its rounding with each number of ``--iterations`` per block
 (0: its optimized rounding to nearest; 50: its light recipe; 200: its default); each is a process of
 its own that scores anew.
+
+Every seed draws other calibration tokens, for both, and all runs follow one another.
 
 moesaic evaluates both on the same held-out tokens: perplexity and exact KL to the dense model.
 AutoRound's files are loaded as a user would load them, and the weights that the loaded layers
@@ -28,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from common import (
     end_in_order,
     progress,
     report,
+    spread,
     table,
     watch,
     write_recipe,
@@ -178,73 +181,71 @@ def scores_of(folder: Path, model: Path) -> dict[str, Any]:
     return {"scores": {"dense": dense, "plan": plan}}
 
 
-def row(name: str, found: Mapping[str, Any], bits: float) -> list[str]:
-    """A line of the table."""
-    usage, plan = found["usage"], found["scores"]["plan"]
-    figures = [f"{bits:.4f}", f"{plan['kl']:.4f}", f"{plan['perplexity']:.3f}"]
-    figures += [f"{usage['seconds']:.0f}", f"{usage['peak_bytes'] / 1e9:.2f}"]
-    return [name, *figures, f"{usage['process']}, {usage['processes']}"]
+# What a seed gave: moesaic's figures, and AutoScheme's by number of iterations.
+Seed = tuple[Mapping[str, Any], Mapping[int, Mapping[str, Any]]]
 
 
-def body(
-    arguments: argparse.Namespace,
-    peer: str,
-    ours: Mapping[str, Any],
-    theirs: Mapping[int, Mapping[str, Any]],
-) -> str:
+def row(name: str, found: Sequence[Mapping[str, Any]], bits: Sequence[float]) -> list[str]:
+    """A line of the table: medians over seeds, in brackets least and largest."""
+    plans, usages = [one["scores"]["plan"] for one in found], [one["usage"] for one in found]
+    figures = [
+        spread(bits, 4),
+        spread([plan["kl"] for plan in plans], 4),
+        spread([plan["perplexity"] for plan in plans], 2),
+        spread([usage["seconds"] for usage in usages], 0),
+        spread([usage["peak_bytes"] / 1e9 for usage in usages], 2),
+    ]
+    return [name, *figures]
+
+
+def peer_name(iterations: int) -> str:
+    return f"AutoScheme, {iterations} iterations" if iterations else "AutoScheme, to nearest"
+
+
+def ratios(seeds: Sequence[Seed], iterations: int) -> str:
+    """KL and time of moesaic over AutoScheme's, seed by seed."""
+    pairs = [(ours, theirs[iterations]) for ours, theirs in seeds]
+    kl = [a["scores"]["plan"]["kl"] / b["scores"]["plan"]["kl"] for a, b in pairs]
+    seconds = [a["usage"]["seconds"] / b["usage"]["seconds"] for a, b in pairs]
+    return f"{spread(kl, 3)} and {spread(seconds, 3)} ({peer_name(iterations)})"
+
+
+def body(arguments: argparse.Namespace, peer: str, seeds: Sequence[Seed]) -> str:
     """The table and what is to be read from it."""
-    dense = ours["scores"]["dense"]
-    rows = [["dense", "16", "0", f"{dense['perplexity']:.3f}", "", "", ""]]
-    rows.append(row("moesaic", ours, ours["scores"]["plan"]["bits_per_weight"]))
-    for iterations, found in theirs.items():
-        if abs(found["scores"]["dense"]["perplexity"] / dense["perplexity"] - 1) > _SAME:
-            raise SystemExit("the two were evaluated on different tokens")
-        name = f"AutoScheme, {iterations} iterations" if iterations else "AutoScheme, to nearest"
-        rows.append(row(name, found, found["bytes"] * 8 / found["weights"]))
+    for ours, theirs in seeds:
+        dense = ours["scores"]["dense"]["perplexity"]
+        for found in theirs.values():
+            if abs(found["scores"]["dense"]["perplexity"] / dense - 1) > _SAME:
+                raise SystemExit("the two were evaluated on different tokens")
+    own = [ours for ours, _ in seeds]
+    rows = [["dense", "16", "0", f"{dense:.2f}", "", ""]]
+    rows.append(row("moesaic", own, [one["scores"]["plan"]["bits_per_weight"] for one in own]))
+    for iterations in arguments.iterations:
+        found = [theirs[iterations] for _, theirs in seeds]
+        bits = [one["bytes"] * 8 / one["weights"] for one in found]
+        rows.append(row(peer_name(iterations), found, bits))
     headers = ["", "stored bits per weight", "KL", "perplexity", "wall time, s"]
-    headers += ["largest process, GB resident", "which, of how many"]
-    bits = ", ".join(map(str, arguments.bits))
-    ratios = "; ".join(
-        f"{ours['scores']['plan']['kl'] / found['scores']['plan']['kl']:.3f} and "
-        f"{ours['usage']['seconds'] / found['usage']['seconds']:.3f} ({iterations} iterations)"
-        for iterations, found in theirs.items()
-    )
+    headers += ["largest process, GB resident"]
+    bits_offered = ", ".join(map(str, arguments.bits))
+    relative = "; ".join(ratios(seeds, iterations) for iterations in arguments.iterations)
     return (
         f"{arguments.model.resolve().name}: {arguments.bits_per_weight:g} bits per weight on"
-        f" average of {bits} bits, symmetric, group {arguments.group_size};"
+        f" average of {bits_offered} bits, symmetric, group {arguments.group_size};"
         f" {arguments.sequences} × {arguments.length} calibration tokens,"
         f" {arguments.heldout_sequences} × {arguments.length} held-out tokens, {arguments.dtype}."
-        f" {peer}, {arguments.peer_batch_size} sequences at a time. One run each.\n\n"
-        + table(headers, rows)
-        + f"\n\nKL and wall time of moesaic relative to AutoScheme: {ratios}. Goal: KL below 1 at"
-        " a time of at most 1.\n\nBits count all that is stored for the layers: codes, scales,"
-        " zero points (AutoRound stores them for symmetric grids, too). KL in nats per token."
+        f" {peer}, {arguments.peer_batch_size} sequences at a time. {len(seeds)} seed(s): median"
+        f" (least–largest).\n\n{table(headers, rows)}"
+        f"\n\nKL and wall time of moesaic relative to AutoScheme, seed by seed: {relative}. Goal:"
+        " KL below 1 at a time of at most 1.\n\nBits count all that is stored for the layers:"
+        " codes, scales, zero points (AutoRound stores them for symmetric grids, too). KL in nats"
+        " per token."
     )
 
 
-def main() -> None:
-    parser = arguments_parser(__doc__)
-    add_text_options(parser)
-    parser.add_argument("--peer-python", type=Path, help="an interpreter that has auto-round")
-    parser.add_argument("--peer-batch-size", type=int, default=8, help="its own default is 8")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 20])
-    parser.add_argument("--bits-per-weight", type=float, default=3.0)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--sequences", type=int, default=16, help="AutoScheme's own default")
-    parser.add_argument("--length", type=int, default=256, help="AutoScheme's own default")
-    parser.add_argument("--heldout-sequences", type=int, default=48)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--folder", type=Path, default=BUILD / "auto_scheme")
-    parser.add_argument("--again", action="store_true", help="remove --folder first")
-    arguments = parser.parse_args()
-    check_inputs(arguments)
-    end_in_order()
-    python, peer = peer_python(arguments.peer_python)
-    progress(peer)
-    folder = arguments.folder.resolve()
-    if arguments.again:
-        shutil.rmtree(folder, ignore_errors=True)
+def compared(
+    arguments: argparse.Namespace, folder: Path, seed: int, python: Path, peer: str
+) -> Seed:
+    """Both, on the calibration tokens of one seed."""
     scheme = {"method": "gptq", "bits": arguments.bits, "group_size": arguments.group_size}
     scheme |= {"act_order": True, "clip": "weighted"}
     recipe = write_recipe(
@@ -256,6 +257,7 @@ def main() -> None:
             "sequences": arguments.sequences,
             "length": arguments.length,
             "gradient_sequences": arguments.sequences,
+            "seed": seed,
         },
         search="knapsack",
         budget={"bits_per_weight": arguments.bits_per_weight},
@@ -277,9 +279,40 @@ def main() -> None:
             own,
             lambda iterations=iterations: run_theirs(folder, python, arguments, iterations),
         )
+    return ours, theirs
+
+
+def main() -> None:
+    parser = arguments_parser(__doc__)
+    add_text_options(parser)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--peer-python", type=Path, help="an interpreter that has auto-round")
+    parser.add_argument("--peer-batch-size", type=int, default=8, help="its own default is 8")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 20])
+    parser.add_argument("--bits-per-weight", type=float, default=3.0)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=16, help="AutoScheme's own default")
+    parser.add_argument("--length", type=int, default=256, help="AutoScheme's own default")
+    parser.add_argument("--heldout-sequences", type=int, default=48)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--folder", type=Path, default=BUILD / "auto_scheme")
+    parser.add_argument("--again", action="store_true", help="remove --folder first")
+    arguments = parser.parse_args()
+    check_inputs(arguments)
+    end_in_order()
+    python, peer = peer_python(arguments.peer_python)
+    progress(peer)
+    folder = arguments.folder.resolve()
+    if arguments.again:
+        shutil.rmtree(folder, ignore_errors=True)
+    seeds = [
+        compared(arguments, folder / f"seed-{seed}", seed, python, peer)
+        for seed in range(arguments.seeds)
+    ]
     report(
         "Mixtures of bits: moesaic beside AutoScheme",
-        body(arguments, peer, ours, theirs),
+        body(arguments, peer, seeds),
         arguments.write,
     )
 
