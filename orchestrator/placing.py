@@ -38,6 +38,7 @@ _ANSWER_SECONDS = 60.0
 _FAILED_STARTS = 5
 # Nodes that are named in one line.
 _NAMES = 5
+_KIND = "accelerator_type:"
 # Characters shown of what Ray tells of a death.
 _CAUSE = 300
 _FRAME = re.compile(r'\s+File ".*", line \d+, in ')
@@ -127,6 +128,13 @@ class Roster:
             stderr.print(
                 f"compute: small layers: {1 / self.gpus:.0f} workers share a GPU;"
                 " compute.gpus_per_worker decides otherwise",
+                markup=False,
+            )
+        kinds = _kinds(nodes) if self.gpus else set()
+        if len(kinds) > 1:
+            stderr.print(
+                f"compute: GPUs of several kinds ({', '.join(sorted(kinds))}): what they compute"
+                " differs by rounding, so a run that is repeated may leave other bytes",
                 markup=False,
             )
         if self.elastic and self.model is not None:
@@ -363,6 +371,12 @@ def _shortened(text: str) -> str:
 def _alive_nodes() -> list[Mapping[str, float]]:
     """What each node has."""
     return [node["Resources"] for node in interruptible(ray.nodes) if node["Alive"]]
+
+
+def _kinds(nodes: Iterable[Mapping[str, float]]) -> set[str]:
+    """Names of the accelerators; Ray has a resource of each node for them."""
+    names = [name for node in nodes for name in node if name.startswith(_KIND)]
+    return {name.removeprefix(_KIND) for name in names}
 
 
 def _address(resources: Mapping[str, float]) -> str:

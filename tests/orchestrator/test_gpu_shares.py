@@ -112,3 +112,27 @@ def test_workers_wait_for_the_model_where_it_decides_how_many_there_are(
     with monkeypatch.context() as patch:
         patch.setattr(headstart.os, "listdir", lambda folder: names if folder == "/dev" else [])
         assert headstart._all_is_to_do(recipe, tmp_path / "out") is begun
+
+
+@pytest.mark.parametrize(
+    ("kinds", "compute", "told"),
+    [
+        (("H100", "A100"), Compute(), "compute: GPUs of several kinds (A100, H100): "),
+        (("H100", "H100"), Compute(), ""),
+        (("H100", "A100"), Compute(gpus_per_worker=0), ""),
+    ],
+)
+def test_gpus_of_several_kinds_are_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kinds: tuple[str, str],
+    compute: Compute,
+    told: str,
+) -> None:
+    resources = [{"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{kind}": 1.0} for kind in kinds]
+    nodes = [{"Alive": True, "Resources": node} for node in resources]
+    monkeypatch.setattr("moesaic.orchestrator.placing.ray.nodes", lambda: nodes)
+    monkeypatch.setattr(Roster, "_start", lambda self: Slot(None, None, 0.0))
+    Roster(compute).ask()
+    line = capsys.readouterr().err
+    assert line.startswith(told) and line.count("\n") == bool(told)
