@@ -119,7 +119,7 @@ class Refining:
     def _stage(self, name: str, problem: Problem, start: Plan) -> tuple[list[Judged], Stage]:
         section = self.section
         effort = Effort(**section.model_dump(exclude={"method", "sequences"}))
-        watch = Watch(name, self.view, self.text, self.tokens)
+        watch = Watch(name, self.view, self.text, self.tokens, effort.passes)
         search = refiner(name).refine(problem, start, self.text, effort)
         try:
             batch = next(search)

@@ -126,15 +126,25 @@ class Refinement:
 class Watch:
     """Follows a refiner, and shows it as a stage of the view.
 
+    What is counted there are generations or steps; where the text that may be run is bounded, it is
+    the sequences of it, because the generations are then as many as it is enough for.
+
+    Args:
+        tokens: predicted in each sequence.
+        passes: times that the whole text may be run, if that is bounded.
+
     Attributes:
         start_kl: of the plan that it was given.
     """
 
-    def __init__(self, method: str, view: View, text: Text, tokens: int) -> None:
+    def __init__(
+        self, method: str, view: View, text: Text, tokens: int, passes: float | None = None
+    ) -> None:
         self.method = method
         self.view = view
         self.text = text
         self.tokens_each = tokens
+        self.sequences = None if passes is None else int(passes * text.total)
         self.started = time.monotonic()
         self.start_kl = math.nan
         self.step = self.steps = self.evaluations = self.tokens = 0
@@ -146,7 +156,7 @@ class Watch:
         if not self._opened:
             self._opened = True
             self.steps = batch.steps
-            self.view.stage(self.method, batch.steps)
+            self.view.stage(self.method, self.sequences or batch.steps)
         self._reached(batch.step)
         if batch.best is not None:
             self._best(batch.best)
@@ -161,6 +171,8 @@ class Watch:
             self.evaluations += 1
             passes = SLOPE_PASSES if request.slopes else 1
             self.tokens += passes * len(answer.kl) * self.tokens_each
+            if self.sequences is not None:
+                self.view.advance(self.method, passes * len(answer.kl))
         if batch.best is None:  # the first batch is the start alone, on all of the text
             values = [value for answer in answers for value in answer.kl]
             self.start_kl = float(np.mean(values))
@@ -185,7 +197,8 @@ class Watch:
 
     def _reached(self, step: int) -> None:
         if step > self.step:
-            self.view.advance(self.method, step - self.step)
+            if self.sequences is None:
+                self.view.advance(self.method, step - self.step)
             self.step = step
 
     def _best(self, kl: float) -> None:

@@ -13,15 +13,19 @@ import pytest
 
 from moesaic.methods.base import Spec
 from moesaic.orchestrator import latency, refine, resident
+from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.listing import listing
 from moesaic.orchestrator.pieces import is_cut
 from moesaic.orchestrator.plan_pieces import plan_pieces
+from moesaic.orchestrator.refinement import Watch
 from moesaic.orchestrator.run import check_recipe, open_experiment
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
+from moesaic.search.base import Plan
+from moesaic.search.refining import Answer, Batch, Request, cut
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
@@ -345,6 +349,36 @@ def test_a_model_that_is_ruined_stops_with_advice(
     with pytest.raises(RunError, match="evolve: the KL of the plan to start from is not finite"):
         project.run(stages=SEARCH)
     assert project.calls[EVALUATE] <= refine.BLOCKS  # no offspring of it was run
+
+
+@pytest.mark.parametrize(
+    ("passes", "bars"),
+    [(None, [(1000, 0), (1000, 0), (1000, 1)]), (4.0, [(32, 0), (32, 8), (32, 8 + 16 + 4)])],
+)
+def test_what_is_left_is_told_by_what_bounds_it(
+    passes: float | None, bars: list[tuple[int, int]]
+) -> None:
+    """A thousand generations, or the text four times; slopes count as four passes."""
+    view, text = View(), cut(8, 2)
+    watch = Watch("evolve", view, text, 7, passes)
+    plan = Plan({}, 0, 0.0)
+    batches = [
+        Batch([Request(plan, 0), Request(plan, 1)], 0, 1000, None),
+        Batch([Request(plan, 0, slopes=True), Request(plan, 1)], 1, 1000, 0.5),
+    ]
+    found = []
+
+    def told() -> None:
+        (bar,) = view.progress.tasks
+        found.append((bar.total, bar.completed))
+
+    for batch in batches:
+        watch.asked(batch)
+        if not found:
+            told()
+        watch.told(batch, [Answer([0.5] * 4) for _ in batch.requests])
+        told()
+    assert found == bars
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
