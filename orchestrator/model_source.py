@@ -3,13 +3,14 @@
 A *source* is an actor on the driver's node that reads parts of the folder's files. Workers of nodes
 without the folder keep copies of what they need, as of a model at a URL (see
 :mod:`moesaic.orchestrator.remote_model`); to them the source is one more place that files come
-from. A node that has the folder reads its own, once names and sizes were compared: what is measured
-must be of one model.
+from. A node that has the folder reads its own, once names, sizes and samples of the content were
+compared: what is measured must be of one model.
 
 Ray's object store holds no more than two parts per reader at a time. The source ends with the
 driver; Ray starts it anew where it dies earlier.
 """
 
+import hashlib
 import os
 import socket
 from collections import deque
@@ -33,6 +34,8 @@ WEIGHTS = ".safetensors"
 _PART_BYTES, _PARTS = 8 << 20, 2
 _ANSWER_SECONDS = 60.0
 _READERS = 8
+# Of a file that two nodes have.
+_SAMPLES, _SAMPLE_BYTES = 5, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ModelSource:
         place: where it is.
         host: name of the driver's machine.
         node: id of its node.
-        files: name → what is known of it, as of a file at a URL.
+        files: name → what is known of it, as of a file at a URL, and ``sample``: a digest of parts.
         actor: reads the files.
     """
 
@@ -79,20 +82,26 @@ class ModelSource:
         """
         if ray.get_runtime_context().get_node_id() == self.node:
             return False
-        sizes = {}
+        own = {}
         for name in self.files:
             try:
-                sizes[name] = os.stat(self.place.folder / name).st_size
+                own[name] = _about(self.place.folder / name)
             except OSError:
                 return True
-        for name, size in sizes.items():
-            if size != self.files[name]["size"]:
-                raise RunError(
-                    f"{self.place.folder / name}: has {size:,} bytes on node"
-                    f" {socket.gethostname()}, {self.files[name]['size']:,} on the driver's"
-                    f" ({self.host}): remove the folder there, or give all nodes the same"
-                )
+        for name, about in own.items():
+            there = self.files[name]
+            if about["size"] != there["size"]:
+                raise self._other(name, f"{about['size']:,} bytes, not {there['size']:,}")
+            if _sample(self.place.folder / name, about["size"]) != there["sample"]:
+                raise self._other(name, f"the same {about['size']:,} bytes in number only")
         return False
+
+    def _other(self, name: str, what: str) -> RunError:
+        return RunError(
+            f"{self.place.folder / name}: is another file on node {socket.gethostname()} ({what})"
+            f" than on the driver's ({self.host}): remove the folder there, or give all nodes the"
+            " same"
+        )
 
     def close(self) -> None:
         """Ends the actor."""
@@ -131,7 +140,8 @@ def model_files(folder: Path) -> dict[str, dict[str, Any]]:
         for file in (Path(at) / name for name in names):
             name = file.relative_to(folder).as_posix()
             if _is_of_model(name) and file.is_file():
-                found[name] = _about(file)
+                about = _about(file)
+                found[name] = {**about, "sample": _sample(file, about["size"])}
     return found
 
 
@@ -152,6 +162,16 @@ def _about(file: Path) -> dict[str, Any]:
         "size": state.st_size,
         "ETag": f"{state.st_mtime_ns:x}-{state.st_ino:x}",
     }
+
+
+def _sample(file: Path, size: int) -> str:
+    """Digest of some parts of a file, spread evenly over all of it; of all where it is small."""
+    found = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest()
 
 
 class FolderReader:

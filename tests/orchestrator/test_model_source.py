@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moesaic.orchestrator.model_source import (
     FolderReader,
     ModelPlace,
     ModelSource,
+    _sample,
     model_files,
     offer_model,
 )
@@ -134,7 +136,7 @@ def test_a_node_with_another_model_in_the_folder_is_refused(
         _ = pool.size
     text = str(error.value)
     assert text.startswith(f"{model}/") and "give all nodes the same" in text and "\n" not in text
-    assert " bytes on node " in text
+    assert " bytes, not " in text
 
 
 @pytest.fixture
@@ -191,6 +193,34 @@ def test_a_model_that_changes_meanwhile_ends_the_run(
             found.read(found.names()[0])
     finally:
         source.close()
+
+
+def test_a_model_of_the_same_sizes_is_another_one(source: ModelSource) -> None:
+    """As on a node that has the folder with a value that differs."""
+    elsewhere = replace(source, node="another")
+    assert not elsewhere.is_needed()
+    (file, *_) = Checkpoint(source.place.folder).files
+    raw = file.read_bytes()
+    with open(file, "r+b") as stream:
+        stream.seek(len(raw) // 2)
+        stream.write(bytes([raw[len(raw) // 2] ^ 1]))
+    try:
+        with pytest.raises(RunError, match=f"{file.name}: is another file on node .* number only"):
+            elsewhere.is_needed()
+    finally:
+        file.write_bytes(raw)
+
+
+def test_samples_reach_both_ends(tmp_path: Path) -> None:
+    file, size = tmp_path / "x", 1 << 20
+    raw = bytearray(os.urandom(size))
+    found = set()
+    for place in (None, 0, size // 2, size - 1):
+        if place is not None:
+            raw[place] ^= 1
+        file.write_bytes(raw)
+        found.add(_sample(file, size))
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("name", ["../secret.json", "/etc/x.json", ".git/x.json", "run.py", "x/.."])
