@@ -8,12 +8,11 @@ import errno
 import json
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.foreign import read_json
+from moesaic.orchestrator.mlflow_database import make_database, try_database
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.redaction import redacted, redacted_tree
@@ -39,8 +39,6 @@ _VERB = "moesaic.verb"
 _MEMORY = "mlflow_run.json"
 # What MLflow takes in one call.
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
-# A database is made in seconds: what is older than this was left by one who was killed.
-_LEFTOVER_SECONDS = 3600.0
 
 
 class Tracker:
@@ -107,7 +105,7 @@ class Tracker:
             if self.place.file is not None:
                 make_database(self.place.file)
             elif self.place.database:
-                _try_database(self.place.uri)
+                try_database(self.place.uri)
             self._client = MlflowClient(self.place.uri)
             self._experiment_id = self._experiment()
         with self._talk():
@@ -543,68 +541,6 @@ def _default_place(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
-
-
-def _try_database(uri: str) -> None:
-    """Opens a database once; MLflow would try for a minute before it says that it cannot."""
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(uri)
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
-
-
-def make_database(file: Path) -> None:
-    """An sqlite database with MLflow's tables, if there is none at ``file``.
-
-    Making the tables takes seconds, and MLflow cannot go on where it was killed. So that happens in
-    a folder beside it, and the complete file gets its name in one step; the first of several
-    makers wins.
-
-    Raises:
-        RunError: the disk is full.
-        Exception: as MLflow or sqlite raise it.
-    """
-    if file.exists():
-        _try_database(f"sqlite:///{file}")
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{file.name}.tmp-"
-    for old in file.parent.iterdir():
-        with suppress(OSError):
-            age = time.time() - old.stat().st_mtime
-            if old.name.startswith(prefix) and age > _LEFTOVER_SECONDS:
-                shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(
-        prefix=prefix, dir=file.parent, ignore_cleanup_errors=True
-    ) as folder:
-        made = Path(folder) / file.name
-        _try_database(f"sqlite:///{made}")
-        store = SqlAlchemyStore(f"sqlite:///{made}", (file.parent / "mlartifacts").as_uri())
-        store.engine.dispose()
-        with made.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        with suppress(FileExistsError):
-            _name_once(made, file)
-
-
-def _name_once(made: Path, file: Path) -> None:
-    """Gives a file its name unless that is taken.
-
-    Raises:
-        FileExistsError: it is taken.
-    """
-    try:
-        os.link(made, file)
-    except FileExistsError:
-        raise
-    except OSError:  # this file system knows no second names
-        if not file.exists():
-            made.rename(file)
 
 
 def _raise_if_full(error: BaseException, file: Path | None) -> None:

@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from sqlalchemy import Engine, event
 
 from moesaic.methods.base import Event, Spec
-from moesaic.orchestrator import track as module
+from moesaic.orchestrator import mlflow_database
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.refinement import Moment, Refinement, Stage
@@ -636,15 +636,15 @@ def test_database_that_somebody_else_made_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mlflow.db"
-    name_once = module._name_once
+    name_once = mlflow_database._name_once
 
     def too_late(made: Path, wanted: Path) -> None:
         assert made.stat().st_size > 100_000
         wanted.write_text("theirs")
         name_once(made, wanted)
 
-    monkeypatch.setattr(module, "_name_once", too_late)
-    module.make_database(file)
+    monkeypatch.setattr(mlflow_database, "_name_once", too_late)
+    mlflow_database.make_database(file)
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     assert file.read_text() == "theirs"
 
@@ -654,7 +654,7 @@ def test_full_disk_is_said_as_the_store_says_it(tmp_path: Path, exists: bool) ->
     """sqlite itself says that it is full: it may have no more pages than it has."""
     pages = 20
     if exists:
-        module.make_database(tmp_path / "mlflow.db")
+        mlflow_database.make_database(tmp_path / "mlflow.db")
         with sqlite3.connect(tmp_path / "mlflow.db") as connection:
             (pages,) = connection.execute("PRAGMA page_count").fetchone()
 
