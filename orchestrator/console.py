@@ -98,6 +98,8 @@ class View:
         self._bars[name] = self.progress.add_task(
             name, total=total, completed=done, note="", rate=""
         )
+        # Rates count from here: those of two steps that end together would be beyond all bounds.
+        self.progress.advance(self._bars[name], 0)
         self._started[name] = time.monotonic()
         self._earlier[name] = self.seconds.setdefault(name, 0.0)
         if done:
@@ -137,8 +139,7 @@ class View:
             note += f"  peak {self._peak_bytes / 1e9:.1f} GB/worker"
         for task in self.progress.tasks:
             if not task.finished:
-                speed = f"{task.speed:.1f}/s" if task.speed else ""
-                self.progress.update(task.id, note=note, rate=speed)
+                self.progress.update(task.id, note=note, rate=_rate(task.speed))
         if self.console.is_terminal or time.monotonic() - self._last_line < _LOG_SECONDS:
             return
         self._last_line = time.monotonic()
@@ -161,6 +162,13 @@ class View:
             by_kind.setdefault(event.kind, []).append(event)
         for kind, group in by_kind.items():
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
+
+
+def _rate(speed: float | None) -> str:
+    """Steps per second, or per minute where they are few, in words."""
+    if not speed:
+        return ""
+    return f"{speed:.1f}/s" if speed >= 0.1 else f"{60 * speed:.1f}/min"
 
 
 def show_scores(

@@ -53,6 +53,19 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(clock: Clock) ->
     assert view.seconds["measure"] == 1010
 
 
+def test_steps_that_end_together_make_no_speed(clock: Clock) -> None:
+    """Two trials of two workers, after half a minute."""
+    view, stream = log()
+    with view:
+        view.stage("trials", 20)
+        clock.now += 30
+        view.advance("trials")
+        clock.now += 0.1
+        view.advance("trials")
+        view.tick(["best 0.5"])
+    assert stream.getvalue() == "trials: 2/20  4.0/min  271 s left  best 0.5\n"
+
+
 LONG = ["best 0.02444 (trial 8)", "front 12", "49.6 trials/min, 3 failed (no room for 3 GB)"]
 
 
