@@ -17,6 +17,7 @@ from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import Rows
 from moesaic.orchestrator.scoring import described, is_predicted
 from moesaic.orchestrator.study_journal import CANDIDATES, MODEL, TEXT
+from moesaic.orchestrator.widening import check_added
 from moesaic.search._sources import SOURCE
 from moesaic.search.base import Layer, Measurement, search_module
 from moesaic.search.knobs import Allocator, Knob, Place, narrowed
@@ -72,6 +73,7 @@ def check_tune(experiment: Experiment) -> None:
             )
         if not any(re.search(pattern, unit.name) for unit in experiment.units):
             raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
+    check_added(experiment)
     allocator = sized_allocator(experiment)
     check_plans(experiment, allocator, knobs_of(experiment, allocator))
 

@@ -43,6 +43,7 @@ from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.trial_failures import advice
 from moesaic.orchestrator.trial_record import trial_name
 from moesaic.orchestrator.trials import Trials
+from moesaic.orchestrator.widening import added_text
 from moesaic.search.base import Plan
 from moesaic.search.knobs import Allocator, Knob, Value
 
@@ -104,6 +105,12 @@ class TunedPipeline(Pipeline):
         self.study: StudySummary | None = None
         self.best: Told | None = None
         self.refining_events: list[Event] = []
+
+    def measure(self) -> None:
+        more = added_text(self.experiment)
+        if more is not None:
+            self.view.line(more)
+        super().measure()
 
     def _searched(self) -> Plan:
         allocator = self._allocator()
