@@ -15,7 +15,7 @@ from typing import Any
 from moesaic.methods.base import Event
 from moesaic.orchestrator import results
 from moesaic.orchestrator.choices import choices
-from moesaic.orchestrator.console import View
+from moesaic.orchestrator.console import View, stderr
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.kept_limits import KeptLimits
@@ -84,7 +84,9 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
     # Where layers are still to share out their experts, other options are there afterwards.
     unknown = (MEASUREMENTS, KNOBS) if experiment.open_specs() else (MEASUREMENTS,)
     wanted = facts(made_of(experiment), knobs, objectives)
-    check_journal(journal, name, wanted, options.resume, unknown)
+    doubt = check_journal(journal, name, wanted, options.resume, unknown)
+    if doubt is not None:
+        stderr.print(doubt, markup=False)
 
 
 class TunedPipeline(Pipeline):
