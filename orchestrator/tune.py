@@ -21,7 +21,6 @@ from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.kept_limits import KeptLimits
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
-from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
 from moesaic.orchestrator.study_baselines import judged_baselines
@@ -155,8 +154,7 @@ class TunedPipeline(Pipeline):
         assert self.best is not None, "its plan is refined"
         kept = KeptLimits(self, limits(self.experiment), self.best)
         plan = self._refine(start, kept.keeps, kept.most_bytes)
-        if kept.working:
-            release(self.pool)
+        kept.release()
         self.refining_events = kept.events(plan.units == start.units)
         self.view.events(self.refining_events)
         return plan

@@ -291,12 +291,44 @@ def as_long_as_large(
 
 
 def test_latency_is_measured_and_may_be_an_objective(make: Make) -> None:
-    project = make(tune={"objectives": ["kl", "latency"], "sequences": 2})
-    _, calls = project.tune(5)
+    baselines = {"rtn 4": {**BITS, "bits": 4}}
+    project = make(baselines=baselines, tune={"objectives": ["kl", "latency"], "sequences": 2})
+    _, calls = project.tune(4, size=2)
     table, study = trials(project), project.json("study.json")
     assert (table["latency"] > 0).all() and study["objectives"] == ["kl", "latency"]
-    assert calls["latency:measure_plan"] == table["plan"].nunique()
+    assert calls["latency:measure_plan"] == table["plan"].nunique() + 1
     assert study["best"]["latency"] == table["latency"][study["best"]["trial"]]
+    # The baselines stand in the front, timed once.
+    assert study["baselines"].keys() == baselines.keys()
+    assert study["baselines"]["rtn 4"]["latency"] > 0
+    assert project.summary.study.baselines == study["baselines"]
+    _, calls = project.tune(4)
+    assert calls.total() == 0 and project.json("study.json")["baselines"] == study["baselines"]
+
+
+def test_a_baseline_that_cannot_be_timed_is_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, studied = Trials.run, False
+
+    def study(self: Trials) -> None:
+        nonlocal studied
+        run(self)
+        studied = True
+
+    def clock(state: Any, **given: Any) -> dict[str, Any]:
+        if studied:
+            raise RuntimeError("no kernel image is available")
+        return as_long_as_large(state, **given)
+
+    monkeypatch.setattr(Trials, "run", study)
+    monkeypatch.setattr(latency, "measure_plan", clock)
+    tune = {"objectives": ["bytes", "kl", "latency"], "sequences": 2}
+    project = make(baselines={"rtn 4": {**BITS, "bits": 4}}, tune=tune)
+    project.tune(4)
+    told = "baseline rtn 4 cannot be timed: RuntimeError: no kernel image is available"
+    assert told in capfd.readouterr().err
+    assert project.json("study.json")["baselines"]["rtn 4"].keys() == {"kl", "bytes"}
 
 
 def test_the_best_trial_keeps_to_the_constraints(
