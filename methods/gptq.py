@@ -47,7 +47,13 @@ class Options(GridOptions):
         "weighted by the mean square of the inputs",
         ["none", "mse", "weighted"],
     )
-    damp: float = option(0.01, "added to the Hessian's diagonal, relative to its mean", gt=0, le=1)
+    damp: float = option(
+        0.01,
+        "added to the Hessian's diagonal, relative to its mean",
+        [0.005, 0.01, 0.05],
+        gt=0,
+        le=1,
+    )
     act_order: bool = option(
         False, "round inputs by falling mean square; implies static_groups", [False, True]
     )

@@ -11,6 +11,7 @@ from moesaic.methods.base import Spec, chain_text
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.yardsticks import yardstick_of
+from moesaic.search.knobs import SIZES
 
 # What every score of a finished run has, whatever it was judged by.
 _SIZES = ("bytes", "bits_per_weight")
@@ -34,11 +35,16 @@ def _methods() -> dict[str, str]:
     found = {}
     kinds = ("compress", "reduce", "repair", "principal_axes")
     for name, module in plugins("moesaic.methods", kinds).items():
-        options = ", ".join(
-            f"{key}={field.default}" for key, field in module.Options.model_fields.items()
-        )
+        fields = module.Options.model_fields.items()
+        options = ", ".join(f"{key}={_values(key, field)}" for key, field in fields)
         found[name] = f"{_first_sentence(module)} ({options})"
     return found
+
+
+def _values(name: str, field: Any) -> str:
+    """The default of an option, then what else is suggested to a study (:mod:`.widening`)."""
+    others = [] if name in SIZES else field.json_schema_extra["candidates"]
+    return "|".join(map(str, dict.fromkeys([field.default, *others])))
 
 
 def _searches() -> dict[str, str]:

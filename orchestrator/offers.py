@@ -68,7 +68,7 @@ class Offering:
                 if reason is None:
                     offered.append(chain)
                 elif misfit or chain in baselines:
-                    key = "candidates" if chain in self.recipe.candidates else "baselines"
+                    key = self.recipe.key_of(chain)
                     if not any(chain in chains for chains in faults.values()):
                         fault = (key, f"cannot be used on {unit.name}: {reason}")
                         faults.setdefault(fault, []).append(chain)

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -105,6 +106,8 @@ class Recipe(Section):
     cache: CacheSection = CacheSection()
     publish: Annotated[Text, AfterValidator(_publish)] | None = None
 
+    _added: dict[Chain, str] = PrivateAttr(default_factory=dict)
+
     def folder(self, output: Path | None) -> Path:
         """Where a run leaves its files, if ``--output`` does not say."""
         return output or Path("runs") / self.name
@@ -152,6 +155,23 @@ class Recipe(Section):
     def chains(self) -> list[Chain]:
         """Candidates and baselines: everything that is measured."""
         return list(dict.fromkeys([*self.candidates, *self.baselines.values()]))
+
+    @property
+    def added(self) -> Mapping[Chain, str]:
+        """Candidates that ``tune.knobs`` adds, with the knob that does."""
+        return self._added
+
+    def with_candidates(self, added: Mapping[Chain, str]) -> "Recipe":
+        """The recipe with more candidates; see :mod:`moesaic.orchestrator.widening`."""
+        found = self.model_copy(update={"candidates": [*self.candidates, *added]})
+        found._added = {**self._added, **added}
+        return found
+
+    def key_of(self, chain: Chain) -> str:
+        """The key of the recipe that a chain comes from."""
+        if chain in self._added:
+            return f"tune.knobs.{self._added[chain]}"
+        return "candidates" if chain in self.candidates else "baselines"
 
     def kept(self, unit: str) -> bool:
         """Whether the recipe leaves a unit as it is."""

@@ -15,7 +15,7 @@ from moesaic.methods.slicegpt import Options as SliceOptions
 from moesaic.orchestrator.recipe_values import shown_value
 
 # Alternatives of one entry, all combinations of its lists together.
-_MOST_CHOICES = 1000
+MOST_CHOICES = 1000
 
 
 def _chains(value: Any) -> list[Chain]:
@@ -28,8 +28,8 @@ def _chains(value: Any) -> list[Chain]:
         raise ValueError("a chain needs at least one method")
     specs = [_specs(link) for link in links]
     count = math.prod(map(len, specs))
-    if count > _MOST_CHOICES:
-        raise ValueError(f"{count:,} choices in one entry: at most {_MOST_CHOICES:,} are taken")
+    if count > MOST_CHOICES:
+        raise ValueError(f"{count:,} choices in one entry: at most {MOST_CHOICES:,} are taken")
     chains = list(itertools.product(*specs))
     problem = order_problem(chains[0])
     if problem is not None:
@@ -52,20 +52,21 @@ def _specs(link: Any) -> list[Spec]:
     count = math.prod(map(len, values))
     if empty:
         raise ValueError(f"method {method}: option {empty[0]}: an empty list")
-    if count > _MOST_CHOICES:
-        raise ValueError(f"{count:,} choices in one entry: at most {_MOST_CHOICES:,} are taken")
+    if count > MOST_CHOICES:
+        raise ValueError(f"{count:,} choices in one entry: at most {MOST_CHOICES:,} are taken")
     found, lines = [], []
     for combination in expand(options):
         try:
             found.append(Spec.of(method, combination))
         except ValidationError as error:
-            lines += [_option_line(problem, fields) for problem in error.errors()]
+            lines += [option_line(problem, fields) for problem in error.errors()]
     if lines:
         raise ValueError(f"method {method}: {'; '.join(dict.fromkeys(lines))}")
     return found
 
 
-def _option_line(problem: Any, fields: Mapping[str, Any]) -> str:
+def option_line(problem: Any, fields: Mapping[str, Any]) -> str:
+    """What is wrong with an option, from pydantic's error."""
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"unknown option {key!r} (allowed: {', '.join(fields)})"

@@ -274,7 +274,8 @@ class Tune(Section):
         prune: whether trials that fall behind are stopped before they have seen all of them; by
             default where that can be, see :attr:`prunes`.
         groups: name → regular expression over names of units; each group gets a weight.
-        knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it.
+        knobs: name → a value, which fixes it, or ``[low, high]`` or a list, which narrows it, or
+            adds that of an option (:mod:`moesaic.orchestrator.widening`).
     """
 
     objectives: list[Literal["kl", "bytes", "latency"]] = Field(default=["kl"], min_length=1)

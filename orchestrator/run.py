@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
 from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.track import Tracker
+from moesaic.orchestrator.widening import added_text, widened
 
 if TYPE_CHECKING:
     # What only one verb needs is imported there: it takes long.
@@ -66,7 +68,8 @@ def check_recipe(
 ) -> dict[str, Any]:
     """What a run will take (see :func:`forecast`), once nothing is wrong with the recipe.
 
-    What only ``moesaic tune`` refuses is no mistake, but comes first among the events.
+    What only ``moesaic tune`` refuses is no mistake, but comes first among the events. Candidates
+    that only a study has (``tune.knobs``) are reckoned in.
 
     Args:
         bench: unit costs that were measured before; by default they are measured now.
@@ -81,12 +84,14 @@ def check_recipe(
     folder = _output(recipe, output)
     mistakes, warnings = Mistakes(), []
     with _naming(recipe_file):
-        experiment = mistakes.attempt(lambda: Experiment(recipe, folder))
+        studied = mistakes.attempt(partial(widened, recipe))
+        recipe = studied or recipe
+        experiment = mistakes.attempt(partial(Experiment, recipe, folder))
         per_gpu = 1 if experiment is None else experiment.workers_per_gpu
         mistakes.attempt(lambda: crew(recipe.compute, per_gpu))
         mistakes.attempt(lambda: check_cluster(recipe.compute))
         mistakes.attempt(lambda: check_tracking(recipe.tracking, folder.parent))
-        if experiment is not None and recipe.tune is not None:
+        if experiment is not None and studied is not None and recipe.tune is not None:
             tuned = experiment
             study = Mistakes()
             study.attempt(lambda: check_tune(tuned))
@@ -102,6 +107,9 @@ def check_recipe(
             raise mistakes.error()
         found = forecast(_ready(experiment), bench)
     events = [Event("no_study", f"moesaic tune will refuse this: {text}") for text in warnings]
+    more = added_text(experiment)
+    if more is not None:
+        events.append(Event("more_candidates", f"{more}; moesaic run does without"))
     return {**found, "events": [*map(asdict, events), *found["events"]]}
 
 
@@ -228,6 +236,8 @@ def tune_recipe(
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)
     recipe = recipe.model_copy(update={"tune": recipe.tune or Tune()})
+    with _naming(recipe_file):
+        recipe = widened(recipe)
     folder = _output(recipe, output)
     result: dict[str, Any] = {"name": recipe.name, "output": str(folder)}
     # More trials of a study belong to its run, also if that had finished.

@@ -3,25 +3,46 @@
 import math
 from typing import TYPE_CHECKING
 
-from moesaic.orchestrator.plan_losses import plan_losses
+from moesaic.orchestrator.plan_losses import PlanRuns
+from moesaic.orchestrator.study_terms import section
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.tune import TunedPipeline
 
+_STAGE = "baselines"
+
 
 def judged_baselines(pipeline: "TunedPipeline") -> dict[str, dict[str, float]]:
-    """Name → ``bytes`` of the checkpoint and ``kl`` in nats per token, those of a finite KL.
+    """Name → ``bytes`` of the checkpoint, ``kl`` in nats per token and, where trials are timed,
+    ``latency`` in milliseconds per token, of those that have a finite KL.
 
     They are no trials: the sampler does not know them. What was judged is in the store, so that a
-    study that goes on judges none again.
+    study that goes on judges none again. As many are timed at once as trials were.
     """
     plans = pipeline.baseline_plans()
     if not plans:
         return {}
+    experiment, view = pipeline.experiment, pipeline.view
+    runs = PlanRuns(experiment, pipeline.pool, view)
     units = {name: plan.units for name, plan in plans.items()}
-    kl = plan_losses(pipeline.experiment, pipeline.pool, pipeline.view, "baselines", units)
-    return {
-        name: {"bytes": float(pipeline.file_bytes(plan)), "kl": kl[name]}
-        for name, plan in plans.items()
-        if math.isfinite(kl[name])
-    }
+    kl = runs.losses(_STAGE, units)
+    finite = {name: chosen for name, chosen in units.items() if math.isfinite(kl[name])}
+    latency: dict[str, float] = {}
+    if section(experiment).timed:
+        latency = runs.latencies(
+            _STAGE,
+            finite,
+            pipeline.options.jobs,
+            lambda name, reason: view.line(f"baseline {name} cannot be timed: {reason}"),
+        )
+    runs.release()
+    found = {}
+    for name in finite:
+        size = pipeline.file_bytes(plans[name])
+        found[name] = {"bytes": float(size), "kl": kl[name]}
+        timed = ""
+        if name in latency:
+            found[name]["latency"] = latency[name]
+            timed = f", {latency[name]:.4g} ms/token"
+        view.line(f"baseline {name}: KL {kl[name]:.4g}, {size:,} bytes{timed}")
+    return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MADE_OF = "made_of"
 MODEL, TEXT, CANDIDATES, MEASUREMENTS = "model", "calibration text", "candidates", "measurements"
+CALIBRATION, VERSION = "calibration", "version"
 KNOBS = "knobs"
 _JOURNAL_BYTES = 1 << 30
 # Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
@@ -32,6 +33,8 @@ _DIFFER = {
     TEXT: "calibration text differs (its files, sequences, length or seed, or the tokenizer)",
     MEASUREMENTS: "measurements differ (other calibration, or another version of moesaic)",
 }
+# Facts that journals of earlier versions lack.
+_ADDED = frozenset({CALIBRATION, VERSION})
 # Candidates that are named, and characters of each.
 _NAMED, _CHARACTERS = 3, 80
 
@@ -134,7 +137,7 @@ def check_journal(
     wanted: Mapping[str, Any],
     resume: bool,
     unknown: Collection[str] = (MEASUREMENTS,),
-) -> None:
+) -> str | None:
     """Finds out before any work whether a study can be begun or gone on with; changes nothing.
 
     Args:
@@ -143,11 +146,14 @@ def check_journal(
         unknown: facts that are not known before there are measurements.
         resume: whether a study that is there already may be gone on with.
 
+    Returns:
+        what may turn out to be an obstacle once there are measurements, for people.
+
     Raises:
         UserError: as :class:`moesaic.orchestrator.study.Study`.
     """
     if not journal.exists():
-        return
+        return None
     if _lock_file(journal).exists():
         with disk_errors(_lock_file(journal)), _lock_file(journal).open("r+") as lock:
             _take(lock, journal)
@@ -158,6 +164,12 @@ def check_journal(
             if study.study_name == name and known is not None:
                 before, now = (_comparable(facts, unknown) for facts in (known, wanted))
                 check_same(journal, name, before, now, resume)
+                if known.get(VERSION) != wanted[VERSION]:
+                    return (
+                        f"{journal}: the study {name!r} was begun by another version of moesaic:"
+                        " whether that measures the same is known when it is measured anew"
+                    )
+    return None
 
 
 def _comparable(facts: Mapping[str, Any], unknown: Collection[str]) -> dict[str, Any]:
@@ -192,10 +204,13 @@ def check_same(
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """What two studies differ in, for people."""
+    """What two studies differ in, for people.
+
+    Another version of the code may well measure the same: that alone is no difference.
+    """
     for fact in dict.fromkeys([*known, *wanted]):
         before, now = known.get(fact), wanted.get(fact)
-        if before == now:
+        if before == now or fact == VERSION or (fact in _ADDED and fact not in known):
             continue
         if fact in _DIFFER:
             yield _DIFFER[fact]

@@ -25,8 +25,8 @@ _CAPTIONS = {
     " value.",
     "study_front": "KL on calibration text against the other objective. Blue: the trials that no"
     " other one beats in all objectives; every one of them is a plan that can be had. Rings: tried"
-    " first. Diamonds: the recipe's baselines, on the same text. A thin line is what the"
-    " measurements predict for every size.",
+    " first. Diamonds: the recipe's baselines, on the same text, timed as trials are. A thin line"
+    " is what the measurements predict for every size.",
 }
 
 

@@ -13,10 +13,13 @@ from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.machine import describe_machine
+from moesaic.orchestrator.measure import piece_key
 from moesaic.orchestrator.recipe_sections import Tune
 from moesaic.orchestrator.resident import Rows
 from moesaic.orchestrator.scoring import described, is_predicted
-from moesaic.orchestrator.study_journal import CANDIDATES, MODEL, TEXT
+from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.study_journal import CALIBRATION, CANDIDATES, MODEL, TEXT, VERSION
+from moesaic.orchestrator.widening import check_added
 from moesaic.search._sources import SOURCE
 from moesaic.search.base import Layer, Measurement, search_module
 from moesaic.search.knobs import Allocator, Knob, Place, narrowed
@@ -72,6 +75,7 @@ def check_tune(experiment: Experiment) -> None:
             )
         if not any(re.search(pattern, unit.name) for unit in experiment.units):
             raise RecipeError(f"tune.groups.{name}: {pattern!r} matches no unit")
+    check_added(experiment)
     allocator = sized_allocator(experiment)
     check_plans(experiment, allocator, knobs_of(experiment, allocator))
 
@@ -137,10 +141,36 @@ def made_of(experiment: Experiment) -> dict[str, Any]:
         "search": recipe.search,
         "score": described(recipe),
         "serve": recipe.serve,
+        CALIBRATION: _calibrated(experiment),
+        VERSION: _version(experiment),
         "groups": tune.groups,
         **({"constraints": tune.constraints} if tune.constraints else {}),
         **({"timed on": describe_machine()} if tune.timed else {}),
     }
+
+
+def _calibrated(experiment: Experiment) -> dict[str, Any]:
+    """What measurements follow from besides model, text and candidates, as far as it matters."""
+    section, walk = experiment.recipe.calibration, experiment.walk
+    gradients = experiment.gradient_tokens() // section.length
+    banks = any(unit.kind == "bank" for unit in experiment.model.units())
+    return {
+        "shards": walk.shards,
+        "gradient_sequences": gradients,
+        "per_source": section.per_source,
+        **({"seed": walk.seed} if gradients else {}),
+        **({"experts": walk.experts} if banks else {}),
+        **({"expert_tokens": walk.sampled} if walk.sampled else {}),
+    }
+
+
+def _version(experiment: Experiment) -> str:
+    """Names the code that statistics and pieces are made by: their keys, but for all else."""
+    drawn: dict[str, Any] = {"fingerprint": "", "dtype": "", "ids_digest": ""}
+    asked: dict[str, Any] = {"sequences": 0, "shards": 1, "batch": 1, "needs": (), "sampled": 0}
+    split: dict[str, Any] = {"experts": "routed", "sources": (), "by_source": ()}
+    walk = replace(experiment.walk, **drawn, **asked, **split)
+    return digest([walk.key, piece_key("", "", (), "")])
 
 
 def place(experiment: Experiment, unit: Unit) -> Place:

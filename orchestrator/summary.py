@@ -98,7 +98,8 @@ class StudySummary:
         front: numbers of the trials that no other beats; empty with one objective.
         importances: knob → its share in what makes trials good, the largest first.
         constraints: figure → the most that was allowed.
-        baselines: name → ``kl`` and ``bytes`` of the recipe's baselines on the trials' text.
+        baselines: name → ``kl`` and ``bytes`` of the recipe's baselines on the trials' text, and
+            ``latency`` where trials were timed.
     """
 
     journal: Path

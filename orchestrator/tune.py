@@ -15,13 +15,12 @@ from typing import Any
 from moesaic.methods.base import Event
 from moesaic.orchestrator import results
 from moesaic.orchestrator.choices import choices
-from moesaic.orchestrator.console import View
+from moesaic.orchestrator.console import View, stderr
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.kept_limits import KeptLimits
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
-from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
 from moesaic.orchestrator.study_baselines import judged_baselines
@@ -43,6 +42,7 @@ from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.trial_failures import advice
 from moesaic.orchestrator.trial_record import trial_name
 from moesaic.orchestrator.trials import Trials
+from moesaic.orchestrator.widening import added_text
 from moesaic.search.base import Plan
 from moesaic.search.knobs import Allocator, Knob, Value
 
@@ -83,7 +83,9 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
     # Where layers are still to share out their experts, other options are there afterwards.
     unknown = (MEASUREMENTS, KNOBS) if experiment.open_specs() else (MEASUREMENTS,)
     wanted = facts(made_of(experiment), knobs, objectives)
-    check_journal(journal, name, wanted, options.resume, unknown)
+    doubt = check_journal(journal, name, wanted, options.resume, unknown)
+    if doubt is not None:
+        stderr.print(doubt, markup=False)
 
 
 class TunedPipeline(Pipeline):
@@ -104,6 +106,12 @@ class TunedPipeline(Pipeline):
         self.study: StudySummary | None = None
         self.best: Told | None = None
         self.refining_events: list[Event] = []
+
+    def measure(self) -> None:
+        more = added_text(self.experiment)
+        if more is not None:
+            self.view.line(more)
+        super().measure()
 
     def _searched(self) -> Plan:
         allocator = self._allocator()
@@ -146,8 +154,7 @@ class TunedPipeline(Pipeline):
         assert self.best is not None, "its plan is refined"
         kept = KeptLimits(self, limits(self.experiment), self.best)
         plan = self._refine(start, kept.keeps, kept.most_bytes)
-        if kept.working:
-            release(self.pool)
+        kept.release()
         self.refining_events = kept.events(plan.units == start.units)
         self.view.events(self.refining_events)
         return plan

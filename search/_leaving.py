@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -28,6 +29,15 @@ _COMBINATIONS = 4096
 def text(value: Any) -> str:
     """An option's value as knobs have it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def means(choice: str, value: Any) -> bool:
+    """Whether a value that a user wrote is a choice of a knob; 1 and 1.0 are one number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(ValueError):
+            if float(choice) == value:
+                return True
+    return text(value) == choice
 
 
 def rule(name: str, value: float | str) -> Rule | None:

@@ -26,7 +26,7 @@ class Ledger:
 
     Attributes:
         every: all blocks of the text.
-        passes: times that the whole text was run.
+        sequences: that were run; one whose slopes were taken counts as four.
         step: generations or steps that are done.
         best: KL of the best point so far on the whole text; None before the start was judged.
     """
@@ -37,7 +37,7 @@ class Ledger:
         self.effort = effort
         self.steps = steps
         self.step = 0
-        self.passes = 0.0
+        self.sequences = 0
         self.every = range(len(text.blocks))
         self.best: float | None = None
         self._points: dict[bytes, Point] = {}
@@ -70,18 +70,41 @@ class Ledger:
         Args:
             order: of the blocks.
         """
-        for share in _SEEN:
+        for blocks in _stages(order):
             if not points:
                 break
-            blocks = order[: max(1, round(share * len(order)))]
             yield from self.judge(points, blocks)
             limit = self.kl(parent, blocks)
             ahead = sorted(
                 (point for point in points if self.kl(point, blocks) < limit),
                 key=lambda point: self.kl(point, blocks),
             )
-            points = ahead[: max(1, math.floor(len(points) * _LEFT))]
+            points = ahead[: _left(len(points))]
         return points[0] if points else None
+
+    def racers(self, most: int, order: Sequence[int], slopes: bool = False) -> int:
+        """How many points may race so that what they take, whatever comes of it, is within what is
+        left to run; 0 where not even one may.
+
+        Args:
+            most: that are wanted.
+            slopes: whether theirs are taken first, on the first block.
+        """
+        if self.effort.passes is None:
+            return most
+        left = int(self.effort.passes * self.text.total + 1e-9) - self.sequences
+        fitting = (n for n in range(most, 0, -1) if self._cost(n, order, slopes) <= left)
+        return next(fitting, 0)
+
+    def _cost(self, count: int, order: Sequence[int], slopes: bool) -> int:
+        """Sequences that a race of so many points takes at most."""
+        found = seen = 0
+        if slopes:
+            found, seen = count * SLOPE_PASSES * self.text.sequences(order[0]), 1
+        for blocks in _stages(order):
+            found += count * sum(map(self.text.sequences, blocks[seen:]))
+            count, seen = _left(count), len(blocks)
+        return found
 
     def batch(self, requests: Sequence[Request]) -> Batch:
         return Batch(requests, self.step, self.steps, self.best)
@@ -92,8 +115,7 @@ class Ledger:
 
     def take(self, point: Point, block: int, answer: Answer) -> None:
         """Remembers what a point lost on a block."""
-        share = self.text.sequences(block) / self.text.total
-        self.passes += share * (SLOPE_PASSES if answer.slopes else 1)
+        self.sequences += self.text.sequences(block) * (SLOPE_PASSES if answer.slopes else 1)
         kl = np.array(answer.kl, dtype=float)
         kl[~np.isfinite(kl)] = np.inf
         self._points[point.key] = point
@@ -112,9 +134,10 @@ class Ledger:
         whole = [self._points[k] for k, seen in self._kl.items() if len(seen) == len(self.every)]
         return sorted(whole, key=lambda point: self.kl(point, self.every))
 
-    def exhausted(self) -> bool:
-        """Whether the whole text has been run as often as it may be."""
-        return self.effort.passes is not None and self.passes >= self.effort.passes
+    @property
+    def passes(self) -> float:
+        """Times that the whole text was run."""
+        return self.sequences / self.text.total
 
     def result(self, best: Point) -> list[Judged]:
         """One plan, then the others that saw the whole text, the best first."""
@@ -122,3 +145,13 @@ class Ledger:
         return [
             Judged(self.space.plan(point), self.kl(point, self.every)) for point in [best, *others]
         ]
+
+
+def _stages(order: Sequence[int]) -> list[Sequence[int]]:
+    """Blocks that points have seen when the best of them are picked."""
+    return [order[: max(1, round(share * len(order)))] for share in _SEEN]
+
+
+def _left(count: int) -> int:
+    """How many of so many points go on."""
+    return max(1, math.floor(count * _LEFT))

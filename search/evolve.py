@@ -73,14 +73,15 @@ def refine(problem: Problem, start: Plan, text: Text, effort: Effort) -> Refinem
     ledger.settle(parent)
     stale = barren = 0
     for generation in range(effort.generations):
-        if ledger.exhausted():
+        order = np.roll(ledger.every, -generation).tolist()
+        count = ledger.racers(effort.offspring, order)
+        if not count:
             break
         breeder = _Breeder(space, parent, ledger, rng, _SWITCHES + stale // _PATIENCE)
-        offspring = list(breeder.offspring(effort.offspring))
+        offspring = list(breeder.offspring(count))
         barren = 0 if offspring else barren + 1
         if barren == _BARREN:
             break
-        order = np.roll(ledger.every, -generation).tolist()
         winner = yield from ledger.race(parent, offspring, order)
         parent, stale = (parent, stale + 1) if winner is None else (winner, 0)
         ledger.settle(parent)

@@ -25,13 +25,22 @@ Knobs that are no numbers leave some candidates out (:mod:`moesaic.search._leavi
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from moesaic.methods.base import Chain, is_repair
-from moesaic.search._leaving import ANY, CORRECTIONS, LEFT_OUT, OFFERED, Reach, left, rule, text
+from moesaic.search._leaving import (
+    ANY,
+    CORRECTIONS,
+    LEFT_OUT,
+    OFFERED,
+    Reach,
+    left,
+    means,
+    rule,
+    text,
+)
 from moesaic.search._sources import SOURCE, SourceWeights, varied
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Measurement, Plan, Problem, smallest_bytes
@@ -42,9 +51,9 @@ Values = Mapping[str, Value]
 EXPONENT, SLOPE, MIX = "score_exponent", "depth_slope", "mix"
 CHARGE, WEIGHT = "charge.reductions", "weight."
 GREEDY = "greedy"  # a start, and the strategy that makes its plan
-# Options that say how large a result is: what an allocation chooses by itself.
 _FACTORS = 1e-3, 1e3  # the widest range of a factor
-SIZES = frozenset({"bits", "rank", "keep", "density", "outliers", "width", "channels"})
+# Options that say how large a result is: what an allocation chooses by itself.
+SIZES = frozenset({"bits", "rank", "keep", "density", "outliers", "width"})
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,8 @@ def narrowed(knobs: Sequence[Knob], wishes: Mapping[str, Any]) -> list[Knob]:
 
 def _narrowed(knob: Knob, wish: Any) -> Knob:
     if knob.choices:
-        meant = [_choice(knob, value) for value in (wish if isinstance(wish, list) else [wish])]
+        wishes = wish if isinstance(wish, list) else [wish]
+        meant = [next((c for c in knob.choices if means(c, value)), None) for value in wishes]
         wanted = [choice for choice in meant if choice is not None]
         if not wanted or len(wanted) < len(meant):
             raise ValueError(f"{wish!r} is not among {knob.range_text()}")
@@ -144,17 +154,6 @@ def _narrowed(knob: Knob, wish: Any) -> Knob:
         raise ValueError(f"{wish!r} is not within {least:g} to {most:g}")
     low, high = map(float, ends)
     return replace(knob, low=low, high=high, default=min(max(float(knob.default), low), high))
-
-
-def _choice(knob: Knob, value: Any) -> str | None:
-    """The choice of a knob that a value means; 1 and 1.0 are one number."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        for choice in knob.choices:
-            with suppress(ValueError):
-                if float(choice) == value:
-                    return choice
-    meant = text(value)
-    return meant if meant in knob.choices else None
 
 
 class Allocator:

@@ -63,8 +63,9 @@ class Effort:
     Attributes:
         generations, offspring: of :mod:`moesaic.search.evolve`.
         steps, draws: of :mod:`moesaic.search.relax`, and plans drawn in each step.
-        passes: times that the whole text may be run, at most; None for no limit. A search stops
-            before the generation or step that would begin beyond it.
+        passes: times that the whole text may be run, at most; None for no limit. A search does less
+            in its last generation or step, or stops before it, rather than go beyond. The plan to
+            start from is always run.
         seed: of what is drawn.
     """
 

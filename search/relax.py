@@ -82,17 +82,16 @@ def refine(
     descent = _Descent(space, curvature)
     rng = np.random.default_rng(effort.seed)
     for step in range(effort.steps):
-        if ledger.exhausted():
+        order = np.roll(ledger.every, -step).tolist()
+        count = ledger.racers(effort.draws, order, slopes=True)
+        if not count:
             break
         done = step / effort.steps
         if effort.passes is not None:
             done = max(done, ledger.passes / effort.passes)
         noise = _NOISE[0] + (_NOISE[1] - _NOISE[0]) * min(done, 1.0)
         best = ledger.ranked()[0]
-        draws = [
-            descent.draw(rng, noise if number else 0.0, best) for number in range(effort.draws)
-        ]
-        order = np.roll(ledger.every, -step).tolist()
+        draws = [descent.draw(rng, noise if number else 0.0, best) for number in range(count)]
         descent.scale = _scale(space, ledger, best)
         gradients = yield from _gradients(descent, ledger, draws, order)
         descent.advance(gradients)
@@ -101,7 +100,7 @@ def refine(
         best = best if winner is None else winner
         ledger.settle(best)
         ledger.step = step + 1
-    if not ledger.exhausted():
+    if ledger.racers(1, ledger.every):
         last = descent.draw(rng, 0.0, best)
         winner = yield from ledger.race(best, [last.point], list(ledger.every))
         best = best if winner is None else winner

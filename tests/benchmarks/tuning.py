@@ -6,8 +6,9 @@ KL to the dense model on held-out text, per budget: one chain for all units (the
 which may have fewer bytes), the even plan (as if all weights were equally sensitive), greedy,
 knapsack; then what running plans on calibration text makes of the knapsack's: knobs tuned by a
 study, `evolve`, `relax`, and these two after the study. Every such search may run its text
-``--trials`` times; one after the study comes on top of that. A token whose slopes are taken counts
-as four.
+``--trials`` times, and none goes beyond that; one after the study comes on top of it. A token whose
+slopes are taken counts as four. The table has the tokens of each way, and how often that is the
+whole text that plans are judged on.
 
 A real model, in less than an hour on two cores and one seed (each search runs 2,048 tokens twenty
 times):
@@ -207,6 +208,8 @@ def seed_rows(
 
 def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
     """The report."""
+    judged = min(arguments.judged, arguments.sequences)
+    once = judged * (arguments.length - 1)  # tokens of the text that plans are judged on
     lines, verdicts = [], []
     for bits in arguments.bits:
         even = [row["kl"] for row in found[bits, EVEN]]
@@ -224,6 +227,7 @@ def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
                     figure([row["kl"] for row in rows]),
                     figure(ratios),
                     f"{tokens:,.0f}" if tokens else "–",
+                    f"{tokens / once:.2f}" if tokens else "–",
                     figure([row["seconds"] for row in rows]),
                 ]
             )
@@ -233,8 +237,7 @@ def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
                 f"{bits:g} bits: {best[0]} has {best[1]:.3f} × the KL of the even plan; at most"
                 f" {GOAL} was the goal: {reached}."
             )
-    headers = ["budget", "way", "bits per weight", "KL", "KL / even", "tokens run", "s"]
-    judged = min(arguments.judged, arguments.sequences)
+    headers = ["budget", "way", "bits per weight", "KL", "KL / even", "tokens run", "× text", "s"]
     widths = ", ".join(map(str, arguments.widths))
     sizes = ", ".join(map(str, arguments.group_sizes))
     text = (

@@ -1,5 +1,6 @@
 """moesaic tune: trials on resident models, what they find, what stops them, what they leave."""
 
+import json
 import math
 import os
 import shutil
@@ -23,10 +24,11 @@ from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.study import Study
-from moesaic.orchestrator.study_journal import locked
+from moesaic.orchestrator.study_journal import CALIBRATION, MADE_OF, VERSION, locked
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
 from moesaic.search.base import Infeasible, Plan
+from moesaic.search.knobs import Allocator
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
@@ -289,12 +291,44 @@ def as_long_as_large(
 
 
 def test_latency_is_measured_and_may_be_an_objective(make: Make) -> None:
-    project = make(tune={"objectives": ["kl", "latency"], "sequences": 2})
-    _, calls = project.tune(5)
+    baselines = {"rtn 4": {**BITS, "bits": 4}}
+    project = make(baselines=baselines, tune={"objectives": ["kl", "latency"], "sequences": 2})
+    _, calls = project.tune(4, size=2)
     table, study = trials(project), project.json("study.json")
     assert (table["latency"] > 0).all() and study["objectives"] == ["kl", "latency"]
-    assert calls["latency:measure_plan"] == table["plan"].nunique()
+    assert calls["latency:measure_plan"] == table["plan"].nunique() + 1
     assert study["best"]["latency"] == table["latency"][study["best"]["trial"]]
+    # The baselines stand in the front, timed once.
+    assert study["baselines"].keys() == baselines.keys()
+    assert study["baselines"]["rtn 4"]["latency"] > 0
+    assert project.summary.study.baselines == study["baselines"]
+    _, calls = project.tune(4)
+    assert calls.total() == 0 and project.json("study.json")["baselines"] == study["baselines"]
+
+
+def test_a_baseline_that_cannot_be_timed_is_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, studied = Trials.run, False
+
+    def study(self: Trials) -> None:
+        nonlocal studied
+        run(self)
+        studied = True
+
+    def clock(state: Any, **given: Any) -> dict[str, Any]:
+        if studied:
+            raise RuntimeError("no kernel image is available")
+        return as_long_as_large(state, **given)
+
+    monkeypatch.setattr(Trials, "run", study)
+    monkeypatch.setattr(latency, "measure_plan", clock)
+    tune = {"objectives": ["bytes", "kl", "latency"], "sequences": 2}
+    project = make(baselines={"rtn 4": {**BITS, "bits": 4}}, tune=tune)
+    project.tune(4)
+    told = "baseline rtn 4 cannot be timed: RuntimeError: no kernel image is available"
+    assert told in capfd.readouterr().err
+    assert project.json("study.json")["baselines"]["rtn 4"].keys() == {"kl", "bytes"}
 
 
 def test_the_best_trial_keeps_to_the_constraints(
@@ -514,8 +548,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "not finite": ({"tune": {"knobs": {"mix": [0, math.inf]}}}, "tune.knobs.mix: inf is no number"),
     "huge": ({"tune": {"knobs": {"mix": 10**400}}}, "is not within 0 to 1"),
     "no such value": (
-        {"candidates": [GROUPS], "tune": {"knobs": {"rtn.group_size": [32, 48]}}},
-        "tune.knobs.rtn.group_size: [32, 48] is not among any, -1, 16",
+        {"candidates": [GROUPS], "tune": {"knobs": {"rtn.group_size": 32}}},
+        "tune.knobs.rtn.group_size: no candidate has 32, and one value alone adds nothing to try",
     ),
 }
 
@@ -549,6 +583,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         "candidates: 5 removed (rtn(bits=8, group_size=-1); reap(keep=0.5) → rtn(bits=4, group_si",
     ),
     "text": ({"calibration": {"length": 23}}, "calibration text differs (its files, sequences"),
+    "gradients": (
+        {"calibration": {"gradient_sequences": 12}},
+        "else: calibration gradient_sequences: 4, now 12. Undo that",
+    ),
+    "shards": ({"calibration": {"shards": 2}}, "else: calibration shards: 4, now 2. Undo that"),
+    "experts": (
+        {"calibration": {"experts": "all"}},
+        "else: calibration experts: routed, now all. Undo that",
+    ),
     "knobs": ({"tune": {"knobs": {"mix": 0}}}, "knobs mix: [0.0, 1.0], now [0.0, 0.0]"),
     "groups": ({"tune": {"groups": {"a": "q_proj"}}}, "groups a: none, now q_proj"),
     "objectives": (
@@ -631,11 +674,39 @@ def test_a_line_that_has_no_end_yet_is_no_obstacle_before_any_work(
     assert contents(project.output)["journal.log"].startswith(before)
 
 
-def test_a_study_with_other_measurements_is_refused(make: Make, known_study: Path) -> None:
-    project = make(calibration={"gradient_sequences": 12})
+def test_a_study_with_other_measurements_is_refused(
+    make: Make,
+    known_study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    project = make()
     copied(known_study, project.output)
+    project.tune(2)
+    said = "the study 'small' was begun by another version of moesaic"
+    assert said not in capfd.readouterr().err
+    # Another version, which measures the same or not: that is known when it has measured.
+    monkeypatch.setattr(study_terms, "piece_key", lambda *about: "other")
+    project.tune(2)
+    assert said in capfd.readouterr().err
+    monkeypatch.setattr(Allocator, "measured", lambda this: [["other"]])
     with pytest.raises(UserError, match=r"made with something else: measurements differ \(other"):
         project.tune(3)
+
+
+def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) -> None:
+    """Its journal does not say how it was calibrated."""
+    project = make()
+    copied(known_study, project.output)
+    journal = project.output / "journal.log"
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        known = line.get("user_attr", {}).get(MADE_OF)
+        if known is not None:
+            assert known.pop(CALIBRATION) and known.pop(VERSION)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    project.tune(3)
+    assert len(trials(project)) == 3
 
 
 def test_groups_and_options_are_knobs(make: Make) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.search.base import Budget, Plan, Problem
-from moesaic.search.refining import Answer, Batch, Judged, Refinement, Request
+from moesaic.search.refining import Answer, Batch, Judged, Refinement, Request, Text
 from tests.search.problems import Table, chain, problem
 
 Loss = Callable[[Plan], float]
@@ -31,14 +31,23 @@ class Driven:
         return [request.plan for batch in self.requests for request in batch]
 
 
-def drive(search: Refinement, loss: Loss, slopes: Slopes | None = None) -> Driven:
-    """Runs a refiner to its end; every sequence of every block has the plan's loss."""
+def drive(
+    search: Refinement, loss: Loss, slopes: Slopes | None = None, text: Text | None = None
+) -> Driven:
+    """Runs a refiner to its end; every sequence of every block has the plan's loss.
+
+    Args:
+        text: by default blocks have two sequences each.
+    """
     requests = []
     batch: Batch = next(search)
     while True:
         requests.append(batch.requests)
         answers = [
-            Answer([loss(r.plan)] * 2, slopes(r.plan) if r.slopes and slopes else {})
+            Answer(
+                [loss(r.plan)] * (text.sequences(r.block) if text else 2),
+                slopes(r.plan) if r.slopes and slopes else {},
+            )
             for r in batch.requests
         ]
         try:
