@@ -20,6 +20,7 @@ from typing import Any
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import is_reduced
 from moesaic.orchestrator.checkpoint import INDEX, SINGLE
+from moesaic.orchestrator.companions import COMPANIONS
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.export import (
     Piece,
@@ -47,8 +48,6 @@ _STAND_IN_BYTES = 2 * 128
 _METADATA = {"format": "pt"}
 # Length, metadata and padding.
 _SHARD_HEADER_BYTES = 64
-# Tokenizer, chat template, generation settings, licence: small files that belong to the model.
-_COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
 # How sentence-transformers pools: each part of a model has a folder of its own.
 _PARTS = "[0-9]*_*/config.json"
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -259,7 +258,7 @@ def _write_shards(folder: Path, tensors: list[Blob], limit_bytes: int) -> None:
 
 def _copy_companions(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
-        belongs = path.suffix in _COMPANIONS or path.name.startswith(_LICENCES)
+        belongs = path.suffix in COMPANIONS or path.name.startswith(_LICENCES)
         weights = path.name in _REWRITTEN or path.name.endswith(".index.json")
         if path.is_file() and belongs and not weights:
             shutil.copyfile(path, folder / path.name)

@@ -83,6 +83,7 @@ class Checkpoint:
 
     def _header(self, file: Path) -> dict[str, Entry]:
         """Where the tensors of a file lie."""
+        _check_inside(file, self.path)
         with open(file, "rb") as stream:
             return entries_of(file, file.stat().st_size, stream.read)
 
@@ -227,25 +228,33 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _check_links(folder: Path) -> None:
-    """Raises a :class:`UserError` for a symbolic link that leads out of the folder."""
+    """Raises a :class:`UserError` for a symbolic link that leads out of the folder.
+
+    Further below only files of weights are opened, which are looked at when that happens.
+    """
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
+        if path.is_symlink():
+            _check_inside(path, folder)
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Raises a :class:`UserError` for a path that links lead out of the folder."""
     inside = folder.resolve()
     allowed = [inside]
+    # What is beside the folder counts only where it is itself no link.
     if inside.parent.name == "snapshots":  # of the Hugging Face cache: REPO/snapshots/COMMIT
-        allowed.append((inside.parents[1] / "blobs").resolve())
+        allowed.append(inside.parents[1] / "blobs")
     if inside.parent.name == MODELS:  # of a store
-        allowed.append((inside.parents[1] / "sliced").resolve())
-    for path in (*folder.iterdir(), *folder.glob("*/*")):
-        if not path.is_symlink():
-            continue
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError):
-            raise UserError(f"{path}: is a symbolic link that leads nowhere") from None
-        if not any(target.is_relative_to(place) for place in allowed):
-            raise UserError(
-                f"{path}: is a symbolic link to {shown(target)}, outside the model folder: put the"
-                " file itself there"
-            )
+        allowed.append(inside.parents[1] / "sliced")
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{path}: is a symbolic link that leads nowhere") from None
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(
+            f"{path}: is a symbolic link to {shown(target)}, outside the model folder: put the"
+            " file itself there"
+        )
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:

@@ -3,39 +3,37 @@
 A *source* is an actor on the driver's node that reads parts of the folder's files. Workers of nodes
 without the folder keep copies of what they need, as of a model at a URL (see
 :mod:`moesaic.orchestrator.remote_model`); to them the source is one more place that files come
-from. A node that has the folder reads its own, once names, sizes and samples of the content were
-compared: what is measured must be of one model.
+from. A node that has the files reads its own, and each of them is compared with the driver's before
+it is first read: what is measured must be of one model. Files of a shared folder are known by their
+inode and time, others are read once for their digest.
 
-Ray's object store holds no more than two parts per reader at a time. The source ends with the
+Ray's object store holds no more than two small parts per reader at a time. The source ends with the
 driver; Ray starts it anew where it dies earlier.
 """
 
-import hashlib
 import os
 import socket
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import ray
 from fsspec import AbstractFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from moesaic.orchestrator.companions import COMPANIONS
+from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.shared import CachePlace
 
-# What a model consists of; as for models of the hub, no code.
-SMALL_FILES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"})
-WEIGHTS = ".safetensors"
+CONFIG = "config.json"
 # One answer, and how many of them are under way for one file.
-_PART_BYTES, _PARTS = 8 << 20, 2
+_PART_BYTES, _PARTS = 2 << 20, 2
 _ANSWER_SECONDS = 60.0
 _READERS = 8
-# Of a file that two nodes have.
-_SAMPLES, _SAMPLE_BYTES = 5, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,14 @@ class ModelPlace:
     Attributes:
         folder: of the driver's node.
         cache: where other nodes keep copies.
+        weights: names of its files of weights.
+        code: whether what the model's folder has of Python belongs to it.
     """
 
     folder: Path
     cache: CachePlace
+    weights: Sequence[str]
+    code: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class ModelSource:
         place: where it is.
         host: name of the driver's machine.
         node: id of its node.
-        files: name → what is known of it, as of a file at a URL, and ``sample``: a digest of parts.
+        files: name → what is known of it, as of a file at a URL; of weights and configuration
+            their digests, too.
         actor: reads the files.
     """
 
@@ -74,33 +77,47 @@ class ModelSource:
         """Names the folder in errors, and the copies."""
         return f"driver://{self.host}{self.place.folder}"
 
+    def is_here(self) -> bool:
+        """Whether this node, that of a worker, is the driver's."""
+        return bool(ray.get_runtime_context().get_node_id() == self.node)
+
     def is_needed(self) -> bool:
-        """Whether this node, that of a worker, has to fetch the model.
+        """Whether this node has to fetch the model.
 
         Raises:
-            RunError: it has another one in the same folder.
+            RunError: its files are others, as far as their sizes tell.
         """
-        if ray.get_runtime_context().get_node_id() == self.node:
+        if self.is_here():
             return False
         own = {}
-        for name in self.files:
+        for name in (CONFIG, *self.place.weights):
             try:
-                own[name] = _about(self.place.folder / name)
+                own[name] = os.stat(self.place.folder / name).st_size
             except OSError:
                 return True
-        for name, about in own.items():
-            there = self.files[name]
-            if about["size"] != there["size"]:
-                raise self._other(name, f"{about['size']:,} bytes, not {there['size']:,}")
-            if _sample(self.place.folder / name, about["size"]) != there["sample"]:
-                raise self._other(name, f"the same {about['size']:,} bytes in number only")
+        for name, size in own.items():
+            if size != self.files[name]["size"]:
+                raise self._other(name)
         return False
 
-    def _other(self, name: str, what: str) -> RunError:
+    def compare(self, name: str) -> None:
+        """Compares this node's file of weights, or configuration, with the driver's.
+
+        Raises:
+            RunError: it is another one.
+        """
+        path, there = self.place.folder / name, self.files[name]
+        own = _about(path)
+        if (own["size"], own["ETag"]) == (there["size"], there["ETag"]):
+            return  # the same one, in a shared folder
+        if own["size"] != there["size"] or file_digest(path) != there["digest"]:
+            raise self._other(name)
+
+    def _other(self, name: str) -> RunError:
         return RunError(
-            f"{self.place.folder / name}: is another file on node {socket.gethostname()} ({what})"
-            f" than on the driver's ({self.host}): remove the folder there, or give all nodes the"
-            " same"
+            f"{self.place.folder / name}: is another file on node {socket.gethostname()} than on"
+            f" the driver's ({self.host}): give all nodes the same, or remove it there, to have it"
+            " fetched"
         )
 
     def close(self) -> None:
@@ -116,7 +133,7 @@ def offer_model(place: ModelPlace) -> ModelSource | None:
     """
     if ray.util.client.ray.is_connected():
         return None
-    node = ray.get_runtime_context().get_node_id()
+    node, files = ray.get_runtime_context().get_node_id(), model_files(place)
     environment = {**SLEEPING_THREADS, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     actor = (
         ray.remote(FolderReader)
@@ -127,31 +144,22 @@ def offer_model(place: ModelPlace) -> ModelSource | None:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             runtime_env={"env_vars": environment},
         )
-        .remote(place.folder)
+        .remote(place.folder, list(files))
     )
-    return ModelSource(place, socket.gethostname(), node, model_files(place.folder), actor)
+    return ModelSource(place, socket.gethostname(), node, files, actor)
 
 
-def model_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files of a model folder, by name; see :attr:`ModelSource.files`."""
-    found = {}
-    for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(at) / name for name in names):
-            name = file.relative_to(folder).as_posix()
-            if _is_of_model(name) and file.is_file():
-                about = _about(file)
-                found[name] = {**about, "sample": _sample(file, about["size"])}
+def model_files(place: ModelPlace) -> dict[str, dict[str, Any]]:
+    """What belongs to a model in its folder, by name; see :attr:`ModelSource.files`.
+
+    Others may write there, too: runs, for instance.
+    """
+    suffixes = COMPANIONS | ({".py"} if place.code else set())
+    small = [path.name for path in place.folder.iterdir() if path.suffix in suffixes]
+    found = {name: _about(place.folder / name) for name in sorted({*small, *place.weights})}
+    for name in (CONFIG, *place.weights):
+        found[name]["digest"] = file_digest(place.folder / name)
     return found
-
-
-def _is_of_model(name: str) -> bool:
-    pure = PurePosixPath(name)
-    return (
-        pure.suffix in SMALL_FILES | {WEIGHTS}
-        and not pure.is_absolute()
-        and not any(part == ".." or part.startswith(".") for part in pure.parts)
-    )
 
 
 def _about(file: Path) -> dict[str, Any]:
@@ -164,24 +172,19 @@ def _about(file: Path) -> dict[str, Any]:
     }
 
 
-def _sample(file: Path, size: int) -> str:
-    """Digest of some parts of a file, spread evenly over all of it; of all where it is small."""
-    found = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            found.update(stream.read(_SAMPLE_BYTES))
-    return found.hexdigest()
-
-
 class FolderReader:
-    """The actor: reads the files of one model folder."""
+    """The actor: reads files of one folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: that they are in.
+        names: of those that may be read.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, frozenset(names)
 
     def _file(self, name: str) -> Path:
-        if not _is_of_model(name):
+        if name not in self.names:
             raise FileNotFoundError(2, "no file of the model", name)
         return self.folder / name
 

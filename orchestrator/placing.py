@@ -237,8 +237,8 @@ class Roster:
         if told["node"] not in self._fetching:
             self._fetching.add(told["node"])
             stderr.print(
-                f"model: node {told['host']} has no {self.source.place.folder}: it fetches what it"
-                f" needs from {self.source.host}",
+                f"model: node {told['host']} does not have {self.source.place.folder}: it fetches"
+                f" what it needs from {self.source.host}",
                 markup=False,
             )
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,12 +24,13 @@ from urllib.parse import quote, unquote
 
 from moesaic.orchestrator.cache import TEMPORARY, cache_at
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
+from moesaic.orchestrator.companions import COMPANIONS
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.model_source import SMALL_FILES, DriverFiles, ModelSource
+from moesaic.orchestrator.model_source import CONFIG, DriverFiles, ModelSource
 from moesaic.orchestrator.objects import Objects, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
-from moesaic.orchestrator.store import disk_errors
+from moesaic.orchestrator.store import digest, disk_errors
 from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_stored
 
 _COPIES = "moesaic-model@"
@@ -38,6 +39,8 @@ _PATTERN = re.compile(rf"(/.*?)/{_COPIES}(\d+)/([^/]+)")
 _SMALL_BYTES = 200_000_000
 # Beside a copy: what is known of it.
 _NOTE = ".copy"
+# Characters of a long name that are left of it.
+_SHOWN = 100
 
 
 def copies_folder(url: str, place: CachePlace) -> Path:
@@ -63,11 +66,29 @@ def open_checkpoint(folder: Path, source: ModelSource | None = None) -> Checkpoi
     if found := _PATTERN.fullmatch(str(folder)):
         place = CachePlace(Path(found[1]), int(found[2]))
         return RemoteCheckpoint(folder, place, Objects(unquote(found[3]), "model"))
-    if source is not None and folder == source.place.folder and source.is_needed():
-        place = source.place.cache
-        objects = Objects(source.url, "model", DriverFiles(source))
-        return RemoteCheckpoint(copies_folder(source.url, place), place, objects)
-    return Checkpoint(folder)
+    if source is None or folder != source.place.folder or source.is_here():
+        return Checkpoint(folder)
+    return FetchedCheckpoint(source) if source.is_needed() else ComparedCheckpoint(source)
+
+
+class ComparedCheckpoint(Checkpoint):
+    """A worker's own files of the driver's model, each compared before it is first read.
+
+    Raises:
+        RunError: a file is another one than the driver's; later, too.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._same: set[Path] = set()
+        source.compare(CONFIG)
+        super().__init__(source.place.folder)
+
+    def _readable(self, file: Path) -> Path:
+        if file not in self._same:
+            self._source.compare(file.relative_to(self.path).as_posix())
+            self._same.add(file)
+        return file
 
 
 class RemoteCheckpoint(Checkpoint):
@@ -77,14 +98,21 @@ class RemoteCheckpoint(Checkpoint):
         path: folder of the copies.
         place: the cache that the folder is in.
         objects: the model's files.
+        small: suffixes of those that are copied at once.
 
     Raises:
         UserError: as :class:`Checkpoint`; or there is no model.
         RunError: nobody answers there.
     """
 
-    def __init__(self, path: Path, place: CachePlace, objects: Objects) -> None:
-        self.url, self.folder, self.objects = objects.url, path, objects
+    def __init__(
+        self,
+        path: Path,
+        place: CachePlace,
+        objects: Objects,
+        small: Container[str] = COMPANIONS,
+    ) -> None:
+        self.url, self.folder, self.objects, self.small = objects.url, path, objects, small
         self.cache = cache_at(place.folder, place.limit_bytes)
         try:
             found = self.objects.listing()
@@ -95,7 +123,7 @@ class RemoteCheckpoint(Checkpoint):
         if "config.json" not in self.remote:
             raise UserError(f"{self.url}: no model folder: there is no config.json")
         for name, info in self.remote.items():
-            if PurePosixPath(name).suffix in SMALL_FILES and info["size"] <= _SMALL_BYTES:
+            if PurePosixPath(name).suffix in self.small and info["size"] <= _SMALL_BYTES:
                 self._copied(name, lasting=True)
         super().__init__(path)
 
@@ -195,6 +223,18 @@ class RemoteCheckpoint(Checkpoint):
             raise RunError(f"{self.url}/{name}: was removed while the model was read") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class FetchedCheckpoint(RemoteCheckpoint):
+    """The driver's model, copied from its node."""
+
+    def __init__(self, source: ModelSource) -> None:
+        place, url = source.place.cache, source.url
+        # A name that fits, however long the folder's is.
+        name = f"{quote(url, safe='')[:_SHOWN]}-{digest(url)}"
+        folder = place.folder / f"{_COPIES}{place.limit_bytes}" / name
+        small = COMPANIONS | {".py"}  # which is only offered where it belongs to the model
+        super().__init__(folder, place, Objects(url, "model", DriverFiles(source)), small)
 
 
 def _is_inside(name: str) -> bool:

@@ -334,9 +334,11 @@ def _pipeline(
 
 
 def _pool(experiment: Experiment) -> Pool:
-    recipe = experiment.recipe
-    at_url = is_url(recipe.model)
-    model = None if at_url else ModelPlace(experiment.folder, recipe.cache.place)
+    recipe, checkpoint, model = experiment.recipe, experiment.original.checkpoint, None
+    if not is_url(recipe.model):
+        weights = [file.relative_to(checkpoint.path).as_posix() for file in checkpoint.files]
+        code = recipe.trust_remote_code
+        model = ModelPlace(experiment.folder, recipe.cache.place, weights, code)
     return Pool(recipe.compute, model, experiment.workers_per_gpu)
 
 

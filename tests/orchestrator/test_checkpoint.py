@@ -120,6 +120,39 @@ def test_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: s
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("link", ["a/b/model-0.safetensors", "a/b", "a"])
+def test_weights_deep_below_are_no_way_out(folder: Path, tmp_path: Path, link: str) -> None:
+    """The index names a file that is a link, or lies below one."""
+    index = json.loads((folder / INDEX).read_text())
+    deep = "a/b/model-0.safetensors"
+    moved = {
+        name: deep if file == "model-0.safetensors" else file
+        for name, file in index["weight_map"].items()
+    }
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": moved}))
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "model-0.safetensors").rename(folder / deep)
+    assert torch.equal(Checkpoint(folder).read("float"), TENSORS["float"])
+    (folder / link).rename(tmp_path / "private")
+    (folder / link).symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="is a symbolic link to .*private.*, outside"):
+        Checkpoint(folder)
+
+
+def test_blobs_that_are_a_link_themselves_allow_nothing(folder: Path, tmp_path: Path) -> None:
+    """Or an archive could let the folder's links lead anywhere."""
+    repo, secret = tmp_path / "models--a--b", tmp_path / "elsewhere" / "secret"
+    (repo / "snapshots").mkdir(parents=True)
+    inside = repo / "snapshots" / "0123"
+    folder.rename(inside)
+    secret.parent.mkdir()
+    secret.write_text("{}")
+    (repo / "blobs").symlink_to(tmp_path / "elsewhere")
+    (inside / "notes.txt").symlink_to("../../blobs/secret")
+    with pytest.raises(UserError, match="notes.txt: is a symbolic link to .*secret, outside"):
+        Checkpoint(inside)
+
+
 def test_link_within_the_folder_is_followed(folder: Path) -> None:
     (folder / "model-0.safetensors").rename(folder / "weights")
     (folder / "model-0.safetensors").symlink_to("weights")

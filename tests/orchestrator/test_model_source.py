@@ -27,14 +27,16 @@ from moesaic.orchestrator.model_source import (
     FolderReader,
     ModelPlace,
     ModelSource,
-    _sample,
     model_files,
     offer_model,
 )
-from moesaic.orchestrator.objects import Objects
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Compute
-from moesaic.orchestrator.remote_model import RemoteCheckpoint, copies_folder
+from moesaic.orchestrator.remote_model import (
+    ComparedCheckpoint,
+    FetchedCheckpoint,
+    open_checkpoint,
+)
 from moesaic.orchestrator.shared import CachePlace
 from tests.orchestrator.projects import make_model_folder
 from tests.orchestrator.remote import MANY
@@ -88,8 +90,7 @@ def two_nodes(cluster: Cluster, model: Path, cache: Path) -> Iterator[Pool]:
     while sum(node["Alive"] for node in ray.nodes()) < 2:
         assert time.monotonic() < until, "the second node did not come"
         time.sleep(0.2)
-    place = ModelPlace(model, CachePlace(cache, MANY))
-    with Pool(Compute(address=cluster.address, workers=2), place) as pool:
+    with Pool(Compute(address=cluster.address, workers=2), place_of(model, cache)) as pool:
         yield pool
 
 
@@ -125,7 +126,7 @@ def test_a_node_without_the_model_fetches_it_from_the_driver(
     for file in checkpoint.files:
         assert (copies / file.name).read_bytes() == file.read_bytes()
     lines = [line for line in capsys.readouterr().err.splitlines() if "fetches" in line]
-    assert len(lines) == 1 and f"has no {model}: it fetches what it needs from" in lines[0]
+    assert len(lines) == 1 and f"does not have {model}: it fetches what it needs" in lines[0]
 
 
 def test_a_node_with_another_model_in_the_folder_is_refused(
@@ -136,22 +137,20 @@ def test_a_node_with_another_model_in_the_folder_is_refused(
         _ = pool.size
     text = str(error.value)
     assert text.startswith(f"{model}/") and "give all nodes the same" in text and "\n" not in text
-    assert " bytes, not " in text
+
+
+def place_of(model: Path, cache: Path, code: bool = False) -> ModelPlace:
+    weights = [file.name for file in Checkpoint(model).files]
+    return ModelPlace(model, CachePlace(cache, MANY), weights, code)
 
 
 @pytest.fixture
 def source(cluster: Cluster, models: tuple[Path, Path], tmp_path: Path) -> Iterator[ModelSource]:
     connect(Compute(address=cluster.address))
-    found = offer_model(ModelPlace(models[0], CachePlace(tmp_path / "cache", MANY)))
+    found = offer_model(place_of(models[0], tmp_path / "cache"))
     assert found is not None
     yield found
     found.close()
-
-
-def opened(source: ModelSource) -> RemoteCheckpoint:
-    place = source.place.cache
-    objects = Objects(source.url, "model", DriverFiles(source))
-    return RemoteCheckpoint(copies_folder(source.url, place), place, objects)
 
 
 def test_parts_of_files_are_those_of_the_files(
@@ -170,7 +169,7 @@ def test_parts_of_files_are_those_of_the_files(
 
 
 def test_a_source_that_dies_is_started_anew(source: ModelSource) -> None:
-    found = opened(source)
+    found = FetchedCheckpoint(source)
     pid = ray.get(source.actor.__ray_call__.remote(lambda reader: os.getpid()))
     psutil.Process(pid).kill()
     name = found.names()[0]
@@ -182,10 +181,10 @@ def test_a_model_that_changes_meanwhile_ends_the_run(
 ) -> None:
     model = make_model_folder(tmp_path / "model", "llama")
     connect(Compute(address=cluster.address))
-    source = offer_model(ModelPlace(model, CachePlace(tmp_path / "cache", MANY)))
+    source = offer_model(place_of(model, tmp_path / "cache"))
     assert source is not None
     try:
-        found = opened(source)
+        found = FetchedCheckpoint(source)
         (file,) = Checkpoint(model).files
         raw = file.read_bytes()
         file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -195,53 +194,65 @@ def test_a_model_that_changes_meanwhile_ends_the_run(
         source.close()
 
 
-def test_a_model_of_the_same_sizes_is_another_one(source: ModelSource) -> None:
-    """As on a node that has the folder with a value that differs."""
-    elsewhere = replace(source, node="another")
-    assert not elsewhere.is_needed()
-    (file, *_) = Checkpoint(source.place.folder).files
+def test_files_of_the_same_size_are_compared_before_they_are_read(source: ModelSource) -> None:
+    """As on a node that has a copy of the folder, with a value that differs."""
+    elsewhere, folder = replace(source, node="another"), source.place.folder
+    (file, *_) = Checkpoint(folder).files
     raw = file.read_bytes()
-    with open(file, "r+b") as stream:
-        stream.seek(len(raw) // 2)
-        stream.write(bytes([raw[len(raw) // 2] ^ 1]))
+    file.write_bytes(raw)  # the same content, at another time
+    checkpoint = open_checkpoint(folder, elsewhere)
+    assert isinstance(checkpoint, ComparedCheckpoint)
+    for name in checkpoint.names():
+        assert checkpoint.read(name).equal(Checkpoint(folder).read(name))
+    other = bytearray(raw)
+    other[-1] ^= 1
+    file.write_bytes(other)
     try:
-        with pytest.raises(RunError, match=f"{file.name}: is another file on node .* number only"):
+        assert not elsewhere.is_needed()
+        checkpoint = open_checkpoint(folder, elsewhere)
+        name = next(name for name, entry in checkpoint.entries().items() if entry.file == file)
+        with pytest.raises(RunError, match=f"{file.name}: is another file on node .* fetched"):
+            checkpoint.read(name)
+        file.write_bytes(raw[:-1])
+        with pytest.raises(RunError, match=f"{file.name}: is another file on node"):
             elsewhere.is_needed()
+        file.unlink()
+        assert elsewhere.is_needed()
     finally:
         file.write_bytes(raw)
 
 
-def test_samples_reach_both_ends(tmp_path: Path) -> None:
-    file, size = tmp_path / "x", 1 << 20
-    raw = bytearray(os.urandom(size))
-    found = set()
-    for place in (None, 0, size // 2, size - 1):
-        if place is not None:
-            raw[place] ^= 1
-        file.write_bytes(raw)
-        found.add(_sample(file, size))
-    assert len(found) == 4
+def test_only_the_files_of_the_model_are_offered(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", "llama", max_shard_size="20KB")
+    expected = {file.name for file in folder.iterdir()}
+    (folder / "runs" / "mine").mkdir(parents=True)
+    for name in ("runs/mine/log.txt", "runs/x.safetensors", "other.safetensors", "code.py"):
+        (folder / name).write_text("1")
+    assert model_files(place_of(folder, tmp_path)).keys() == expected
+    trusted = model_files(place_of(folder, tmp_path, code=True))
+    assert trusted.keys() == {*expected, "code.py"}
 
 
-@pytest.mark.parametrize("name", ["../secret.json", "/etc/x.json", ".git/x.json", "run.py", "x/.."])
+@pytest.mark.parametrize("name", ["../secret.json", "/etc/hosts", "notes.json", ""])
 def test_nothing_but_the_model_is_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.json").write_text("{}")
     (tmp_path / "model").mkdir()
-    reader = FolderReader(tmp_path / "model")
+    (tmp_path / "model" / "notes.json").write_text("{}")
+    reader = FolderReader(tmp_path / "model", ["config.json"])
     with pytest.raises(FileNotFoundError):
         reader.about(name)
     with pytest.raises(FileNotFoundError):
         reader.part(name, 0, 9)
 
 
-def test_its_files_are_those_of_the_model(models: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model", "llama", max_shard_size="20KB")
-    (folder / "run.py").write_text("1")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "x.json").write_text("{}")
-    (folder / "parts").mkdir()
-    (folder / "parts" / "x.safetensors").write_bytes(b"12345")
-    found = model_files(folder)
-    assert found["parts/x.safetensors"]["size"] == 5
-    expected = {file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")}
-    assert found.keys() - {"parts/x.safetensors"} == expected
+def test_code_that_belongs_to_the_model_is_fetched_too(cluster: Cluster, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / ("long name " * 20), "llama")
+    (folder / "modeling.py").write_text("answer = 42\n")
+    connect(Compute(address=cluster.address))
+    source = offer_model(place_of(folder, tmp_path / "cache", code=True))
+    assert source is not None
+    try:
+        found = FetchedCheckpoint(source)
+        assert (found.path / "modeling.py").read_text() == "answer = 42\n"
+    finally:
+        source.close()
