@@ -4,9 +4,10 @@
 #   sbatch clusters/slurm.sh recipes/smollm2.yaml --output runs/smollm2
 #   sbatch --nodes=4 --gpus-per-node=8 clusters/slurm.sh recipes/mine.yaml
 #
-# Submit from a checkout on a file system that all nodes share, after `make install` there. What the
-# recipe names (model, texts, store) and --output must lie on shared file systems too. A job that
-# was killed or ran out of time goes on where it stopped when the same command is submitted again.
+# Submit from a checkout on a file system that all nodes share, after `make install` there. Recipe,
+# texts, store and --output must lie on shared file systems too; the model should (nodes that do not
+# have it fetch it from the first). A job that was killed or ran out of time goes on where it stopped
+# when the same command is submitted again.
 #
 #SBATCH --job-name=moesaic
 #SBATCH --nodes=2

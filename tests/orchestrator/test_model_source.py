@@ -19,6 +19,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from moesaic.orchestrator import run
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.cluster import connect
 from moesaic.orchestrator.errors import RunError
@@ -38,6 +39,7 @@ from moesaic.orchestrator.remote_model import (
     open_checkpoint,
 )
 from moesaic.orchestrator.shared import CachePlace
+from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 from tests.orchestrator.remote import MANY
 
@@ -127,6 +129,35 @@ def test_a_node_without_the_model_fetches_it_from_the_driver(
         assert (copies / file.name).read_bytes() == file.read_bytes()
     lines = [line for line in capsys.readouterr().err.splitlines() if "fetches" in line]
     assert len(lines) == 1 and f"does not have {model}: it fetches what it needs" in lines[0]
+
+
+def test_a_run_of_which_one_node_fetches_leaves_the_bytes_of_another(
+    cluster: Cluster,
+    second: None,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Walk, reverse pass and compression on both nodes; a worker that fetches is killed."""
+    alone = Project(tmp_path / "alone", models[0], monkeypatch)
+    alone.write()
+    alone.run(stages=("assemble",))
+    both = Project(tmp_path / "both", models[0], monkeypatch)
+    compute = {"address": cluster.address, "workers": 2}
+    recipe = both.write(compute={**compute, "dtype": "float32"})
+    with two_nodes(cluster, models[0], tmp_path / "cache") as pool:
+        assert pool.size == 2
+        fetching = next(slot for slot in pool.roster.slots if slot.node != ray_node())
+        fetching.actor.__ray_call__.remote(lambda worker: os.kill(os.getpid(), 9))
+        run.run_recipe(recipe, both.output, ("assemble",), pool=pool)
+        assert pool.replaced == 1
+    left = [{**project.left(), "README.md": b""} for project in (both, alone)]  # has the recipe
+    assert left[0] == left[1]
+
+
+def ray_node() -> str:
+    own: str = ray.get_runtime_context().get_node_id()
+    return own
 
 
 def test_a_node_with_another_model_in_the_folder_is_refused(
