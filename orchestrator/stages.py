@@ -1,6 +1,7 @@
 """The stages as work for the pool: what must be done, what was done before, what follows what."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,20 +146,21 @@ class Calibration:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.passed[block] += 1
             self.tell(block, result)
-            new = []
+            new: list[Task] = []
             if block + 1 < self.blocks:
                 self.held.append(self._forward(block + 1, worker, span))
             if self.passed[block] == len(self.ranges):
                 self.floor = block + 1
                 if block not in self.stats:
-                    new.append(self.add_up("stats", block))
+                    new += self.summed("stats", block, self.ranges, result)
                 if block + 1 == self.blocks and len(self.gradients) < self.blocks:
                     new += self._start_reverse()
             ready = [t for t in self.held if t.arguments["block"] <= self.floor + LEAD]
             self.held = [t for t in self.held if t not in ready]
             return [*new, *ready]
 
-        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        wanted = {"sums": block not in self.stats}
+        arguments = {"walk": plain(self.walk), "block": block, "span": span, **wanted}
         label = f"forward {block}"
         return Task("calibrate:forward", arguments, label, (_FORWARD, block), worker, done)
 
@@ -169,20 +171,29 @@ class Calibration:
             self.told.add(told)
             self.view.line(f"calibrate: block {block} {told}")
 
-    def add_up(self, what: str, block: int) -> Task:
-        """The sums of a block, which are there, as one entry; what waits for it follows."""
+    def summed(
+        self, what: str, block: int, spans: list[Node], result: Mapping[str, Any]
+    ) -> Iterable[Task]:
+        """What follows when all ``spans`` of shards have left their sums of a block.
 
-        def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            (self.stats if what == "stats" else self.gradients).add(block)
-            stage = "calibrate" if what == "stats" else "gradients"
-            self.view.advance(stage, 1, result["peak_bytes"])
-            return self._released()
-
+        Args:
+            result: of the last of the tasks that did.
+        """
+        if len(spans) == 1:  # as the block's entry
+            return self._added(what, block, result)
         arguments = {"walk": plain(self.walk), "what": what, "block": block}
         # Where there are others who add, who walks back goes on.
         beside = what == "gradients" and self.ahead
         priority = (_REDUCE_BESIDE if beside else _REDUCE, block)
-        return Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)
+        done = partial(self._added, what, block)
+        return [Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)]
+
+    def _added(self, what: str, block: int, result: Mapping[str, Any]) -> Iterable[Task]:
+        """What waits for the sums of a block, which are in the store now."""
+        (self.stats if what == "stats" else self.gradients).add(block)
+        stage = "calibrate" if what == "stats" else "gradients"
+        self.view.advance(stage, 1, result["peak_bytes"])
+        return self._released()
 
     def after_walk(self, worker: int, span: Node) -> list[Task]:
         """What a walker begins with when it has passed all blocks."""
@@ -199,10 +210,11 @@ class Calibration:
             if block > 0:
                 new.append(self._reverse(block - 1, worker, span))
             if self.reversed[block] == len(self.ranges) and block not in self.gradients:
-                new.append(self.add_up("gradients", block))
+                new += self.summed("gradients", block, self.ranges, result)
             return new
 
-        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        wanted = {"sums": block not in self.gradients}
+        arguments = {"walk": plain(self.walk), "block": block, "span": span, **wanted}
         priority = (_REVERSE, self.blocks - block)
         return Task("gradients:reverse", arguments, f"back {block}", priority, worker, done)
 
