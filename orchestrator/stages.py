@@ -10,13 +10,13 @@ from moesaic.methods.chains import refits
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.dividing import dividable
 from moesaic.orchestrator.evaluate import Judge, score
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
-from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.shared import RemoteStore, exists, open_store, remove_unfinished
+from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, digest
 from moesaic.orchestrator.walk_ahead import Ahead
@@ -121,7 +121,11 @@ class Calibration:
             self.view.advance("measure", steps, result["peak_bytes"])
             return ()
 
-        return measure_task(self.experiment, job, (_MEASURE, job.block), done)
+        units = [self.experiment.by_name[name] for name in job.units]
+        # The longest first (Graham, 1969), so that small ones fill what is left in the end.
+        priority = (_MEASURE, -sum(unit.parameters for unit in units), job.block)
+        task = measure_task(self.experiment, job, priority, done)
+        return dividable(task, job, units, self._measure, lambda: bool(self.waiting))
 
     def _forward_start(self) -> int:
         """First block that must be walked: its statistics, or states for the reverse pass, lack."""
@@ -300,13 +304,12 @@ def measuring_jobs(
 def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], done: Any) -> Task:
     """A job as a task; a bank takes many times as long as a linear.
 
-    Where nodes copy what they read, few of them should read the same block.
+    What a node has read it keeps, in its page cache or as a copy: few should read the same block.
     """
     kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
-    copied = is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore)
-    near = f"block {job.block}" if copied else ""
+    near = f"block {job.block}"
     function = "measure:compress_job"
     return Task(function, arguments, label, priority, None, done, kind=kind, near=near)
 
