@@ -28,8 +28,10 @@ from moesaic.orchestrator.fleet import Cluster, read_cluster
 from moesaic.orchestrator.forecast import duration, new_table, parted_events, size_text
 from moesaic.orchestrator.machine import Crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.shared import RemoteStore
 from moesaic.orchestrator.simulate import Links, Outcome, SimulatedPool
 from moesaic.orchestrator.stage_times import OVERHEADS, closing
 from moesaic.orchestrator.stages import Calibration
@@ -223,14 +225,17 @@ def simulated(experiment: Experiment, cluster: Cluster, clock: Clock, call: floa
         call: seconds of the driver per task.
     """
     places = cluster.places(experiment.recipe.compute)
-    speeds = clock.speeds
+    speeds, caches = clock.speeds, cluster.caches()
+    if is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore):
+        copies = float(experiment.recipe.cache.size)  # nodes keep files that they have fetched
+        caches = [min(copies, size) for size in caches]
     links = Links(
         store=cluster.store,
         networks=cluster.networks(),
         read=speeds.read,
         write=speeds.save,
         call=call,
-        caches=cluster.caches(),
+        caches=caches,
         # A copy within the processor's memory, which takes no longer than adding there.
         cached=max(speeds.read, speeds.host_add),
     )
