@@ -58,6 +58,12 @@ class OpenSums:
         total += self._added((middle, high), read)
         return total
 
+    def look(self, checked: Callable[[str, Tensor], None]) -> None:
+        """Shows all sums, some rows at a time."""
+        for name in self.layout:
+            for _, rows in self.steps(name):
+                checked(name, rows)
+
     def write(self, path: Path, checked: Callable[[str, Tensor], None]) -> None:
         """All sums as one file.
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.methods.base import Stats, Unit
-from moesaic.orchestrator.adding import found_nodes, open_sums
+from moesaic.orchestrator.adding import OpenSums, found_nodes, open_sums
 from moesaic.orchestrator.block_sizes import BlockSizes
 from moesaic.orchestrator.damage import DamagedFile, damage_removed
 from moesaic.orchestrator.errors import RunError
@@ -39,6 +39,7 @@ from moesaic.orchestrator.experts import Experts, observing
 from moesaic.orchestrator.parted import PartedBlock, parted_nodes
 from moesaic.orchestrator.passes import Passes, bank_of, experts_at_a_time, planned_passes
 from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.readahead import own_share, read_ahead, read_files_ahead
 from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
 from moesaic.orchestrator.source_statistics import SourceObserver, batches, in_order
 from moesaic.orchestrator.statistics import (
@@ -330,8 +331,13 @@ def _overflow(walk: Walk, what: str, block: int, site: str, statistic: str) -> s
 
 
 @torch.no_grad()
-def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
+def forward(
+    state: WorkerState, walk: dict[str, Any], block: int, span: Node, sums: bool = True
+) -> dict[str, Any]:
     """Takes the shards of ``span`` through a dense block: statistics and hidden states out.
+
+    Args:
+        sums: whether statistics are wanted; not where the block's are there.
 
     Returns:
         ``seconds`` and ``peak_bytes`` of the worker.
@@ -340,13 +346,10 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
     model = opened(state, plan)
-    left = [hidden_path(plan, block + 1, shard) for shard in range(*span)]
-    if plan.gradients:
-        ends = [block, *([block + 1] if block + 1 == model.blocks else [])]
-        left += [boundary_path(plan, end, shard) for end in ends for shard in range(*span)]
-    left += [node_path(plan, "stats", block, node) for node in nodes]
     told = ""
-    if not all(exists(path) for path in left):
+    if not sums:
+        pass_shards(state, plan, model, block, span)
+    elif not (all_passed(plan, model, block, span) and sums_left(plan, "stats", block, nodes)):
         passes = _passes(state, plan, model, block, span)
         if passes is None:
             module = model.load_block(block)
@@ -362,6 +365,28 @@ def forward(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     return {**_finished(plan, block, span, started), "parted": told}
 
 
+def all_passed(walk: Walk, model: StreamedModel, block: int, span: Node) -> bool:
+    """Whether all is there that some shards leave of hidden states on their way through a block."""
+    left = [hidden_path(walk, block + 1, shard) for shard in range(*span)]
+    if walk.gradients:
+        ends = [block, *([block + 1] if block + 1 == model.blocks else [])]
+        left += [boundary_path(walk, end, shard) for end in ends for shard in range(*span)]
+    return all(map(exists, left))
+
+
+def pass_shards(
+    state: WorkerState, walk: Walk, model: StreamedModel, block: int, span: Node
+) -> None:
+    """Takes shards through a dense block, without statistics."""
+    if all_passed(walk, model, block, span):
+        return
+    experts = loaded_experts(state, walk, model, block, span)
+    module = model.load_block(block, experts=experts)
+    read_ahead(model, block + 1, own_share(span))
+    for shard in range(*span):
+        advance_shard(state, walk, block, shard, module)
+
+
 @torch.no_grad()
 def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
     """Statistics of a dense block for the shards of ``span``; hidden states stay before it."""
@@ -369,11 +394,12 @@ def collect(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
     told = ""
-    if not all(exists(node_path(plan, "stats", block, node)) for node in nodes):
+    if not sums_left(plan, "stats", block, nodes):
         model = opened(state, plan)
         passes = _passes(state, plan, model, block, span)
         if passes is None:
             module = model.load_block(block)
+            read_files_ahead(model, [hidden_path(plan, block, shard) for shard in range(*span)])
 
             def shard_stats(shard: int) -> SiteStats:
                 hidden = _kept_hidden(state, plan, block, shard)
@@ -489,7 +515,7 @@ def _walk_in_parts(
         nodes,
         batches,
         leave,
-        lambda node, fill: write_shared(node_path(walk, "stats", block, node), fill),
+        lambda node, fill: leave_sums(walk, "stats", block, node, fill),
     )
     return passes.text(bank)
 
@@ -520,8 +546,62 @@ def sum_nodes(
 
     for node in nodes:
         sums = tree_sum(node, leaf)
-        path = node_path(walk, what, block, node)
-        write_shared(path, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
+        leave_sums(walk, what, block, node, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
+
+
+def entry_key(walk: Walk, what: str, block: int) -> str:
+    """Of a block's sums in the store."""
+    return walk.stats_key(block) if what == "stats" else walk.gradients_key(block)
+
+
+def sums_left(walk: Walk, what: str, block: int, nodes: list[Node]) -> bool:
+    """Whether :func:`leave_sums` was here for all these nodes."""
+    if nodes == [(0, walk.shards)]:
+        return open_store(walk.store).get(what, entry_key(walk, what, block)) is not None
+    return all(exists(node_path(walk, what, block, node)) for node in nodes)
+
+
+def leave_sums(walk: Walk, what: str, block: int, node: Node, fill: Callable[[Path], None]) -> None:
+    """Writes the sums of a node: a file that is to be added to others, or, where the node is all
+    shards and there is nothing to add, the block's entry.
+
+    Args:
+        fill: writes them to a path.
+    """
+    if node != (0, walk.shards):
+        write_shared(node_path(walk, what, block, node), fill)
+        return
+    told: dict[str, Any] = {}
+
+    def write(path: Path) -> None:
+        fill(path)
+        with safe_open(path, framework="pt") as file:
+            sums = OpenSums(node, {node: file})
+            sums.look(partial(_finite, walk, what, block))
+            told.update(_counts(sums, block))
+
+    open_store(walk.store).put(what, entry_key(walk, what, block), write, told)
+
+
+def _finite(walk: Walk, what: str, block: int, name: str, value: Tensor) -> None:
+    """Raises RunError where a sum is not."""
+    if not torch.isfinite(value).all():
+        site, _, statistic = name.rpartition(SEPARATOR)
+        raise RunError(_overflow(walk, what, block, site, statistic))
+
+
+def _counts(sums: OpenSums, block: int) -> dict[str, Any]:
+    """What is told with the sums of a block: the tokens that each site saw."""
+    counts = {
+        name: {
+            site: sums.total(full).tolist()
+            for full in sums.layout
+            for site, _, statistic in [full.rpartition(SEPARATOR)]
+            if statistic == name
+        }
+        for name in ("tokens", "routed")
+    }
+    return {"block": block, **counts}
 
 
 def _passed(
@@ -602,17 +682,12 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
     """
     plan = Walk(**walk)
     store = open_store(plan.store)
-    key = plan.stats_key(block) if what == "stats" else plan.gradients_key(block)
+    key = entry_key(plan, what, block)
     root: Node = (0, plan.shards)
 
     def known() -> bool:
         """Whether another worker was here, and has removed some nodes or all."""
         return store.get(what, key) is not None
-
-    def finite(name: str, value: Tensor) -> None:
-        if not torch.isfinite(value).all():
-            site, _, statistic = name.rpartition(SEPARATOR)
-            raise RunError(_overflow(plan, what, block, site, statistic))
 
     if known():
         return {"peak_bytes": peak_memory_bytes()}
@@ -624,17 +699,8 @@ def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> d
                 " again"
             )
         with open_sums(root, paths) as sums:
-            counts = {
-                name: {
-                    site: sums.total(full).tolist()
-                    for full in sums.layout
-                    for site, _, statistic in [full.rpartition(SEPARATOR)]
-                    if statistic == name
-                }
-                for name in ("tokens", "routed")
-            }
-            told = {"block": block, **counts}
-            store.put(what, key, lambda path: sums.write(path, finite), told)
+            finite = partial(_finite, plan, what, block)
+            store.put(what, key, lambda path: sums.write(path, finite), _counts(sums, block))
     except (RunError, FileNotFoundError):
         if known():
             return {"peak_bytes": peak_memory_bytes()}

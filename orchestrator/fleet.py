@@ -32,6 +32,8 @@ from moesaic.orchestrator.yamlfile import read_yaml
 CPUS_PER_GPU = 8
 MEMORY_PER_CPU = 8_000_000_000
 NETWORK_BYTES, STORE_BYTES = 12_500_000_000, 20_000_000_000
+# Of a node's memory: what processes do not use is the page cache's.
+CACHE_SHARE = 0.5
 # Of a cluster; every node, and every worker that fits one, is something to look at.
 _MOST_NODES, _MOST_CORES = 10**5, 10**7
 _GROUP = re.compile(r"(?:(\d+)\*)?(?:(?:(\d+)x)?([A-Za-z]\w*)(?::(\d+)cpu)?|(\d+)cpu)", re.I)
@@ -119,6 +121,10 @@ class Cluster(BaseModel):
     def networks(self) -> list[int]:
         """Bytes per second of every node's link."""
         return [group.network for group in self.nodes for _ in range(group.count)]
+
+    def caches(self) -> list[float]:
+        """Bytes of every node's memory in which files stay that were read."""
+        return [CACHE_SHARE * group.node_memory for group in self.nodes for _ in range(group.count)]
 
     def crew(self, compute: Compute, per_gpu: int = 1) -> Crew:
         """The workers of a run there; see :meth:`places`."""

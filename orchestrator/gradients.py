@@ -14,6 +14,7 @@ Fisher information of its embeddings needs none.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,17 @@ from moesaic.orchestrator.calibrate import (
     block_units,
     boundary_path,
     load_tensor,
-    node_path,
     opened,
     reversed_experts,
     save_tensor,
     sum_nodes,
+    sums_left,
     token_ids,
 )
 from moesaic.orchestrator.embeddings import noise_gradients
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
-from moesaic.orchestrator.readahead import read_ahead
+from moesaic.orchestrator.readahead import own_share, read_ahead
 from moesaic.orchestrator.shared import exists, remove
 from moesaic.orchestrator.statistics import GradientObserver, Node, SiteStats, covered
 from moesaic.orchestrator.streaming import StreamedModel
@@ -116,8 +117,13 @@ def _output_gradient(model: StreamedModel, walk: Walk, block: int, shard: int) -
     return _loss_gradients(model, hidden, generator, following)
 
 
-def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) -> dict[str, Any]:
+def reverse(
+    state: WorkerState, walk: dict[str, Any], block: int, span: Node, sums: bool = True
+) -> dict[str, Any]:
     """Takes gradients of the shards of ``span`` back through ``block``.
+
+    Args:
+        sums: whether their squares are wanted; not where the block's are there.
 
     Returns:
         ``seconds`` and ``peak_bytes`` of the worker.
@@ -126,11 +132,11 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
     started = time.monotonic()
     nodes = covered((0, plan.shards), span)
     returned = all(exists(gradient_path(plan, block, s)) for s in range(*span))
-    if not (returned and all(exists(node_path(plan, "gradients", block, n)) for n in nodes)):
+    if not (returned and (not sums or sums_left(plan, "gradients", block, nodes))):
         model = opened(state, plan)
         experts = reversed_experts(state, plan, model, block, span)
         module = model.load_block(block, experts=experts).requires_grad_(False)
-        read_ahead(model, block - 1)
+        read_ahead(model, block - 1, own_share(span))
 
         def shard_stats(shard: int) -> SiteStats:
             hidden = _required(boundary_path(plan, block, shard), "hidden states", shard)
@@ -138,11 +144,8 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
             units, pooled = block_units(model, block), bool(plan.pooling)
             observer = GradientObserver(units, model.device, plan.fisher, pooled)
             before = []
-            with (
-                torch.enable_grad(),
-                observing(model, block, module, observer),
-                slices_kept_out_of_graphs(module),
-            ):
+            watched = observing(model, block, module, observer) if sums else nullcontext()
+            with torch.enable_grad(), watched, slices_kept_out_of_graphs(module):
                 for x, behind in zip(hidden.split(1), outer.split(1, dim=1), strict=True):
                     x = x.to(model.device).requires_grad_(True)
                     y = model.run_block(block, module, x)
@@ -156,7 +159,11 @@ def reverse(state: WorkerState, walk: dict[str, Any], block: int, span: Node) ->
             save_tensor(gradient_path(plan, block, shard), torch.cat(before, dim=1))
             return observer.stats
 
-        sum_nodes(plan, "gradients", block, nodes, shard_stats)
+        if sums:
+            sum_nodes(plan, "gradients", block, nodes, shard_stats)
+        else:
+            for shard in range(*span):
+                shard_stats(shard)
     for shard in range(*span):
         remove(gradient_path(plan, block + 2, shard))
         remove(boundary_path(plan, block + 2, shard))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from moesaic.orchestrator.errors import RunError, UserError, passes_by
+from moesaic.orchestrator.shares import parts_now
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.pool import Pool, Task
@@ -161,6 +162,7 @@ class Loop:
                 continue
             if _may_be_near(work):
                 work = self._nearest(item, worker)
+            work = self._divided(work, len(idle), len(alive))
             idle.discard(worker)
             work.queued = False
             self._start(work, worker)
@@ -197,7 +199,7 @@ class Loop:
 
         best, looked = item, [item]
         while rank(best[2]) and len(looked) < _LOOK and self.waiting:
-            if self.waiting[0][0][:1] != item[0][:1]:
+            if self.waiting[0][0][:-1] != item[0][:-1]:
                 break
             other = heapq.heappop(self.waiting)
             looked.append(other)
@@ -207,6 +209,21 @@ class Loop:
             if other is not best:
                 heapq.heappush(self.waiting, other)
         return best[2]
+
+    def _divided(self, work: _Work, idle: int, workers: int) -> _Work:
+        """A work, or a part of it, where others would be idle otherwise; the rest waits on."""
+        task = work.task
+        if task.divide is None or work.begun:
+            return work
+        others = (other.task for *_, other in self.waiting if _open(other))
+        count = parts_now(task, others, idle, workers)
+        if count == 1:
+            return work
+        first, *rest = [_Work(part, next(self._order)) for part in task.divide(count)]
+        self.left += len(rest)
+        for other in rest:
+            self._queue(other)
+        return first
 
     def _not_reserved(self, idle: set[int]) -> set[int]:
         if self.reserved is None:

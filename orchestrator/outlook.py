@@ -19,6 +19,7 @@ from moesaic.orchestrator import machine, memory
 from moesaic.orchestrator.bench import bench_speeds, read_bench
 from moesaic.orchestrator.blueprint import PlannedExperiment
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.costs import Cost
 from moesaic.orchestrator.datasheet import DATA_SHEETS, Host, sheet_speeds
 from moesaic.orchestrator.errors import RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -27,13 +28,15 @@ from moesaic.orchestrator.fleet import Cluster, read_cluster
 from moesaic.orchestrator.forecast import duration, new_table, parted_events, size_text
 from moesaic.orchestrator.machine import Crew, measure_speeds
 from moesaic.orchestrator.memory import Sizes
+from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.recipe import Recipe, load_recipe
+from moesaic.orchestrator.shared import RemoteStore
 from moesaic.orchestrator.simulate import Links, Outcome, SimulatedPool
 from moesaic.orchestrator.stage_times import OVERHEADS, closing
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.store import Store
-from moesaic.orchestrator.timing import Clock, Cost, SpeedSource
+from moesaic.orchestrator.timing import Clock, SpeedSource
 
 # Of the driver for one task, where nobody measured it: two cores, Ray 2.60.
 CALL_SECONDS = 2e-3
@@ -62,7 +65,12 @@ class TaskCosts:
         key, found = getattr(self, f"_{name}")(task.arguments)
         if (name, key) not in self._known:
             self._known[name, key] = found()
-        return self._known[name, key]
+        cost, (block, units) = self._known[name, key], _about(task.arguments)
+        own = {"own": units}
+        named = [
+            ((f"{what} {block}", own.get(part, part)), size) for (what, part), size in cost.files
+        ]
+        return replace(cost, files=tuple(named))
 
     def _rows(self, span: tuple[int, int]) -> tuple[int, ...]:
         pairs = map(self.clock.experiment.walk.shard_rows, range(*span))
@@ -75,7 +83,7 @@ class TaskCosts:
 
     def _pass_block(self, given: Mapping[str, Any]) -> Any:
         block, span = given["block"], given["span"]
-        key = (self._shapes[block], self._rows(span))
+        key = (self._shapes[block], span)
         return key, lambda: self.clock.passing(block, span)
 
     def _collect(self, given: Mapping[str, Any]) -> Any:
@@ -84,7 +92,7 @@ class TaskCosts:
     def _reverse(self, given: Mapping[str, Any]) -> Any:
         block, span = given["block"], given["span"]
         last = block == self.clock.model.blocks - 1
-        key = (self._shapes[block], self._rows(span), self._nodes([span]), last)
+        key = (self._shapes[block], span, last)
         return key, lambda: self.clock.reverse(block, span)
 
     def _reduce(self, given: Mapping[str, Any]) -> Any:
@@ -104,6 +112,13 @@ class TaskCosts:
 
     def _nodes(self, spans: list[tuple[int, int]]) -> int:
         return self.clock.nodes(spans)
+
+
+def _about(given: Mapping[str, Any]) -> tuple[int, str]:
+    """The block that a task is about, and the first of its units where it takes not all of it."""
+    if "job" in given:
+        return int(given["job"]["block"]), str(given["job"]["units"][0])
+    return int(given["block"]), ""
 
 
 def _shape(unit: Unit) -> Hashable:
@@ -210,8 +225,20 @@ def simulated(experiment: Experiment, cluster: Cluster, clock: Clock, call: floa
         call: seconds of the driver per task.
     """
     places = cluster.places(experiment.recipe.compute, experiment.workers_per_gpu)
-    speeds = clock.speeds
-    links = Links(cluster.store, cluster.networks(), speeds.read, speeds.save, call)
+    speeds, caches = clock.speeds, cluster.caches()
+    if is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore):
+        copies = float(experiment.recipe.cache.size)  # nodes keep files that they have fetched
+        caches = [min(copies, size) for size in caches]
+    links = Links(
+        store=cluster.store,
+        networks=cluster.networks(),
+        read=speeds.read,
+        write=speeds.save,
+        call=call,
+        caches=caches,
+        # A copy within the processor's memory, which takes no longer than adding there.
+        cached=max(speeds.read, speeds.host_add),
+    )
     pool = SimulatedPool(places, links, TaskCosts(clock))
     view = View(Console(file=io.StringIO()))
     # What an earlier run left plays no part, and nothing is left for a later one.

@@ -9,6 +9,7 @@ own. Only while there is no worker at all the run waits, aloud and not for ever.
 import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,9 @@ class Roster:
     def wait(self) -> None:
         """Waits until the first worker that was asked for can work, for the others a little longer.
 
+        Those of one node get neighbouring numbers then, the fullest node the first: who walks the
+        blocks has the first numbers, and reads what a node keeps of them.
+
         Raises:
             RunError: none could be started.
         """
@@ -158,6 +162,8 @@ class Roster:
             if ready_since is not None and time.monotonic() - ready_since > _GRACE_SECONDS:
                 break
             self.tend(work_waits=False)
+        beside = Counter(slot.node for slot in self.slots if slot.node)
+        self.slots.sort(key=lambda slot: (-beside[slot.node], slot.node))
 
     def _fitting(self, nodes: Iterable[Mapping[str, float]]) -> int:
         """Workers that the empty nodes have room for: one cannot be spread over two of them."""

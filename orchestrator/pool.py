@@ -38,14 +38,17 @@ class Task:
         priority: smaller runs first.
         affinity: worker that holds what the task needs in memory, if it matters. Where that worker
             is gone or does not answer, another one gets the task, and makes again what it lacks.
-        near: names files that a node keeps copies of once it has read them, if that matters. Of the
-            tasks of a stage (the first number of the priority) that wait, a free worker gets one
-            whose files its node has, else one whose files no node has; it never waits for one.
+        near: names files that a node keeps once it has read them, if that matters. Of the tasks
+            that wait and are as urgent, but for the last number of their priority, a free worker
+            gets one whose files its node has, else one whose files no node has; it never waits.
         done: called in the driver with the result; returns the tasks that can start now.
         kind: tells tasks apart whose function is the same and whose times are not: how long one may
             take follows from those of its kind.
         failed: called instead of ending everything, with the kind of error and the reason, when the
             task failed or killed its worker repeatedly.
+        parts: as how many tasks, about equally long, the same work could be done.
+        divide: the same work as at most so many tasks.
+        more: whether tasks of its kind are still to come.
     """
 
     function: str
@@ -57,6 +60,9 @@ class Task:
     failed: Callable[[str, str], Iterable["Task"]] | None = None
     kind: str = ""
     near: str = ""
+    parts: int = 1
+    divide: Callable[[int], list["Task"]] | None = None
+    more: Callable[[], bool] = lambda: False
 
     @property
     def like(self) -> str:

@@ -149,8 +149,9 @@ class Propagation:
         """Statistics and pieces of a block."""
         if not self._has_stats(block):
             self._run("calibrate:collect", block)
-            arguments = {"walk": plain(self.walk), "what": "stats", "block": block}
-            self.pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], self.view.tick)
+            if len(ranges(self.walk.shards, self.pool.size)) > 1:
+                arguments = {"walk": plain(self.walk), "what": "stats", "block": block}
+                self.pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], self.view.tick)
         jobs = measuring_jobs(self.experiment, self.walk, self._missing(block))
         tasks = [measure_task(self.experiment, job, (0,), lambda result: ()) for job in jobs]
         self.pool.run(tasks, self.view.tick)

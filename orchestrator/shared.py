@@ -385,7 +385,7 @@ class RemoteStore(Store):
         metadata: Mapping[str, Any] | None = None,
         suffix: str = "safetensors",
     ) -> Entry:
-        """Makes the entry: ``write`` is given the path to fill."""
+        """Makes the entry: ``write`` is given the path to fill, and may fill the metadata too."""
         self.check_kind(kind)
         name = self._name(kind, key, suffix)
         sealed = self.mirror.write(name, write, metadata)

@@ -7,6 +7,7 @@ writes at the same time shares the store's and its node's bandwidth in equal par
 does not use is not given to the others. The driver does one thing at a time.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesaic.orchestrator.costs import Cost, File
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Compute
-from moesaic.orchestrator.timing import Cost
 
-_IDLE, _READ, _COMPUTE, _WRITE = -1, 0, 1, 2
+_IDLE, _READ, _CACHED, _COMPUTE, _WRITE = -1, 0, 1, 2, 3
 # Remaining seconds or bytes below which a phase is over.
 _NOTHING = 1e-9
 
@@ -32,6 +33,8 @@ class Links:
         networks: bytes per second of each node.
         read, write: bytes per second of one worker that is alone.
         call: seconds of the driver per task.
+        caches: bytes of each node that keep what its workers read last; none where it is empty.
+        cached: bytes per second of one worker that reads what is there.
     """
 
     store: float
@@ -39,6 +42,31 @@ class Links:
     read: float
     write: float
     call: float
+    caches: Sequence[float] = ()
+    cached: float = np.inf
+
+
+class _PageCache:
+    """What a node keeps of the files that its workers read.
+
+    Args:
+        size: bytes; what was read longest ago leaves.
+    """
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+        self._kept: OrderedDict[File, tuple[float, int]] = OrderedDict()
+
+    def read(self, file: File, count: float, reader: int) -> int | None:
+        """Who brought, or brings, these bytes; None where the reader has to."""
+        if file in self._kept:
+            self._kept.move_to_end(file)
+            return self._kept[file][1]
+        if count <= self.size:
+            self._kept[file] = count, reader
+        while sum(own for own, _ in self._kept.values()) > self.size:
+            self._kept.popitem(last=False)
+        return None
 
 
 @dataclass
@@ -54,7 +82,8 @@ class Outcome:
         driver: seconds in which the driver was busy.
         store_full, network_full: seconds in which the store's bandwidth, or that of some node,
             held up who read or wrote.
-        read, written: bytes.
+        read, written: bytes, over the network.
+        cached: bytes that were read and lay in the node's page cache.
         stages: function → seconds of its tasks together, and → from its first to its last.
     """
 
@@ -69,6 +98,7 @@ class Outcome:
     network_full: float = 0.0
     read: float = 0.0
     written: float = 0.0
+    cached: float = 0.0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def limit(self) -> str:
@@ -106,6 +136,12 @@ class SimulatedPool(Pool):
         self._phase = np.full(len(places), _IDLE)
         self._left = np.zeros(len(places))
         self._costs: list[Cost] = [Cost()] * len(places)
+        self._caches = [_PageCache(size) for size in links.caches]
+        self._began = np.zeros(len(places))
+        # What is still to be read, what is being read, and who brings that.
+        self._ahead: list[list[tuple[File | None, float]]] = [[] for _ in places]
+        self._file: list[File | None] = [None] * len(places)
+        self._from: dict[int, int] = {}
         self._tasks: dict[int, Task] = {}
         self._paths: dict[int, float] = {}
         self._finished: list[int] = []
@@ -130,21 +166,24 @@ class SimulatedPool(Pool):
 
     def _traced(self, task: Task, before: float) -> Task:
         """The task, whose chain of causes took ``before`` seconds until it could start."""
-        cost, done = self.cost(task), task.done
+        cost, done, divide = self.cost(task), task.done, task.divide
         path = before + self.alone(cost)
 
         def traced(result: Any) -> Iterable[Task]:
+            self.outcome.critical = max(self.outcome.critical, path)
             return [self._traced(new, path) for new in done(result)]
 
-        found = replace(task, done=traced)
-        self.outcome.critical = max(self.outcome.critical, path)
-        return found
+        def parts(count: int) -> list[Task]:
+            assert divide is not None
+            return [self._traced(part, before) for part in divide(count)]
+
+        return replace(task, done=traced, divide=None if divide is None else parts)
 
     def alone(self, cost: Cost) -> float:
         """Seconds of a task where nobody else reads or writes."""
         read = min(self.links.read, self.links.store)
         write = min(self.links.write, self.links.store)
-        return cost.seconds + cost.read / read + cost.written / write
+        return cost.read / read + cost.computing(cost.read / read) + cost.written / write
 
     # What the loop asks for
 
@@ -156,10 +195,28 @@ class SimulatedPool(Pool):
         self.outcome.driver += self.links.call
         cost = self.cost(task)
         self._costs[worker], self._tasks[worker] = cost, task
-        self._phase[worker], self._left[worker] = _READ, cost.read
+        self._began[worker] = self.clock
+        rest = cost.read - sum(size for _, size in cost.files)
+        self._ahead[worker] = [*cost.files, (None, max(0.0, rest))]
+        self._read_on(worker)
         self._count(task, cost)
         self._settle()
         return worker
+
+    def _read_on(self, worker: int) -> None:
+        """Begins to read what is next: over the network, where nobody of the node has lately."""
+        file, count = self._ahead[worker].pop(0)
+        self._file[worker] = file
+        by = None
+        if file is not None and self._caches:
+            by = self._caches[self._places[worker]].read(file, count, worker)
+        if by is None:
+            self._phase[worker] = _READ
+            self.outcome.read += count
+        else:
+            self._phase[worker], self._from[worker] = _CACHED, by
+            self.outcome.cached += count
+        self._left[worker] = count
 
     def _wait(self, handles: Iterable[Any], seconds: float) -> list[Any]:
         """The next one that is done: until then, nothing happens on this clock."""
@@ -200,7 +257,6 @@ class SimulatedPool(Pool):
         outcome, alone = self.outcome, self.alone(cost)
         outcome.tasks += 1
         outcome.work += alone
-        outcome.read += cost.read
         outcome.written += cost.written
         none = {"tasks": 0.0, "seconds": 0.0, "first": self.clock, "last": self.clock}
         stage = outcome.stages.setdefault(task.function, none)
@@ -214,21 +270,26 @@ class SimulatedPool(Pool):
             if not len(over):
                 return
             for worker in map(int, over):
-                self._phase[worker] += 1
                 cost = self._costs[worker]
-                if self._phase[worker] > _WRITE:
+                if self._phase[worker] in (_READ, _CACHED):
+                    if self._ahead[worker]:
+                        self._read_on(worker)
+                    else:
+                        self._phase[worker] = _COMPUTE
+                        reading = self.clock - self._began[worker]
+                        self._left[worker] = cost.computing(reading)
+                elif self._phase[worker] == _COMPUTE:
+                    self._phase[worker], self._left[worker] = _WRITE, cost.written
+                else:
                     self._phase[worker] = _IDLE
                     self.outcome.stages[self._tasks[worker].function]["last"] = self.clock
                     self._finished.append(worker)
-                elif self._phase[worker] == _COMPUTE:
-                    self._left[worker] = cost.seconds
-                else:
-                    self._left[worker] = cost.written
 
     def _rates(self) -> tuple[NDArray[np.float64], bool, bool]:
         """What of each worker's phase is done per second; whether store or network hold it up."""
         moving = (self._phase == _READ) | (self._phase == _WRITE)
         rates = np.where(self._phase == _READ, self.links.read, self.links.write)
+        rates = np.where(self._phase == _CACHED, self.links.cached, rates)
         rates = np.where(self._phase == _COMPUTE, 1.0, rates)
         if not moving.any():
             return rates, False, False
@@ -238,7 +299,12 @@ class SimulatedPool(Pool):
         full = bool((store < np.minimum(rates, network))[moving].any())
         crowded = bool((network < np.minimum(rates, store))[moving].any())
         shared = np.minimum(rates, np.minimum(network, store))
-        return np.where(moving, shared, rates), full, crowded
+        rates = np.where(moving, shared, rates)
+        for worker in map(int, np.flatnonzero(self._phase == _CACHED)):
+            by = self._from[worker]
+            if self._phase[by] == _READ and self._file[by] == self._file[worker]:
+                rates[worker] = min(rates[worker], rates[by])  # it is only just coming
+        return rates, full, crowded
 
     def _pass(self, until: float) -> None:
         """Lets time pass until then, or, without an end, until the next phase is over."""

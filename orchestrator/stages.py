@@ -1,22 +1,22 @@
 """The stages as work for the pool: what must be done, what was done before, what follows what."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, reducers_of, reducing, reverse_needs
 from moesaic.methods.chains import refits
 from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
-from moesaic.orchestrator.cluster import cluster_address
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
+from moesaic.orchestrator.dividing import dividable
 from moesaic.orchestrator.evaluate import Judge, score
 from moesaic.orchestrator.experiment import Experiment, plain
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
-from moesaic.orchestrator.objects import is_url
 from moesaic.orchestrator.pool import Pool, Task
-from moesaic.orchestrator.shared import RemoteStore, exists, open_store, remove_unfinished
+from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, digest
 from moesaic.orchestrator.walk_ahead import Ahead
@@ -121,7 +121,11 @@ class Calibration:
             self.view.advance("measure", steps, result["peak_bytes"])
             return ()
 
-        return measure_task(self.experiment, job, (_MEASURE, job.block), done)
+        units = [self.experiment.by_name[name] for name in job.units]
+        # The longest first (Graham, 1969), so that small ones fill what is left in the end.
+        priority = (_MEASURE, -sum(unit.parameters for unit in units), job.block)
+        task = measure_task(self.experiment, job, priority, done)
+        return dividable(task, job, units, self._measure, lambda: bool(self.waiting))
 
     def _forward_start(self) -> int:
         """First block that must be walked: its statistics, or states for the reverse pass, lack."""
@@ -146,20 +150,21 @@ class Calibration:
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
             self.passed[block] += 1
             self.tell(block, result)
-            new = []
+            new: list[Task] = []
             if block + 1 < self.blocks:
                 self.held.append(self._forward(block + 1, worker, span))
             if self.passed[block] == len(self.ranges):
                 self.floor = block + 1
                 if block not in self.stats:
-                    new.append(self.add_up("stats", block))
+                    new += self.summed("stats", block, self.ranges, result)
                 if block + 1 == self.blocks and len(self.gradients) < self.blocks:
                     new += self._start_reverse()
             ready = [t for t in self.held if t.arguments["block"] <= self.floor + LEAD]
             self.held = [t for t in self.held if t not in ready]
             return [*new, *ready]
 
-        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        wanted = {"sums": block not in self.stats}
+        arguments = {"walk": plain(self.walk), "block": block, "span": span, **wanted}
         label = f"forward {block}"
         return Task("calibrate:forward", arguments, label, (_FORWARD, block), worker, done)
 
@@ -170,20 +175,29 @@ class Calibration:
             self.told.add(told)
             self.view.line(f"calibrate: block {block} {told}")
 
-    def add_up(self, what: str, block: int) -> Task:
-        """The sums of a block, which are there, as one entry; what waits for it follows."""
+    def summed(
+        self, what: str, block: int, spans: list[Node], result: Mapping[str, Any]
+    ) -> Iterable[Task]:
+        """What follows when all ``spans`` of shards have left their sums of a block.
 
-        def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            (self.stats if what == "stats" else self.gradients).add(block)
-            stage = "calibrate" if what == "stats" else "gradients"
-            self.view.advance(stage, 1, result["peak_bytes"])
-            return self._released()
-
+        Args:
+            result: of the last of the tasks that did.
+        """
+        if len(spans) == 1:  # as the block's entry
+            return self._added(what, block, result)
         arguments = {"walk": plain(self.walk), "what": what, "block": block}
         # Where there are others who add, who walks back goes on.
         beside = what == "gradients" and self.ahead
         priority = (_REDUCE_BESIDE if beside else _REDUCE, block)
-        return Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)
+        done = partial(self._added, what, block)
+        return [Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)]
+
+    def _added(self, what: str, block: int, result: Mapping[str, Any]) -> Iterable[Task]:
+        """What waits for the sums of a block, which are in the store now."""
+        (self.stats if what == "stats" else self.gradients).add(block)
+        stage = "calibrate" if what == "stats" else "gradients"
+        self.view.advance(stage, 1, result["peak_bytes"])
+        return self._released()
 
     def after_walk(self, worker: int, span: Node) -> list[Task]:
         """What a walker begins with when it has passed all blocks."""
@@ -200,10 +214,11 @@ class Calibration:
             if block > 0:
                 new.append(self._reverse(block - 1, worker, span))
             if self.reversed[block] == len(self.ranges) and block not in self.gradients:
-                new.append(self.add_up("gradients", block))
+                new += self.summed("gradients", block, self.ranges, result)
             return new
 
-        arguments = {"walk": plain(self.walk), "block": block, "span": span}
+        wanted = {"sums": block not in self.gradients}
+        arguments = {"walk": plain(self.walk), "block": block, "span": span, **wanted}
         priority = (_REVERSE, self.blocks - block)
         return Task("gradients:reverse", arguments, f"back {block}", priority, worker, done)
 
@@ -289,14 +304,12 @@ def measuring_jobs(
 def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], done: Any) -> Task:
     """A job as a task; a bank takes many times as long as a linear.
 
-    Few nodes should read the same block: they copy it, or keep it in their page cache.
+    What a node has read it keeps, in its page cache or as a copy: few should read the same block.
     """
     kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
-    several = cluster_address(experiment.recipe.compute)[1] is not None
-    copied = is_url(experiment.recipe.model) or isinstance(experiment.store, RemoteStore)
-    near = f"block {job.block}" if several or copied else ""
+    near = f"block {job.block}"
     function = "measure:compress_job"
     return Task(function, arguments, label, priority, None, done, kind=kind, near=near)
 

@@ -346,7 +346,7 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         suffix: str = "safetensors",
     ) -> Entry:
-        """Makes the entry: ``write`` is given the path to fill."""
+        """Makes the entry: ``write`` is given the path to fill, and may fill the metadata too."""
         self.check_kind(kind)
         path = self.path(kind, key, suffix)
         sealed: dict[str, Any] = {}

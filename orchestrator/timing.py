@@ -9,12 +9,13 @@ a layer add a little that does not depend on sizes. What a run takes besides is 
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moesaic.methods import gptq
 from moesaic.methods.base import Chain, Unit, compressing, reducers_of
 from moesaic.methods.chains import but_for_rank, can_be_cut
 from moesaic.orchestrator.block_sizes import experts_per_token
+from moesaic.orchestrator.costs import Cost
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, Load, Speeds, measure_speeds
@@ -25,6 +26,7 @@ from moesaic.orchestrator.memory import (
     sites,
     slices,
 )
+from moesaic.orchestrator.readahead import own_share
 from moesaic.orchestrator.solving import factoring, wants_hessian
 from moesaic.orchestrator.stages import EVALUATION_PARTS
 from moesaic.orchestrator.statistics import Node, covered, ranges
@@ -37,27 +39,11 @@ _CALL_SECONDS = 2e-4
 # are taken, two float32 copies, and what the block did to the state.
 _VALUES_IN_BLOCK, _VALUES_WATCHED = 20, 9
 
+# Parts in which a block's weights are read: what one worker of a node has read, others find there.
+_READ_PARTS = 8
+
 # Speeds of one worker for an experiment, at what it computes at a time.
 SpeedSource = Callable[[Experiment, Crew, Load], Speeds]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a task takes.
-
-    Attributes:
-        seconds: of computing, and of what each file takes however small it is.
-        read, written: bytes, over whatever leads to the model and the store.
-    """
-
-    seconds: float = 0.0
-    read: float = 0.0
-    written: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.seconds + other.seconds, self.read + other.read, self.written + other.written
-        )
 
 
 class Clock:
@@ -95,7 +81,8 @@ class Clock:
 
     def taken(self, cost: Cost) -> float:
         """Seconds of a cost where nobody else reads or writes."""
-        return cost.seconds + cost.read / self.speeds.read + cost.written / self.speeds.save
+        reading = cost.read / self.speeds.read
+        return reading + cost.computing(reading) + cost.written / self.speeds.save
 
     def linears(self, block: int, tokens: int, back: bool = False) -> float:
         """The layers of a block for ``tokens`` tokens, and their attention to one another.
@@ -125,9 +112,18 @@ class Clock:
         layers = sum(unit.kind == "linear" for unit in units)
         return _CALL_SECONDS * batches * (layers + 4)
 
-    def load(self, block: int) -> Cost:
+    def load(self, block: int, span: Node | None = None) -> Cost:
+        """Reading a block's weights, and moving them to the device.
+
+        Args:
+            span: of the shards that walk, if the reader is one who walks.
+        """
         size = self.sizes.weights(block)
-        return Cost(size / self.speeds.copy, read=size)
+        share = 0.0 if span is None else own_share(span)
+        first = int(share * _READ_PARTS)
+        order = [(first + k) % _READ_PARTS for k in range(_READ_PARTS)]
+        files = tuple((("weights", str(part)), size / _READ_PARTS) for part in order)
+        return Cost(size / self.speeds.copy, read=size, files=files)
 
     def statistics(self, block: int, tokens: int) -> float:
         """Hessians of the sites of a block, and for ``experts: all`` the inputs of its experts."""
@@ -160,7 +156,6 @@ class Clock:
         rows = [high - low for low, high in map(walk.shard_rows, range(*span))]
         tokens, share = sum(rows) * sizes.length, sum(rows) / walk.sequences
         batches = sum(math.ceil(count / walk.batch) for count in rows)
-        nodes = self.nodes([span])
         size, states = sizes.sums(block), tokens * self.token_bytes
         kept = sum(min(walk.gradients, count) for count in rows) * sizes.length * self.token_bytes
         seconds = self.linears(block, tokens) + self.statistics(block, tokens)
@@ -168,9 +163,22 @@ class Clock:
         seconds += self.parted(block, span, tokens)
         # Sums of every shard begin at zero, and are added to those before them.
         seconds += len(rows) * size / self.speeds.sums
-        seconds += (2 * states + nodes * size) / self.speeds.copy
-        seconds += (len(rows) * (1 + bool(walk.gradients)) + nodes) * self.speeds.write
-        return self.load(block) + Cost(seconds, written=states + kept + nodes * size)
+        seconds += 2 * states / self.speeds.copy
+        seconds += len(rows) * (1 + bool(walk.gradients)) * self.speeds.write
+        moved = Cost(seconds, written=states + kept)
+        return self.load(block) + moved + self.leaving(size, span)
+
+    def leaving(self, size: int, span: Node) -> Cost:
+        """Sums of some shards, ``size`` bytes each, as files to be added; of all, as an entry."""
+        speeds, nodes = self.speeds, self.nodes([span])
+        seconds = nodes * (size / speeds.copy + speeds.write)
+        if span == (0, self.experiment.walk.shards):
+            seconds = size / speeds.copy + self._entered(size) + size / speeds.host_add
+        return Cost(seconds, written=nodes * size)
+
+    def _entered(self, size: int) -> float:
+        """Seconds of an entry of sums besides writing: its digest, and whether all is finite."""
+        return size / self.speeds.digest + size / 4 * self.speeds.wide + self.speeds.entry
 
     def parted(self, block: int, span: Node, tokens: int) -> float:
         """What a block costs more where it is walked in parts: linears are run again, and what the
@@ -189,12 +197,9 @@ class Clock:
         moved = 2 * slices * self.sizes.calls_of(span)
         return again * 2 * tokens * linears / self.speeds.matmul + moved / self.speeds.copy
 
-    def read_ahead(self, cost: Cost) -> Cost:
-        """A cost whose weights a GPU's worker reads while it is busy with the block before: what
-        it computes takes only what it takes longer than reading does alone."""
-        if self.crew.device == "cpu":
-            return cost
-        return replace(cost, seconds=max(0.0, cost.seconds - cost.read / self.speeds.read))
+    def read_ahead(self, cost: Cost, size: float) -> Cost:
+        """A cost of which so many bytes are read while a GPU's worker is busy with others."""
+        return cost if self.crew.device == "cpu" else replace(cost, ahead=size)
 
     def passing(self, block: int, span: Node) -> Cost:
         """Some shards through a block of a walk that goes ahead."""
@@ -207,23 +212,24 @@ class Clock:
         seconds = self.linears(block, tokens) + self.calls(block, batches)
         seconds += 2 * states / self.speeds.copy
         seconds += len(rows) * (1 + bool(walk.gradients)) * self.speeds.write
-        return self.read_ahead(self.load(block) + Cost(seconds, written=states + kept))
+        load = self.load(block, span)
+        return self.read_ahead(load + Cost(seconds, written=states + kept), load.read)
 
     def collecting(self, block: int) -> Cost:
         """Statistics of all shards behind such a walk: as forward, but states are read."""
         walk, sizes = self.experiment.walk, self.sizes
         states = walk.sequences * sizes.length * self.token_bytes
         whole = self.forward(block, (0, walk.shards))
-        sums = self.nodes([(0, walk.shards)]) * sizes.sums(block)
-        return Cost(whole.seconds, whole.read + states, sums)
+        cost = replace(whole, read=whole.read + states, written=float(sizes.sums(block)))
+        # Those of the first shard are waited for.
+        return self.read_ahead(cost, states * (walk.shards - 1) / walk.shards)
 
     def reduce(self, what: str, block: int, spans: Sequence[Node]) -> Cost:
         """The sums that all ranges of shards left, as one entry."""
         sizes, nodes = self.sizes, self.nodes(spans)
         size = sizes.sums(block) if what == "stats" else sizes.gradients(block)
-        seconds = nodes * size / self.speeds.host_add + size / self.speeds.digest
-        seconds += size / 4 * self.speeds.wide  # whether all of it is finite
-        return Cost(seconds + self.speeds.entry, nodes * size, size)
+        seconds = nodes * size / self.speeds.host_add + self._entered(size)
+        return Cost(seconds, nodes * size, size)
 
     def reverse(self, block: int, span: Node) -> Cost:
         """Gradients of some shards back through a block; from the losses in the last one.
@@ -235,17 +241,17 @@ class Clock:
         rows = [high - low for low, high in map(walk.shard_rows, range(*span))]
         sequences = sum(min(walk.gradients, count) for count in rows)
         tokens, again = sequences * sizes.length, int(walk.fisher)
-        nodes = self.nodes([span])
         size, states = sizes.gradients(block), tokens * self.token_bytes
         seconds = (2 + 2 * again + bool(walk.pooling)) * self.linears(block, tokens, back=True)
         seconds += (3 + again) * self.calls(block, sequences)
         if block == self.model.blocks - 1:
             seconds += (3 + again) * tokens * self.speeds.head
-        seconds += ((3 + 2 * again) * states + nodes * size) / self.speeds.copy
-        seconds += (len(rows) + nodes) * self.speeds.write
-        written = (1 + again) * states + nodes * size
-        read = self.read_ahead(self.load(block) + Cost(seconds))
-        return read + Cost(0.0, (2 + again) * states, written)
+        seconds += (3 + 2 * again) * states / self.speeds.copy
+        seconds += len(rows) * self.speeds.write
+        moved = Cost(0.0, (2 + again) * states, (1 + again) * states)
+        load = self.load(block, span)
+        read = self.read_ahead(load + Cost(seconds), load.read)
+        return read + moved + self.leaving(size, span)
 
     def calibrate(self, blocks: list[int]) -> float:
         """Forward through the blocks from the first that lacks, with statistics and their sums."""
@@ -254,15 +260,18 @@ class Clock:
             return sum(
                 sum(self.taken(self.passing(block, span)) for span in self.spans)
                 + self.taken(self.collecting(block))
-                + self.taken(self.reduce("stats", block, self.summed("stats")))
                 for block in walked
             )
-        parts = self.spans
         return sum(
-            sum(self.taken(self.forward(block, span)) for span in parts)
-            + self.taken(self.reduce("stats", block, parts))
+            sum(self.taken(self.forward(block, span)) for span in self.spans)
+            + self.adding("stats", block)
             for block in walked
         )
+
+    def adding(self, what: str, block: int) -> float:
+        """Seconds in which the sums of several ranges of shards become one entry."""
+        spans = self.summed(what)
+        return self.taken(self.reduce(what, block, spans)) if len(spans) > 1 else 0.0
 
     def walked(self, blocks: list[int]) -> float:
         """Seconds of :meth:`calibrate`, shared by the workers that can."""
@@ -304,7 +313,7 @@ class Clock:
             return 0.0
         return sum(
             sum(self.taken(self.reverse(block, span)) for span in self.spans)
-            + self.taken(self.reduce("gradients", block, self.spans))
+            + self.adding("gradients", block)
             for block in range(self.model.blocks)
         )
 
@@ -339,7 +348,8 @@ class Clock:
             seconds += sum(self.factors(todo, site, chain, factored) for site in names)
         seconds += written / speeds.digest + (stats + size + written) / speeds.copy
         read = stats + size + len(prefixes) * size
-        return Cost(seconds, read, written + len(prefixes) * size)
+        files = ((("stats", "own"), float(stats)), (("weights", "own"), float(size)))
+        return Cost(seconds, read, written + len(prefixes) * size, files)
 
     def compress(self, units: list[Unit], site: str, chain: Chain) -> float:
         """One chain on the members that read one site, and the errors of what it made."""

@@ -22,17 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moesaic.orchestrator.calibrate import (
-    Walk,
-    advance_shard,
-    boundary_path,
-    hidden_path,
-    loaded_experts,
-    opened,
-)
+from moesaic.orchestrator.calibrate import Walk, hidden_path, opened, pass_shards
 from moesaic.orchestrator.pool import Task
-from moesaic.orchestrator.readahead import read_ahead
-from moesaic.orchestrator.shared import exists, remove
+from moesaic.orchestrator.shared import remove
 from moesaic.orchestrator.statistics import Node
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
@@ -53,17 +45,7 @@ def pass_block(state: WorkerState, walk: dict[str, Any], block: int, span: Node)
     plan = Walk(**walk)
     started = time.monotonic()
     model = opened(state, plan)
-    shards = range(*span)
-    left = [hidden_path(plan, block + 1, shard) for shard in shards]
-    if plan.gradients:
-        ends = [block, *([block + 1] if block + 1 == model.blocks else [])]
-        left += [boundary_path(plan, end, shard) for end in ends for shard in shards]
-    if not all(map(exists, left)):
-        experts = loaded_experts(state, plan, model, block, span)
-        module = model.load_block(block, experts=experts)
-        read_ahead(model, block + 1)
-        for shard in shards:
-            advance_shard(state, plan, block, shard, module)
+    pass_shards(state, plan, model, block, span)
     return {"seconds": time.monotonic() - started, "peak_bytes": peak_memory_bytes()}
 
 
@@ -133,7 +115,7 @@ class Ahead:
             self.collecting.discard(block)
             calibration.tell(block, result)
             self._drop(block)
-            return [calibration.add_up("stats", block), *self._ready()]
+            return [*calibration.summed("stats", block, [span], result), *self._ready()]
 
         span = (0, calibration.walk.shards)
         arguments = {"walk": self._plain(), "block": block, "span": span}

@@ -49,6 +49,7 @@ class Case:
     Attributes:
         walkers: workers that share the walk; None: all, if there are shards enough.
         walk: joint or ahead; None: as the number of workers decides.
+        memory: of a node; None: the usual.
         bits, groups: candidates.
     """
 
@@ -59,6 +60,7 @@ class Case:
     walkers: int | None = None
     walk: str | None = None
     store: int = STORE_BYTES
+    memory: int | None = None
     bits: tuple[int, ...] = (2, 3, 4, 8)
     groups: tuple[int, ...] = (64, 128)
 
@@ -66,8 +68,8 @@ class Case:
 def nodes(case: Case, gpu: str) -> Cluster:
     """As few nodes of at most 8 GPUs as there must be."""
     whole, rest = divmod(case.gpus, 8)
-    groups = [Group(count=whole, gpus=8, gpu=gpu)] if whole else []
-    groups += [Group(gpus=rest, gpu=gpu)] if rest else []
+    groups = [Group(count=whole, gpus=8, gpu=gpu, memory=case.memory)] if whole else []
+    groups += [Group(gpus=rest, gpu=gpu, memory=case.memory)] if rest else []
     return Cluster(nodes=groups, store=case.store)
 
 
@@ -165,6 +167,7 @@ def main() -> None:
             "2 shards": {"shards": 2},
             "4 shards": {"shards": 4},
             "16 shards": {"shards": 16},
+            "nodes keep nothing that was read": {"memory": 1},
             "joint walk": {"walk": "joint"},
             "joint walk, 4 walkers": {"walk": "joint", "walkers": 4},
             "18 candidates instead of 8": {"bits": (2, 3, 4, 5, 6, 8), "groups": (32, 64, 128)},

@@ -426,12 +426,15 @@ def test_sums_that_overflow_are_told_with_the_block_and_what_helps(
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(1e22)
     model.save_pretrained(folder)
-    large = replace(walk, model=str(folder), shards=1)
+    large = replace(walk, model=str(folder), shards=2)
     state = WorkerState(1)
-    calibrate.forward(state, asdict(large), 0, (0, 1))
     told = r"large: block 0: hessian of \S+self_attn:out overflow: look at the weights before it"
+    for shard in range(2):
+        calibrate.forward(state, asdict(large), 0, (shard, shard + 1))
     with pytest.raises(RunError, match=told):
         calibrate.reduce(state, asdict(large), "stats", 0)
+    with pytest.raises(RunError, match=told):  # who walks all leaves the entry at once
+        calibrate.forward(state, asdict(replace(large, shards=1)), 0, (0, 1))
     assert "try compute.dtype: float32" in calibrate._overflow(
         replace(large, dtype="bfloat16"), "stats", 0, calibrate.BLOCK, "turn"
     )

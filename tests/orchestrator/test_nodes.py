@@ -186,6 +186,15 @@ def test_workers_that_die_while_they_start_are_told_of_by_the_cause(
     assert "it was ca" not in text and len(text) < 500 and "class_name" not in text
 
 
+def test_workers_of_a_node_get_neighbouring_numbers_the_fullest_node_first() -> None:
+    roster = placing.Roster(Compute())
+    for worker, node in enumerate(["b", "a", "", "c", "a", "b", "a"]):
+        roster.slots.append(placing.Slot(worker, None, 0.0, node))
+    roster.wait()
+    assert [slot.node for slot in roster.slots] == ["a", "a", "a", "b", "b", "c", ""]
+    assert [slot.actor for slot in roster.slots] == [1, 4, 6, 0, 5, 3, 2]  # as they were, else
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def raised(*_: Any, **__: Any) -> Any:
         raise error

@@ -48,7 +48,6 @@ def test_nothing_is_done_again(project: Project) -> None:
     _, calls = project.run()
     assert {name.partition(":")[2] for name in calls} == {
         "forward",
-        "reduce",
         "reverse",
         "compress_job",
         "evaluate_rows",
@@ -97,8 +96,8 @@ def test_a_damaged_entry_is_made_again_and_changes_nothing(project: Project, kin
     needed = {
         "pieces": {"compress_job"},
         "errors": {"compress_job"},
-        "stats": {"forward", "reduce"},
-        "gradients": {"forward", "reverse", "reduce"},
+        "stats": {"forward"},
+        "gradients": {"forward", "reverse"},
     }
     assert {name.partition(":")[2] for name in calls} == needed[kind]
     assert path.read_bytes() == good

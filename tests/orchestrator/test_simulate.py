@@ -1,13 +1,14 @@
 """The pool's own loop on a calculated clock, against schedules worked out by hand."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from moesaic.orchestrator.costs import Cost
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.simulate import Links, Outcome, SimulatedPool
-from moesaic.orchestrator.timing import Cost
 
 FREE = Links(store=1e9, networks=[1e9, 1e9, 1e9, 1e9], read=1e9, write=1e9, call=0.0)
 
@@ -129,3 +130,73 @@ def test_a_long_kind_is_not_taken_for_lost_among_short_ones(kind: str, begun_aga
     # Whoever is not at it goes on with short ones, and so there is something to look at.
     tasks += [task("work", Cost(1.0), priority=(2,), kind="linear") for _ in range(2100)]
     assert (run(tasks, [0, 0]).tasks > len(tasks)) == begun_again
+
+
+CACHED = Links(
+    store=1e9, networks=[1e9] * 2, read=100.0, write=100.0, call=0.0, caches=[500.0] * 2, cached=400
+)
+
+
+def reading(name: str, size: float = 400.0, **more: Any) -> Task:
+    return task("read", Cost(read=size, files=(((name, ""), size),)), **more)
+
+
+def test_what_a_worker_of_the_node_has_read_costs_no_traffic() -> None:
+    found = run([reading("a") for _ in range(3)], [0], CACHED)
+    assert found.makespan == pytest.approx(4.0 + 1.0 + 1.0)
+    assert (found.read, found.cached) == (400.0, 800.0)
+    apart = run([reading("a", affinity=worker) for worker in range(2)], [0, 1], CACHED)
+    assert apart.makespan == pytest.approx(4.0) and apart.read == 800.0
+
+
+def test_what_was_read_longest_ago_leaves_the_cache() -> None:
+    names = ["a", "b", "a", "c", "a", "b"]
+    found = run([reading(name, 250.0) for name in names], [0], CACHED)
+    # "c" takes the place of "b", which was read longer ago than "a".
+    assert (found.read, found.cached) == (4 * 250.0, 2 * 250.0)
+    assert run([reading("large", 501.0) for _ in range(2)], [0], CACHED).cached == 0
+
+
+def test_what_another_one_is_reading_comes_no_faster_than_it_does() -> None:
+    found = run([reading("a") for _ in range(2)], [0, 0], CACHED)
+    assert found.makespan == pytest.approx(4.0) and found.read == 400.0
+
+
+def test_readers_who_begin_apart_bring_a_file_together() -> None:
+    halves = [(("a", "0"), 200.0), (("a", "1"), 200.0)]
+    costs = [Cost(read=400.0, files=tuple(own)) for own in (halves, halves[::-1])]
+    found = run([task("read", cost) for cost in costs], [0, 0], CACHED)
+    assert found.makespan == pytest.approx(2.0 + 0.5) and found.read == 400.0
+
+
+def test_bytes_read_ahead_take_no_time_of_their_own() -> None:
+    links = Links(store=1e9, networks=[1e9], read=100.0, write=100.0, call=0.0)
+    costs = [Cost(5.0, read=300.0, ahead=size) for size in (0.0, 300.0, 200.0)]
+    times = [run([task("work", cost)], [0], links).makespan for cost in costs]
+    assert times == pytest.approx([8.0, 5.0, 6.0])
+    longer = Cost(1.0, read=300.0, ahead=300.0)
+    assert run([task("work", longer)], [0], links).makespan == pytest.approx(3.0)
+
+
+def large(parts: int, more: bool = False, **options: Any) -> Task:
+    def divide(count: int) -> list[Task]:
+        spans = [parts * k // count for k in range(count + 1)]
+        return [large(high - low, more, **options) for low, high in itertools.pairwise(spans)]
+
+    cost = Cost(10.0 * parts)
+    return task("large", cost, parts=parts, divide=divide, more=lambda: more, **options)
+
+
+def test_large_tasks_are_divided_among_those_who_would_be_idle() -> None:
+    alone = run([large(8)], [0] * 4)
+    assert alone.makespan == pytest.approx(20.0) and 4 <= alone.tasks <= 8
+    # As large as they are while there is enough of them: 12 of 8 parts for two.
+    many = run([large(8) for _ in range(12)], [0] * 2)
+    assert many.makespan == pytest.approx(12 * 80 / 2) and many.tasks < 24
+    assert run([large(8)], [0]).tasks == 1
+
+
+def test_while_more_is_to_come_only_the_idle_divide() -> None:
+    beside = [task("beside", Cost(1000.0), priority=(-1,)) for _ in range(3)]
+    assert run([*beside, large(8, more=True)], [0] * 5).tasks == 3 + 2
+    assert run([*beside, large(8)], [0] * 5).tasks > 3 + 2

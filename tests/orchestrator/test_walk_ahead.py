@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.orchestrator import readahead
+from moesaic.orchestrator import calibrate, readahead
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment
@@ -99,6 +99,28 @@ def test_statistics_that_are_there_are_not_collected_again(model: Path, tmp_path
     assert lost.read_bytes() == before
 
 
+@pytest.mark.parametrize("walk", ["joint", "ahead"])
+def test_sums_that_are_there_are_not_made_again_when_hidden_states_are_lost(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joint: dict[str, bytes], walk: str
+) -> None:
+    """Hidden states are walked anew for the gradients of one block; no sums of others with them."""
+    experiment = prepared(tmp_path, model, walk)
+    calibrated(experiment)
+    experiment.store.path("gradients", experiment.walk.gradients_key(0)).unlink()
+    made: list[tuple[str, int]] = []
+    leave = calibrate.leave_sums
+
+    def counted(walk: Any, what: str, block: int, *rest: Any) -> None:
+        made.append((what, block))
+        leave(walk, what, block, *rest)
+
+    monkeypatch.setattr(calibrate, "leave_sums", counted)
+    calls = calibrated(experiment).calls
+    assert calls["calibrate:forward"] + calls["walk_ahead:pass_block"] > 0
+    assert made == [("gradients", 0)] * WALKERS
+    assert entries(experiment) == joint
+
+
 def test_the_walk_waits_while_too_many_hidden_states_do(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joint: dict[str, bytes]
 ) -> None:
@@ -146,3 +168,34 @@ def test_a_block_is_read_ahead_in_full_and_not_on_a_processor(
 def test_a_file_that_is_gone_is_left_to_who_wants_it(tmp_path: Path) -> None:
     (tmp_path / "there").write_bytes(b"x" * 10)
     readahead._read([(tmp_path / "there", 2, 9), (tmp_path / "gone", 0, 5)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
+def test_reading_begins_at_a_share_and_leaves_nothing_out(share: float) -> None:
+    spans = [(Path("a"), 10, 40), (Path("b"), 0, 50), (Path("c"), 7, 27)]
+    turned = readahead.from_share(spans, share)
+
+    def places(spans: list[tuple[Path, int, int]]) -> list[tuple[Path, int]]:
+        return [(file, place) for file, begin, end in spans for place in range(begin, end)]
+
+    order, first = places(spans), int(share * 100)
+    assert places(turned) == order[first:] + order[:first]
+
+
+@pytest.mark.parametrize(("walkers", "first"), [(8, 0), (8, 8), (4, 3), (1, 0)])
+def test_walkers_of_a_node_begin_apart(walkers: int, first: int) -> None:
+    """Whichever of them are on it: no gap is more than three times what an even one would be."""
+    begins = sorted(readahead.own_share((k, k + 1)) for k in range(first, first + walkers))
+    gaps = [high - low for low, high in zip(begins, [*begins[1:], begins[0] + 1], strict=True)]
+    assert max(gaps) < 3 / walkers
+
+
+def test_files_are_read_ahead_where_they_are(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    monkeypatch.setattr(readahead, "_begin", lambda model, spans: begun.append(spans))
+    (tmp_path / "there").write_bytes(b"x" * 10)
+    files = [tmp_path / "gone", tmp_path / "there"]
+    readahead.read_files_ahead(StreamedModel(Checkpoint(model)), files)
+    assert begun == [[(tmp_path / "there", 0, 10)]]
