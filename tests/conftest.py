@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-# What takes longest comes first, and with it all that has a Ray of its own: it has several processes
-# and sometimes waits. Nothing waits for it in the end, when each process takes small files.
+# What takes longest comes first, and with it all that has a Ray of its own: several processes, and
+# waits. In the end, each process takes small files.
 FIRST = (
     "test_end_to_end.py",
     "test_chaos.py",
