@@ -39,9 +39,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/moesaic run recipes/demo.yaml --output runs/demo
 
-# Two processes of one thread each; a file stays in one, which makes its fixtures once.
+# Two processes of one thread each; a file stays in one, which makes its fixtures once. Dozens of
+# processes import the package: its byte code is kept, whatever the shell says.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types layering
 

@@ -121,7 +121,7 @@ def start_local(**options: Any) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": True}
-    with _loopback_only(), _any_agent_port(), _own_sigterm():
+    with _loopback_only(), _frugal(), _own_sigterm():
         ray.init(address="local", **quiet, **options)
     _collect_lines()
 
@@ -163,14 +163,15 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextmanager
-def _any_agent_port() -> Iterator[None]:
-    """Ray's agent takes a free port; ``ray.init`` has no option for it.
+def _frugal() -> Iterator[None]:
+    """What ``ray.init`` has no options for: Ray's agent takes a free port, and nothing looks for
+    more machines.
 
-    Beside another Ray on this machine it would try for its usual one, and everything wait, for four
-    seconds.
+    Beside another Ray on this machine the agent would try for its usual port, and everything wait,
+    for four seconds. The autoscaler's process would take a second of a core.
     """
     made = parameter.RayParams
-    parameter.RayParams = functools.partial(made, dashboard_agent_listen_port=0)
+    parameter.RayParams = functools.partial(made, dashboard_agent_listen_port=0, no_monitor=True)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: real processes, real Ray, killed on the way."""
+"""A whole run as a user starts it: real processes, real Ray, killed on the way."""
 
 import contextlib
 import hashlib
@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +33,7 @@ from tests.drivers import (
     wait_for_workers,
     wait_until,
 )
+from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 pytestmark = pytest.mark.timeout(900)
@@ -58,21 +60,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe")
 
 
-def project(folder: Path, model: Path) -> Path:
-    # Many candidates, so that there is work left when a kill comes late on a busy machine.
+def changes() -> dict[str, Any]:
+    """Of a recipe: many candidates, so that there is work left when a kill comes late on a busy
+    machine."""
     candidates = [
         {"method": "rtn", "bits": [3, 8], "group_size": 16},
         {"method": "gptq", "bits": [2, 3, 4, 5, 6], "group_size": 16},
     ]
     four = {"method": "rtn", "bits": 4, "group_size": 16}
-    return make_recipe(
-        folder / "recipe",
-        model,
-        compute={"workers": 2},
-        candidates=candidates,
-        baselines={"rtn 4": four, "merged": [{"method": "hc_smoe", "keep": 0.5}, four]},
-        router_calibration={"batch": 2},
-    )
+    return {
+        "compute": {"workers": 2},
+        "candidates": candidates,
+        "baselines": {"rtn 4": four, "merged": [{"method": "hc_smoe", "keep": 0.5}, four]},
+        "router_calibration": {"batch": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process leaves that nobody disturbs, without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Project(tmp_path_factory.mktemp("undisturbed"), model, patch)
+        whole.write(**changes())
+        whole.run(size=2, stages=("evaluate", "assemble", "report"))
+        return whole.output
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +113,9 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_folder: Path) -> Path:
-    """What a job leaves that is submitted to a local head."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def submit(recipe: Path, output: Path, short_folder: Path) -> None:
+    """Runs the recipe as a job that is submitted to a local head."""
+    folder = output.parent
     ray = str(Path(sys.executable).with_name("ray"))
     environment = {
         **os.environ,
@@ -120,7 +130,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_fol
     head += ["--dashboard-port", str(dashboard), "--disable-usage-stats"]
     head += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
     head += ["--ray-client-server-port", str(client)]
-    recipe = project(folder, model)
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
     try:
@@ -132,7 +141,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_fol
             assert time.monotonic() < deadline
             time.sleep(0.1)
         command = [ray, "job", "submit", "--address", address, "--"]
-        command += [*MOESAIC, "run", str(recipe), "--output", str(folder / "run"), "--json"]
+        command += [*MOESAIC, "run", str(recipe), "--output", str(output), "--json"]
         while True:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
@@ -144,7 +153,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_fol
                 break
             time.sleep(1)
         assert done.returncode == 0, done.stdout + done.stderr
-        return folder / "run"
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -154,19 +162,31 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory, short_fol
         process.wait()
 
 
-def test_job_leaves_the_files_of_the_contract(undisturbed: Path) -> None:
-    names = {path.name for path in undisturbed.iterdir()}
+def check_contract(output: Path) -> None:
+    """The files that every run leaves, and what they say."""
+    names = {path.name for path in output.iterdir()}
     wanted = {"recipe.yaml", "measurements.parquet", "plan.json", "scores.json", "report.html"}
     assert wanted | {"model"} <= names
-    plan = json.loads((undisturbed / "plan.json").read_text())
-    weights = sum(file.stat().st_size for file in (undisturbed / "model").glob("*.safetensors"))
+    assert not any(name.startswith(".") for name in names)
+    plan = json.loads((output / "plan.json").read_text())
+    weights = sum(file.stat().st_size for file in (output / "model").glob("*.safetensors"))
     assert plan["bytes"] == weights <= plan["budget_bytes"]
-    scores = json.loads((undisturbed / "scores.json").read_text())
+    scores = json.loads((output / "scores.json").read_text())
     assert {"dense", "plan", "rtn 4", "merged"} == set(scores)
     assert "before_router_calibration" in scores["merged"]
     assert scores["plan"]["bytes"] == weights
     assert {"bytes", "bits_per_weight", "perplexity", "kl"} <= scores["dense"].keys()
-    assert (undisturbed.parent / "mlflow.db").exists()
+
+
+def check_same(output: Path, undisturbed: Path) -> None:
+    """The same plan and checkpoint, byte for byte, and the same record in MLflow."""
+    theirs, ours = contents(undisturbed), contents(output)
+    # The card holds the recipe, and the recipe the folder that the test happens to lie in.
+    assert theirs.pop("README.md") and ours.pop("README.md")
+    assert theirs == ours
+    kept = record(output.parent / "mlflow.db")
+    assert (kept["status"], kept["failure"]) == ({"FINISHED"}, None)
+    assert kept == record(undisturbed.parent / "mlflow.db")
 
 
 def record(database: Path) -> dict[str, object]:
@@ -191,29 +211,45 @@ def record(database: Path) -> dict[str, object]:
 
 
 def test_run_killed_in_every_phase_ends_byte_identical(
-    undisturbed: Path, model: Path, tmp_path: Path
+    undisturbed: Path, model: Path, tmp_path: Path, short_folder: Path
 ) -> None:
     """One run, killed in turn and started again; nothing finished is done twice.
 
-    The undisturbed one was on a cluster, this one starts a Ray of its own every time.
+    The undisturbed one had no Ray. This one starts a Ray of its own, and another, and is ended as a
+    job on a cluster.
     """
-    recipe = project(tmp_path, model)
+    recipe = make_recipe(tmp_path / "recipe", model, **changes())
     output, store = tmp_path / "run", recipe.parent / "store"
 
-    def kill_driver_at(file: Path) -> None:
-        pattern = str(file.relative_to(tmp_path))
+    def kill_driver_at(output: Path, file: Path) -> None:
         with doomed(recipe, output) as process:
-            wait_until(lambda: list(tmp_path.glob(pattern)), process)
+            wait_until(file.exists, process)
 
-    kill_driver_at(tmp_path / "mlflow.db")
+    kill_driver_at(output, tmp_path / "mlflow.db")
 
-    # SIGTERM, as schedulers send it, ends in order; and by then a worker has been replaced.
+    # Workers go on for a while without their raylet.
+    with doomed(recipe, output) as process:
+        workers = wait_for_workers(process)
+        (raylet,) = children(process, "raylet/raylet ")
+        wait_for_entries(store, 6, process)
+        raylet.kill()
+        wait_for_entries(store, 6, process)
+    assert gone(workers)  # until then they may still end what they were at
+    finished = {
+        seal: seal.stat().st_mtime_ns
+        for kind in ("stats", "gradients", "reductions", "pieces", "errors")
+        for seal in entries(store / kind)
+    }
+    assert len(finished) > 8
+    assert not (output / "plan.json").exists()
+
+    # SIGTERM, as schedulers send it, ends in order, also in the middle of training routers; and by
+    # then a worker has been replaced.
     with forked(recipe, output) as process:
         workers = wait_for_workers(process)
-        wait_for_entries(store, 3, process)
         workers[0].kill()
+        wait_until(lambda: list(store.glob("scratch/*/routers-0002.safetensors")), process)
         below = children(process)
-        wait_for_entries(store, 3, process)
         process.terminate()
         process.join(TIMEOUT)
     stdout, stderr = (log.read_text() for log in logs(output))
@@ -226,40 +262,23 @@ def test_run_killed_in_every_phase_ends_byte_identical(
     assert gone(below)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
         assert connection.execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
-
-    # Workers go on for a while without their raylet.
-    with doomed(recipe, output) as process:
-        workers = wait_for_workers(process)
-        (raylet,) = children(process, "raylet/raylet ")
-        wait_for_entries(store, 3, process)
-        raylet.kill()
-        wait_for_entries(store, 3, process)
-    assert gone(workers)  # until then they may still end what they were at
-    finished = {
-        seal: seal.stat().st_mtime_ns
-        for kind in ("stats", "gradients", "reductions", "pieces", "errors")
-        for seal in entries(store / kind)
-    }
-    assert len(finished) > 8
-
-    # Every one of these is a Ray of its own: deaths right after a stage, before the next has begun,
-    # are cheaper without (test_resume.py).
-    kill_driver_at(store / "scratch" / "*" / "routers-0002.safetensors")
     assert (output / "plan.json").exists() and not (output / "scores.json").exists()
-    kill_driver_at(output / ".model.partial")
-    assert (output / "scores.json").exists() and not (output / "model").exists()
 
-    result = finish(start(recipe, output))
-    assert result["scores"] == json.loads((output / "scores.json").read_text())
+    submit(recipe, output, short_folder)
     # When Ray died under them, both workers may have been given one task: of two that write an
     # entry at once, one may be killed between file and seal, and then the entry is made anew.
     again = [seal for seal, when in finished.items() if seal.stat().st_mtime_ns != when]
     assert len(again) <= 2, again
-    theirs, ours = contents(undisturbed), contents(output)
-    # The card holds the recipe, and the recipe the folder that the test happens to lie in.
-    assert theirs.pop("README.md") and ours.pop("README.md")
-    assert theirs == ours
-    assert not [path for path in output.iterdir() if path.name.startswith(".")]
-    kept = record(tmp_path / "mlflow.db")
-    assert (kept["status"], kept["failure"]) == ({"FINISHED"}, None)
-    assert kept == record(undisturbed.parent / "mlflow.db")
+    check_contract(output)
+    check_same(output, undisturbed)
+
+    # Killed while the checkpoint is written. In another folder, to which all scores are known:
+    # that takes no Ray. (Deaths right after a stage, before the next has begun: test_resume.py.)
+    other = tmp_path / "other" / "run"
+    other.parent.mkdir()
+    kill_driver_at(other, other / ".model.partial")
+    assert (other / "scores.json").exists() and not (other / "model").exists()
+    result = finish(start(recipe, other))
+    assert result["scores"] == json.loads((other / "scores.json").read_text())
+    check_contract(other)
+    check_same(other, undisturbed)

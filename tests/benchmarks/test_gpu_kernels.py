@@ -14,12 +14,18 @@ FOLDER = Path(__file__).parent
 # In a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
 TINY = """
 import json, torch
-from gpu_kernels import Draw, Model, cases, differences
-found = []
-for gated in (False, True):
-    model = Model("tiny", 128, 256, 2, gated, ((2, 20), (1, 1)))
-    for labels, ways in cases(model, [8, 2], Draw(torch.float16, "cpu")):
-        found.append([labels[0], differences(ways)])
+import gpu_kernels
+from gpu_kernels import Draw, Model, attend, cases, differences, feed_forward
+draw = Draw(torch.float16, "cpu")
+gated, plain = (Model("tiny", 128, 256, 2, gated, ((2, 9),)) for gated in (True, False))
+found = [[labels[0], differences(ways)] for labels, ways in cases(gated, [8, 2], draw)]
+# All that depends on the gate.
+for name, make in (("feed-forward", feed_forward), ("attention", attend)):
+    found += [[name, differences(make(plain, 2, 9, rank, draw))] for rank in (16, 64)]
+# A single token, which takes a second for every width.
+gpu_kernels.WIDTHS = (4,)
+single = Model("tiny", 128, 256, 2, True, ((1, 1),))
+found += [[labels[0], differences(ways)] for labels, ways in cases(single, [8], draw)]
 print(json.dumps(found))
 """
 

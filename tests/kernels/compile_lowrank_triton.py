@@ -1,6 +1,6 @@
 """Compiles the low-rank kernels ahead of time and prints what they take, as JSON. Needs no GPU.
 
-TRITON_INTERPRET=0 python tests/kernels/compile_lowrank_triton.py 90          # what the tests ask
+TRITON_INTERPRET=0 python tests/kernels/compile_lowrank_triton.py 80 90       # what the tests ask
 TRITON_INTERPRET=0 python tests/kernels/compile_lowrank_triton.py 90 --all    # minutes
 """
 
@@ -188,11 +188,15 @@ def attention_results(capability: int, everything: bool) -> Iterator[Found]:
             yield "attention", name, found
 
 
-def main(capability: int, everything: bool) -> None:
+def main(capabilities: list[int], everything: bool) -> None:
     kernels = (low_rank_results, residual_results, mlp_results, attention_results)
-    results = itertools.chain.from_iterable(of(capability, everything) for of in kernels)
-    print(json.dumps([{"kernel": k, "config": c, **found} for k, c, found in results]))
+    results = [
+        {"capability": capability, "kernel": kernel, "config": config, **found}
+        for capability, of in itertools.product(capabilities, kernels)
+        for kernel, config, found in of(capability, everything)
+    ]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--all" in sys.argv)
+    main([int(word) for word in sys.argv[1:] if word != "--all"], "--all" in sys.argv)

@@ -1,6 +1,6 @@
 """Compiles the ``int_group`` kernel ahead of time and prints what it takes, as JSON. Needs no GPU.
 
-TRITON_INTERPRET=0 python tests/kernels/compile_triton.py 90          # what the tests ask for
+TRITON_INTERPRET=0 python tests/kernels/compile_triton.py 80 90       # what the tests ask for
 TRITON_INTERPRET=0 python tests/kernels/compile_triton.py 90 --all    # every width, minutes
 """
 
@@ -92,14 +92,15 @@ def resources(source: ASTSource, options: dict[str, int], capability: int) -> di
     }
 
 
-def main(capability: int, everything: bool) -> None:
+def main(capabilities: list[int], everything: bool) -> None:
     results = []
-    for name in kernel.CONFIGS:
+    for capability, name in itertools.product(capabilities, kernel.CONFIGS):
         for case in all_cases(name) if everything else CASES[name]:
             found = compiled(name, *case, capability)
-            results.append({"config": name, "case": f"sm_{capability} {name} {case}", **found})
+            case_name = f"sm_{capability} {name} {case}"
+            results.append({"capability": capability, "config": name, "case": case_name, **found})
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--all" in sys.argv)
+    main([int(word) for word in sys.argv[1:] if word != "--all"], "--all" in sys.argv)

@@ -1,7 +1,10 @@
 """Tiny checkpoints, each saved once per test run; servers and clusters."""
 
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,21 +14,38 @@ import fsspec
 import pytest
 import ray
 import torch
+from mlflow.store.db import utils as mlflow_tables
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from moesaic.methods.base import reducers
+from moesaic.methods.base import Chain, Unit, reducers
 from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
+from moesaic.orchestrator import machine, probes, solving
 from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.store import digest
 from tests.chaos import environment
 from tests.orchestrator.tiny import save_tiny
 
 Tiny = Callable[..., Path]
 MakeWalk = Callable[..., Walk]
+# What measures the processor, by sizes, dtype and device.
+PROBES = (
+    "probe_matmul",
+    "probe_gram",
+    "probe_experts",
+    "probe_reverse",
+    "probe_attention",
+    "probe_wide",
+    "probe_head",
+    "probe_sums",
+    "probe_product",
+    "probe_factor",
+    "probe_add",
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +59,55 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         return save_tiny(tmp_path_factory.mktemp(model_type), model_type, dtype, **overrides)
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Forecasts measure how fast this processor is with each size once per test run; the store's
+    speed, which some tests change, is measured every time."""
+    known: dict[tuple[Any, ...], Compressing] = {}
+    probe_compress = solving.probe_compress
+
+    def compress(
+        chain: Chain, dtype: torch.dtype, device: str, units: Sequence[Unit]
+    ) -> Compressing:
+        shapes = {shape for unit in units for shape in unit.shapes.values()}
+        key = (chain, dtype, device, frozenset(shapes))
+        if key not in known:
+            known[key] = probe_compress(chain, dtype, device, units)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "_SECONDS", 0.0)  # three times each
+        patch.setattr(solving, "probe_compress", compress)
+        for name in PROBES:
+            patch.setattr(machine, name, cache(getattr(machine, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_made_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Any], None]]:
+    """MLflow makes its tables in a second or two, by all its migrations; later databases get a copy
+    of the first one's. The value is what MLflow would do."""
+    template = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    make = mlflow_tables._initialize_tables
+
+    def tables(engine: Any) -> None:
+        if not template.exists():
+            make(engine)
+            shutil.copyfile(engine.url.database, template)
+            return
+        with (
+            closing(sqlite3.connect(template)) as known,
+            closing(sqlite3.connect(engine.url.database)) as new,
+        ):
+            known.backup(new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_tables, "_initialize_tables", tables)
+        yield make
 
 
 @pytest.fixture

@@ -353,6 +353,13 @@ def test_a_ray_of_our_own_listens_to_this_machine_alone(pool: Pool) -> None:
     assert set().union(*found.values()) == {"127.0.0.1"}
 
 
+def test_a_ray_of_our_own_looks_for_no_more_machines(pool: Pool) -> None:
+    assert pool.size == 2
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert any("raylet/raylet" in command for command in commands)
+    assert not any("autoscaler/_private/monitor.py" in command for command in commands)
+
+
 def test_a_ray_of_our_own_leaves_no_trace_for_clusters_joined_later(pool: Pool) -> None:
     assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ
     assert ray_constants.ENABLE_RAY_CLUSTER

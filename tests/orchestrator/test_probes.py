@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moesaic.methods.base import Spec, Unit
-from moesaic.orchestrator import experts, probes
+from moesaic.orchestrator import experts, probes, solving
 from moesaic.orchestrator.solving import Compressing, probe_compress
 
 COLD = probes._COLD_MATRICES
@@ -99,7 +99,9 @@ def test_factorisations_are_measured_by_their_cube_others_by_rows_and_in_a_bank(
     assert factors.bank == 0 and factors.cube > 0 and factors.rows == ()
 
 
-def test_what_works_on_banks_alone_is_measured_on_one() -> None:
+def test_what_works_on_banks_alone_is_measured_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solving, "_LAYER_INPUTS", 64)
+    monkeypatch.setattr(solving, "_BANK", (3, 32))
     units = [Unit("u", "bank", 0, "experts", {"weight": (4, 48, 64)}, {"weight": "s"})]
     shared = Spec.of("delta_moe", {"rank": 8})
     for chain in ((shared,), (shared, Spec.of("rtn", {"bits": 4, "group_size": 8}))):

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.store.db import utils as mlflow_tables
 from sqlalchemy import Engine, event
 
 from moesaic.methods.base import Event, Spec
@@ -605,6 +606,13 @@ def default_tracker(tmp_path: Path) -> Tracker:
     return Tracker(Tracking(), "small", tmp_path / "small", PARAMS)
 
 
+@pytest.fixture
+def real_tables(tables_made_once: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are made, not copied."""
+    monkeypatch.setattr(mlflow_tables, "_initialize_tables", tables_made_once)
+
+
+@pytest.mark.usefixtures("real_tables")
 def test_kill_9_while_the_database_is_made_leaves_no_half_of_it(tmp_path: Path) -> None:
     """Each process dies when it has sent so many statements; about 1,700 make a database."""
     for statements in (3, 100, 300):
@@ -649,6 +657,7 @@ def test_database_that_somebody_else_made_meanwhile_stays(
     assert file.read_text() == "theirs"
 
 
+@pytest.mark.usefixtures("real_tables")
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "grown"])
 def test_full_disk_is_said_as_the_store_says_it(tmp_path: Path, exists: bool) -> None:
     """sqlite itself says that it is full: it may have no more pages than it has."""
