@@ -11,6 +11,7 @@ FIRST = (
     "test_chaos.py",
     "test_tune_end_to_end.py",
     "test_nodes.py",
+    "test_model_source.py",
     "test_head.py",
     "test_pool.py",
 )
