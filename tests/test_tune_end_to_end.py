@@ -1,16 +1,21 @@
-"""A study as a user starts it: real processes, real Ray, driver and worker killed on the way."""
+"""A study as a user starts it, on a cluster of two nodes: driver, worker and node are killed."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from optuna import load_study
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
 
-from tests.drivers import TIMEOUT, doomed, forked, gone, logs, wait_for_workers, wait_until
+from tests.chaos import environment
+from tests.drivers import TIMEOUT, doomed, forked, gone, logs, wait_until
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 pytestmark = pytest.mark.timeout(600)
@@ -43,13 +48,40 @@ def running(output: Path) -> list[FrozenTrial]:
     return [trial for trial in trials(output) if trial.state == TrialState.RUNNING]
 
 
-def test_a_study_of_which_driver_and_worker_are_killed_has_every_trial_once(tmp_path: Path) -> None:
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one core."""
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    with environment(variables), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
+        node = {"num_cpus": 1, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=node)
+        try:
+            made.add_node(num_cpus=1)
+            yield made
+        finally:
+            made.shutdown()
+
+
+def workers() -> list[psutil.Process]:
+    """Those of all nodes."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.name().startswith("ray::Worker")
+    ]
+
+
+def test_a_study_of_which_driver_worker_and_node_are_killed_has_every_trial_once(
+    tmp_path: Path, cluster: Cluster
+) -> None:
     model = make_model_folder(tmp_path / "model", "qwen3_moe")
     # Text enough that a trial takes a moment, and one is always under way.
     recipe = make_recipe(
         tmp_path / "recipe",
         model,
-        compute={"workers": 2},
+        compute={"workers": 2, "address": cluster.address},
         calibration={"sequences": 96, "length": 48, "gradient_sequences": 0},
         evaluation={"sequences": 2},
         baselines={},
@@ -59,21 +91,25 @@ def test_a_study_of_which_driver_and_worker_are_killed_has_every_trial_once(tmp_
 
     with doomed(recipe, output, TUNE) as process:
         wait_until(lambda: len(told(output)) >= 4 and running(output), process)
-        workers = wait_for_workers(process)
-    assert gone(workers)
+        first = workers()
+        assert len(first) == 2
+    assert gone(first)
     before, zombies = told(output), running(output)
-    assert 4 <= len(before) < TRIALS - 6 and zombies
+    assert 4 <= len(before) < TRIALS - 10 and zombies
 
     with forked(recipe, output, TUNE) as process:
-        workers = wait_for_workers(process)
         wait_until(lambda: len(told(output)) >= len(before) + 2, process)
-        workers[0].kill()
-        assert gone(workers[:1])
+        victim = workers()[:1]
+        victim[0].kill()
+        assert gone(victim)
+        wait_until(lambda: len(workers()) == 2, process)
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
         lost = len(told(output))
         process.join(TIMEOUT)
         stdout, stderr = (log.read_text() for log in logs(output))
         assert process.exitcode == 0, stderr
-    assert lost < TRIALS - 2  # there was work left when the worker died
+    assert lost < TRIALS - 2  # there was work left when the node died
     result = json.loads(stdout)
 
     # Nothing that was told is told again, and nothing runs for ever.

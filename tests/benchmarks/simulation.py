@@ -189,9 +189,9 @@ def main() -> None:
         f"{arguments.sequences} × 2048 tokens, 64 sequences back, 8 candidates for every unit, 8"
         " shards unless said."
         f" Speeds: {told}. Store: {STORE_BYTES / 1e9:.0f} GB/s for all. Bold: more than the GPU's"
-        f" {there / 1e9:.0f} GB; the time is that of a GPU that had it. Longest chain: of tasks that"
-        " wait for one another, as if nothing that was read stayed in the nodes; it may be longer"
-        f" than the run.\n\n{table(head, rows)}\n\n"
+        f" {there / 1e9:.0f} GB; the time is that of a GPU that had it. Longest chain: of tasks"
+        " that wait for one another, as if nothing that was read stayed in the nodes; it may be"
+        f" longer than the run.\n\n{table(head, rows)}\n\n"
         f"## {STUDIED} on 64 GPUs\n\n{table(['', *head[2:]], studied)}",
         arguments.write,
     )
