@@ -6,38 +6,52 @@ file that it holds locked for as long as it lives. Who makes room reads the list
 A pin is written, and room is made, under one lock of the folder, so that no file goes between the
 moment when it was found and the moment when it was pinned.
 
-    FOLDER/.lock            held while a pin is written or room is made; says by which process
-    FOLDER/.pins/<id>       names of files in use, locked by the process that uses them
-    FOLDER/...              the copies
+A file that several processes want is fetched by one of them, while the others wait; each takes one
+of a fixed number of locks, by the file's name. Who has one may take the lock of the folder, never
+the other way round, and nobody takes two of them; so no two wait for each other.
 
-The bound holds for what is not in use; all that is may be more. A process counts what it adds and
-looks at the whole folder when that is more than a hundredth of the bound, so that several processes
-may pass it by as many hundredths for a moment.
+    FOLDER/.lock                      held while a pin is written or room is made
+    FOLDER/.turns/<number>            held while a file is fetched
+    FOLDER/.pins/<id>                 names of files in use, locked by the process that uses them
+    FOLDER/.../<name>.tmp-<id>-...    a file that the process with these pins is writing
+    FOLDER/...                        the copies
+
+The bound holds for what is not in use; all that is may be more. What is being written counts as far
+as it is there; it is in use while its writer lives, and is removed afterwards. A process counts
+what it adds and looks at the whole folder when that is more than a hundredth of the bound, so that
+several processes may pass it by as many hundredths for a moment.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import os
-import threading
+import re
+import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO
 
+from moesaic.orchestrator import objects
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.store import disk_errors, make_folder
+from moesaic.orchestrator.turns import turn
 
-_LOCK, _PINS = ".lock", ".pins"
+_LOCK, _PINS, _TURNS = ".lock", ".pins", ".turns"
 # Room is made down to this share of the bound, so that it is not made for every file.
 _FILLED = 0.9
 # What a process may add, as a share of the bound, before it looks at the whole folder.
 _UNSEEN = 0.01
-# Of files that are being written; those of a writer that died leave after so many seconds.
-TEMPORARY, _DEAD_SECONDS = ".tmp-", 86_400.0
+# A file that is being written; who fetches it may have put more behind its name.
+_TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{16})(?:-[0-9a-f]{8})+$")
 # Whoever holds the lock looks at every copy at most, and removes some; all wait meanwhile.
-_LOCK_SECONDS, _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 300.0, 0.001, 0.1
+_LOCK_SECONDS = 300.0
+# Two files with one lock wait for each other, which costs time only.
+_LOCKS = 256
+_HANGS = "end it, or give another cache.folder, and run the same command again"
 
 
 class Cache:
@@ -53,59 +67,85 @@ class Cache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
-        make_folder(folder, "cache.folder")
-        self._guard = threading.Lock()
+        make_folder(folder, "cache.folder", self._advice)
         self._pinned: set[str] = set()
         self._lasting: set[str] = set()
         self._pins: IO[str] | None = None
         self._process = 0
         self._unseen: float | None = None  # bytes added since the folder was looked at
 
+    @property
+    def _advice(self) -> str:
+        """For a full disk."""
+        return (
+            f"on host {socket.gethostname()}, make room beside the copies in cache.folder"
+            f" ({self.folder}), or give a cache.size that fits there (now {self.limit_bytes:,}"
+            " bytes) or another cache.folder,"
+        )
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all threads and processes.
 
         Raises:
-            RunError: another one does not let go of it.
+            RunError: another one does not let go of it; the disk is full.
         """
-        if not self._guard.acquire(timeout=2 * _LOCK_SECONDS):
-            raise self._stuck(f"another thread of process {os.getpid()}")
-        try:
+        with disk_errors(self.folder, self._advice):
             (self.folder / _PINS).mkdir(parents=True, exist_ok=True)  # somebody may have cleared it
-            with (self.folder / _LOCK).open("a+", encoding="utf-8") as lock:
-                self._wait_for(lock)
-                lock.truncate(0)
-                lock.write(str(os.getpid()))
-                lock.flush()
+            with turn(self.folder / _LOCK, _LOCK_SECONDS, "held the cache's lock", _HANGS):
                 yield
-        finally:
-            self._guard.release()
 
-    def _wait_for(self, lock: IO[str]) -> None:
-        ends, pause = time.monotonic() + _LOCK_SECONDS, _FIRST_LOOK_SECONDS
-        while True:
+    @contextlib.contextmanager
+    def fetching(self, path: Path, size: int) -> Iterator[Callable[[], None]]:
+        """Alone among all threads and processes of the node that fetch a file of ``size`` bytes;
+        the next one finds it there.
+
+        Yields:
+            to be called when an attempt begins, or others take the process for one that hangs.
+
+        Raises:
+            RunError: another one hangs; the disk is full.
+        """
+        name = str(path.relative_to(self.folder))
+        lock = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _LOCKS
+        seconds = objects.longest_silence(size)
+        with disk_errors(self.folder, self._advice):
+            (self.folder / _TURNS).mkdir(parents=True, exist_ok=True)
+            file, what = self.folder / _TURNS / str(lock), f"fetched {name}"
+            with turn(file, seconds, what, _HANGS) as begins:
+                yield begins
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """A name to write a file under, beside its own, which it is given when it is whole; what
+        still has it in the end is removed.
+
+        Raises:
+            RunError: the disk is full.
+            UserError: it cannot be written.
+        """
+        with self._locked():
+            writer = Path(self._own_pins().name).name
+        with disk_errors(path, self._advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.tmp-{writer}-{uuid.uuid4().hex[:8]}")
             try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > ends:
-                    lock.seek(0)
-                    raise self._stuck(f"process {lock.read(20) or '?'} of this node") from None
-            time.sleep(pause)
-            pause = min(2 * pause, _LOOK_SECONDS)
-
-    def _stuck(self, who: str) -> RunError:
-        return RunError(
-            f"{self.folder}: {who} has held its lock for {_LOCK_SECONDS:.0f} s, and hangs or is"
-            " suspended: end it, or give another cache.folder, and run the same command again"
-        )
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _own_pins(self) -> IO[str]:
-        """This process's list; a process that was forked off begins its own."""
-        if self._pins is None or self._process != os.getpid():
-            self._pinned, self._lasting = set(), set()
-            self._pins = (self.folder / _PINS / uuid.uuid4().hex).open("w", encoding="utf-8")
-            fcntl.flock(self._pins, fcntl.LOCK_EX)
+        """This process's list. One that was forked off begins its own; one whose list was removed
+        with all of the folder writes it again."""
+        if self._process != os.getpid():
+            self._pins, self._pinned, self._lasting = None, set(), set()
             self._process = os.getpid()
+        if self._pins is None or not os.fstat(self._pins.fileno()).st_nlink:
+            pins = (self.folder / _PINS / uuid.uuid4().hex[:16]).open("w", encoding="utf-8")
+            fcntl.flock(pins, fcntl.LOCK_EX)
+            pins.writelines(f"{name}\n" for name in sorted(self._pinned))
+            pins.flush()
+            self._pins = pins
         return self._pins
 
     def pin(self, path: Path, lasting: bool = False) -> None:
@@ -116,7 +156,7 @@ class Cache:
         """
         name = str(path.relative_to(self.folder))
         if name not in self._pinned or self._process != os.getpid():
-            with self._locked(), disk_errors(self.folder):
+            with self._locked():
                 pins = self._own_pins()
                 pins.write(f"{name}\n")
                 pins.flush()
@@ -128,7 +168,7 @@ class Cache:
         """Nothing is in use any more but what lasts. What a process has mapped into memory stays
         readable."""
         if self._pinned - self._lasting and self._process == os.getpid():
-            with self._locked(), disk_errors(self.folder):
+            with self._locked():
                 pins = self._own_pins()
                 pins.seek(0)
                 pins.truncate()
@@ -146,7 +186,7 @@ class Cache:
         """Removes files until ``size`` more bytes fit, as far as no one uses them.
 
         Raises:
-            RunError: not even an empty folder has room for them.
+            RunError: not even an empty folder has room for them; as :meth:`writing`.
         """
         if size > self.limit_bytes:
             raise RunError(
@@ -158,46 +198,48 @@ class Cache:
             self._unseen = added
             return
         with self._locked():
-            files = self._files()
+            lists = self._living()
+            files = self._files(lists.keys())
             total = sum(state.st_size for _, state in files)
             self._unseen = 0.0
             if total + size <= self.limit_bytes:
                 return
-            kept = self._in_use()
+            kept = set[str]().union(*lists.values())
             for name, state in sorted(files, key=lambda item: item[1].st_atime_ns):
                 if total + size <= self.limit_bytes * _FILLED:
                     break
-                if name not in kept:
+                if name not in kept and not _TEMPORARY.search(name):
                     with contextlib.suppress(FileNotFoundError):
                         (self.folder / name).unlink()
                     total -= state.st_size
 
-    def _files(self) -> list[tuple[str, os.stat_result]]:
-        """Every copy with what the system knows of it; leftovers of dead writers are removed."""
+    def _files(self, living: Collection[str]) -> list[tuple[str, os.stat_result]]:
+        """Every file with what the system knows of it; what writers left that do not live is
+        removed."""
         found: list[tuple[str, os.stat_result]] = []
         for folder, folders, names in os.walk(self.folder):
             if Path(folder) == self.folder:
-                folders[:] = [name for name in folders if name != _PINS]
+                folders[:] = [name for name in folders if name not in (_PINS, _TURNS)]
                 names = [name for name in names if name != _LOCK]
             for name in names:
-                path = Path(folder) / name
+                path, writer = Path(folder) / name, _TEMPORARY.search(name)
                 with contextlib.suppress(FileNotFoundError):
-                    state = path.lstat()
-                    if TEMPORARY not in name:
-                        found.append((str(path.relative_to(self.folder)), state))
-                    elif time.time() - state.st_mtime > _DEAD_SECONDS:
+                    if writer is None or writer[1] in living:
+                        found.append((str(path.relative_to(self.folder)), path.lstat()))
+                    else:
                         path.unlink()
         return found
 
-    def _in_use(self) -> set[str]:
-        """Names in the lists of all living processes; lists of the dead are removed."""
-        found: set[str] = set()
+    def _living(self) -> dict[str, set[str]]:
+        """The lists of all living processes, by their ids: names of files; lists of the dead are
+        removed."""
+        found: dict[str, set[str]] = {}
         for file in (self.folder / _PINS).iterdir():
             with contextlib.suppress(FileNotFoundError), file.open(encoding="utf-8") as stream:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found |= set(stream.read().split("\n"))
+                    found[file.name] = set(stream.read().split("\n"))
                 else:
                     file.unlink()
         return found

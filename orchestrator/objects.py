@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.store import disk_errors, disk_is_full
+from moesaic.orchestrator.store import disk_is_full
 
 T = TypeVar("T")
 
@@ -63,6 +63,13 @@ _REFUSALS = (
     "InvalidToken",
     "ExpiredToken",
 )
+
+
+def longest_silence(size: int) -> float:
+    """Seconds from the begin of one attempt at a file of ``size`` bytes to that of the next at
+    most, or to the end of what is asked of the place about it afterwards."""
+    longest_pause = 1.5 * PAUSE_SECONDS * 2.0 ** (ATTEMPTS - 2)
+    return ATTEMPTS * (ANSWER_SECONDS + longest_pause) + size / BYTES_PER_SECOND
 
 
 class Refusal(RunError):
@@ -257,12 +264,24 @@ class Objects:
         skip = len(root) + 1 if root else 0
         return {self._stripped(path)[skip:]: info for path, info in found.items()}
 
-    def download(self, name: str, path: Path, size: int) -> None:
-        """Copies a file of ``size`` bytes into ``path``. Raises FileNotFoundError."""
+    def download(self, name: str, path: Path, size: int, begins: Callable[[], None]) -> None:
+        """Copies a file of ``size`` bytes into ``path``.
 
-        def work() -> Path:
+        Args:
+            begins: called whenever an attempt does.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: the disk of ``path`` does not take it.
+        """
+        parts: list[Path] = []
+        ended = threading.Event()
+
+        def work() -> Path | OSError:
+            begins()
             # Of its own: an attempt that was given up may still be writing.
             part = path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}")
+            parts.append(part)
             try:
                 self.fs.get_file(self._at(name), str(part))
             except BaseException as error:
@@ -271,12 +290,22 @@ class Objects:
                 if isinstance(error, OSError) and (
                     disk_is_full(error) or error.filename == str(part)
                 ):
-                    with disk_errors(path):
-                        raise
+                    return error  # and nothing to try again
                 raise
+            if ended.is_set():
+                part.unlink(missing_ok=True)
             return part
 
-        self._tried(work, name, "read", size / BYTES_PER_SECOND).replace(path)
+        try:
+            found = self._tried(work, name, "read", size / BYTES_PER_SECOND)
+            if isinstance(found, OSError):
+                raise found
+            found.replace(path)
+        finally:
+            # Who still writes one of the others removes it then.
+            ended.set()
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def upload(self, path: Path, name: str) -> None:
         """Copies ``path`` there."""

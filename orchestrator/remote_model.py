@@ -15,14 +15,13 @@ import contextlib
 import hashlib
 import json
 import re
-import uuid
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
-from moesaic.orchestrator.cache import TEMPORARY, cache_at
+from moesaic.orchestrator.cache import cache_at
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.companions import COMPANIONS
 from moesaic.orchestrator.digests import file_digest
@@ -30,7 +29,7 @@ from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.model_source import CONFIG, DriverFiles, ModelSource
 from moesaic.orchestrator.objects import Objects, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
-from moesaic.orchestrator.store import digest, disk_errors
+from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_stored
 
 _COPIES = "moesaic-model@"
@@ -178,12 +177,13 @@ class RemoteCheckpoint(Checkpoint):
             self.cache.used(path)
             self.cache.used(path.with_name(f"{path.name}{_NOTE}"))
             return path
-        self.cache.make_room(int(info["size"]))
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(READS):
-            if self._downloaded(name, path, info):
-                return path
+            with self.cache.fetching(path, int(info["size"])) as begins:
+                # Another process may have fetched it meanwhile.
+                if self._is_whole(path, self._note(name), info):
+                    return path
+                if self._downloaded(name, path, info, begins):
+                    return path
         raise RunError(
             f"{self.url}/{name}: has {info['size']:,} bytes, of which {READS} times not all came;"
             " run the same command again"
@@ -199,30 +199,34 @@ class RemoteCheckpoint(Checkpoint):
             return bool(whole)
         return False
 
-    def _downloaded(self, name: str, path: Path, info: Mapping[str, Any]) -> bool:
+    def _downloaded(
+        self, name: str, path: Path, info: Mapping[str, Any], begins: Callable[[], None]
+    ) -> bool:
         """Whether all of a file came; only then is it kept."""
-        temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            self.objects.download(name, temporary, int(info["size"]))
+        self.cache.make_room(int(info["size"]))
+        with self.cache.writing(path) as temporary:
+            try:
+                self.objects.download(name, temporary, int(info["size"]), begins)
+            except FileNotFoundError:
+                text = f"{self.url}/{name}: was removed while the model was read"
+                raise RunError(text) from None
+            begins()  # as much as an attempt may take
             after = self.objects.info(name)
             if after is None or version_of(after) != version_of(info):
                 raise RunError(f"{self.url}/{name}: changed while the model was read")
             if temporary.stat().st_size != info["size"]:
                 return False
-            with disk_errors(path):
-                temporary.replace(path)
-                note = {
-                    "version": version_of(info),
-                    "size": info["size"],
-                    "digest": file_digest(path),
-                }
-                temporary.write_text(json.dumps(note), encoding="utf-8")
-                temporary.replace(path.with_name(f"{path.name}{_NOTE}"))
-            return True
-        except FileNotFoundError:
-            raise RunError(f"{self.url}/{name}: was removed while the model was read") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            temporary.replace(path)
+            note = {
+                "version": version_of(info),
+                "size": info["size"],
+                "digest": file_digest(path),
+            }
+        note_path = path.with_name(f"{path.name}{_NOTE}")
+        with self.cache.writing(note_path) as temporary:
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.replace(note_path)
+        return True
 
 
 class FetchedCheckpoint(RemoteCheckpoint):

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from moesaic.orchestrator import objects
-from moesaic.orchestrator.cache import TEMPORARY, Cache, cache_at
+from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
 from moesaic.orchestrator.store import (
@@ -41,7 +41,6 @@ from moesaic.orchestrator.store import (
     Entry,
     Store,
     checked_digest,
-    disk_errors,
     file_digest,
     remove_scratch,
     seal_path,
@@ -137,8 +136,10 @@ class Mirror:
             sealed = sealed or self.seal(name)
             if sealed is None:
                 raise FileNotFoundError(2, "no such file", f"{self.url}/{name}")
-            if self._downloaded(name, path, sealed):
-                return path
+            with self.cache.fetching(path, sealed["size"]) as begins:
+                # Another process may have fetched it meanwhile.
+                if self._is_whole(path) or self._downloaded(name, path, sealed, begins):
+                    return path
             sealed = None
             time.sleep(objects.PAUSE_SECONDS)
         self.remove(name)
@@ -155,37 +156,29 @@ class Mirror:
         except (FileNotFoundError, ValueError):
             return False
 
-    def _downloaded(self, name: str, path: Path, sealed: Mapping[str, Any]) -> bool:
+    def _downloaded(
+        self, name: str, path: Path, sealed: Mapping[str, Any], begins: Callable[[], None]
+    ) -> bool:
         """Whether a file came as its seal describes it; only then is it kept."""
         self.cache.make_room(sealed["size"])
-        matches = False
-
-        def write(temporary: Path) -> None:
-            nonlocal matches
+        with self.cache.writing(path) as temporary:
             try:
-                self.objects.download(name, temporary, sealed["size"])
+                self.objects.download(name, temporary, sealed["size"], begins)
             except FileNotFoundError:
-                return
-            found = temporary.stat().st_size, file_digest(temporary)
-            matches = found == (sealed["size"], sealed["digest"])
-
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
-            try:
-                write(temporary)
-                if matches:
-                    temporary.replace(path)
-                    self._keep_seal(path, json.dumps(dict(sealed), sort_keys=True))
-            finally:
-                temporary.unlink(missing_ok=True)
-        return matches
+                return False
+            if temporary.stat().st_size != sealed["size"]:
+                return False
+            if file_digest(temporary) != sealed["digest"]:
+                return False
+            temporary.replace(path)
+        self._keep_seal(path, json.dumps(dict(sealed), sort_keys=True))
+        return True
 
     def _keep_seal(self, path: Path, text: str) -> None:
-        def fill(temporary: Path) -> None:
+        seal = seal_path(path)
+        with self.cache.writing(seal) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-        write_atomically(seal_path(path), fill, flush=False)
+            temporary.replace(seal)
 
     def write(
         self, name: str, fill: Callable[[Path], None], metadata: Mapping[str, Any] | None = None
@@ -197,7 +190,9 @@ class Mirror:
         """
         path = self.folder / name
         self.cache.pin(path)
-        write_atomically(path, fill, flush=False)
+        with self.cache.writing(path) as temporary:
+            fill(temporary)
+            temporary.replace(path)
         sealed: dict[str, Any] = {
             "size": path.stat().st_size,
             "digest": file_digest(path),

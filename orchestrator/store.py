@@ -51,6 +51,8 @@ _TICK_NS = 2 * 10**9
 # parts are given to several: small files that lie near are read sooner than they are handed over.
 _TOGETHER, _TURN_SECONDS = 64, 1e-3
 _THREADS, _AT_ONCE = 4, 16
+# Where the disk is full.
+_ADVICE = "free space (moesaic store gc STORE --keep RUN removes what RUN does not need)"
 KINDS = (
     "ids",
     "stats",
@@ -154,15 +156,19 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full or read-only disk as one line that names the path; everything finished is kept."""
+def disk_errors(path: Path, advice: str = _ADVICE) -> Iterator[None]:
+    """A full or read-only disk as one line that names the path; everything finished is kept.
+
+    Args:
+        advice: what to do where it is full, before the same command is run again.
+    """
     try:
         yield
     except OSError as error:
         if disk_is_full(error):
             raise RunError(
-                f"{path}: the disk is full; free space (moesaic store gc STORE --keep RUN removes"
-                " what RUN does not need) and run the same command again, finished work is kept"
+                f"{path}: the disk is full; {advice} and run the same command again, finished work"
+                " is kept"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
@@ -172,7 +178,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
-        with disk_errors(path):
+        with disk_errors(path, advice):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
@@ -195,11 +201,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], flush: bool = Tr
             temporary.unlink(missing_ok=True)
 
 
-def make_folder(path: Path, what: str) -> None:
+def make_folder(path: Path, what: str, advice: str = _ADVICE) -> None:
     """Makes a folder that files can be written into, if it is not there.
 
     Args:
         what: key of the recipe, or option of the command line, that names it.
+        advice: see :func:`disk_errors`.
 
     Raises:
         RecipeError: it cannot be made or written.
@@ -209,12 +216,12 @@ def make_folder(path: Path, what: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f"{_TEMPORARY}{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # to who cleans up there, it is a leftover
     except (FileExistsError, NotADirectoryError):
         raise RecipeError(f"{what}: {path} must be a folder: a file is in its place") from None
     except OSError as error:
         if disk_is_full(error):
-            with disk_errors(path):
+            with disk_errors(path, advice):
                 raise
         shown = str(path) if len(str(path)) < 300 else f"{str(path)[:300]} …"
         raise RecipeError(

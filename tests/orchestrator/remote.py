@@ -69,7 +69,12 @@ def forget() -> None:
 def in_use(folder: Path) -> set[str]:
     """Names of the copies in a node's cache that a process has in use."""
     (known,) = {id(known): known for known in cache._OPEN if known.folder == folder}.values()
-    return known._in_use() - {""} if (folder / ".pins").exists() else set()
+    return pinned(known) if (folder / ".pins").exists() else set()
+
+
+def pinned(known: cache.Cache) -> set[str]:
+    """Names of the copies that any process of the node has in use."""
+    return set[str]().union(*known._living().values()) - {""}
 
 
 def sizes_of_cache(patch: pytest.MonkeyPatch, folder: Path) -> list[tuple[int, int]]:
@@ -109,4 +114,4 @@ def pinning(state: WorkerState, path: str) -> list[str]:
     shared.fetched(path)
     found = shared._inside(Path(path))
     assert found is not None
-    return sorted(name for name in found[0].cache._in_use() if name)
+    return sorted(pinned(found[0].cache))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,15 @@ from moesaic.orchestrator.store import Store, digest
 from moesaic.orchestrator.worker import Worker
 from tests.orchestrator.inline import Killed, Project
 from tests.orchestrator.projects import make_model_folder, make_recipe
-from tests.orchestrator.remote import MANY, Faulty, emptied, forget, in_use, sizes_of_cache
+from tests.orchestrator.remote import (
+    MANY,
+    Faulty,
+    emptied,
+    forget,
+    in_use,
+    pinned,
+    sizes_of_cache,
+)
 
 KEY, OTHER = "ab" + "0" * 38, "cd" + "1" * 38
 
@@ -438,10 +447,10 @@ def test_what_is_in_use_stays_whoever_uses_it(store: Store, tmp_path: Path) -> N
     neighbour.pin(second)
     for key in keys[1:]:
         shared.fetched(other.path("pieces", key))
-        pinned = set(other.mirror.cache._in_use())
+        used = pinned(other.mirror.cache)
         release_pins()
         other.mirror.cache.pin(path)
-        assert str(second.relative_to(tmp_path / "small")) in pinned
+        assert str(second.relative_to(tmp_path / "small")) in used
         assert path.exists() and second.exists()
     neighbour.release()
     release_pins()
@@ -481,7 +490,8 @@ def test_a_process_that_is_suspended_with_the_lock_is_named(
         for use in (lambda: cache.pin(tmp_path / "file"), lambda: cache.make_room(500)):
             with pytest.raises(RunError) as error:
                 use()
-            assert str(error.value).startswith(f"{tmp_path}: process {child} of this node has held")
+            who = f"{tmp_path}/.lock: process {child} of host {socket.gethostname()} has held"
+            assert str(error.value).startswith(who)
             assert "cache.folder" in str(error.value) and "\n" not in str(error.value)
         assert 0.6 < time.monotonic() - started < 10
         os.kill(child, signal.SIGCONT)
@@ -502,7 +512,7 @@ def test_a_worker_uses_nothing_after_its_task(
     release_pins()
     used = Worker(1).call("tests.orchestrator.remote:pinning", {"path": str(path)})
     assert isinstance(store, RemoteStore) and used == [str(path.relative_to(path.parents[4]))]
-    assert not any(store.mirror.cache._in_use())
+    assert not pinned(store.mirror.cache)
 
 
 def test_a_driver_uses_nothing_while_its_workers_work(store: Store) -> None:
