@@ -1,18 +1,23 @@
 """Nodes that no worker may work on, in a run that others go on with."""
 
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from moesaic.orchestrator import bad_nodes, placing
+from moesaic.orchestrator import bad_nodes, placing, store
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.placing import Roster, Slot
+from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Compute
 
+TASKS = "tests.orchestrator.pool_tasks"
 Told = dict[str, Any]
 
 
@@ -248,3 +253,56 @@ def test_a_bad_node_whose_name_is_not_known_ends_the_run(monkeypatch: pytest.Mon
     nodes.answer(roster, 0, "a", good("a"))
     with pytest.raises(RunError, match="^a worker failed to start: RuntimeError: no CUDA$"):
         nodes.answer(roster, 1, "", not_made(""))
+
+
+def test_a_run_goes_on_without_bad_nodes_that_join(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """One has other sources, one only half of them; the third to join is as it should be."""
+    monkeypatch.setattr(placing, "_GROW_SECONDS", 0.5)
+    other, half = tmp_path / "other", tmp_path / "half"
+    package = other / "moesaic"
+    root = Path(store.__file__).parents[1]
+    for name in ("kernels", "methods", "search", "orchestrator"):
+        ignored = shutil.ignore_patterns("__pycache__", "data", "*.safetensors")
+        shutil.copytree(root / name, package / name, ignore=ignored)
+    shutil.copy(root / "orchestrator" / "package" / "__init__.py", package)
+    with (package / "orchestrator" / "errors.py").open("a") as stream:
+        stream.write("\n# changed\n")
+    (half / "moesaic").mkdir(parents=True)
+    (half / "moesaic" / "__init__.py").touch()
+    hosts: set[str] = set()
+    joined: list[Any] = []
+    until = time.monotonic() + 300
+    with Pool(Compute(address=cluster.address)) as pool:
+
+        def join(path: Path | None) -> None:
+            own = {"PYTHONPATH": f"{path}:{root}"} if path else None
+            joined.append(cluster.add_node(num_cpus=1, env_vars=own))
+
+        def done(node: str) -> list[Task]:
+            hosts.add(node)
+            assert time.monotonic() < until, "no node was barred, or the good one got no work"
+            if not joined:
+                join(other)
+                join(half)
+            if len(joined) == 2 and len(pool.roster.barred) == 2:
+                join(None)
+            return [] if len(hosts) == 2 else [task(), task()]
+
+        def task() -> Task:
+            return Task(f"{TASKS}:host", {"seconds": 0.2}, "host", done=done)
+
+        assert pool.size == 1
+        pool.run([task()])
+        assert set(pool.roster.barred) == {joined[0].node_id, joined[1].node_id}
+    assert joined[2].node_id in hosts
+    told = [line for line in capfd.readouterr().err.splitlines() if "gets no more" in line]
+    assert len(told) == 2
+    assert any("has other sources of moesaic" in line for line in told)
+    assert any(
+        "a worker failed to start: ModuleNotFoundError: No module named" in line for line in told
+    )
