@@ -4,19 +4,28 @@ Every worker has a numbered *slot*, which outlives it. A worker that died leaves
 one, which Ray starts as soon as some node has room: until then the run goes on with the others.
 Where the recipe leaves the number of workers open, nodes that join a cluster bring slots of their
 own. Only while there is no worker at all the run waits, aloud and not for ever.
+
+A node whose workers must not work, or cannot be made, ends the run at its start. Once some worker
+has answered the node is *barred* instead: no worker is asked for there any more.
 """
 
-import itertools
-import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
+from moesaic.orchestrator.bad_nodes import (
+    check_installed,
+    elsewhere,
+    host_of,
+    node_of,
+    why_dead,
+    why_failed,
+)
 from moesaic.orchestrator.cluster import cluster_address, free, place
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RecipeError, RunError
@@ -26,7 +35,6 @@ from moesaic.orchestrator.model_source import ModelPlace, ModelSource, offer_mod
 from moesaic.orchestrator.process import SLEEPING_THREADS
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.room import COMPILED_SHAPES
-from moesaic.orchestrator.worker import installed
 
 # Without any worker the run says so after the first, and stops after the second.
 _SILENT_SECONDS, _START_SECONDS = 10.0, 300.0
@@ -40,13 +48,6 @@ _FAILED_STARTS = 5
 # Nodes that are named in one line.
 _NAMES = 5
 _KIND = "accelerator_type:"
-# Characters shown of what Ray tells of a death.
-_CAUSE = 300
-_FRAME = re.compile(r'\s+File ".*", line \d+, in ')
-_NAMES_OF_ACTOR = re.compile(
-    r"^The actor died unexpectedly before finishing this task\. "
-    r"(?:(?:class_name|actor_id|pid|name|namespace|ip): \S+ )*"
-)
 # oneDNN remembers matrix shapes, at up to 0.7 MB each: routed experts bring a new one with almost
 # every batch.
 WORKER_ENVIRONMENT = {
@@ -65,13 +66,15 @@ class Slot:
         actor: the worker in it, or the one that is to come.
         starting: handle of the worker's first answer; None once it is there.
         since: when Ray was asked for the worker.
-        node: id of its node; empty before it answered.
+        node: id of its node; empty before it is known.
+        closed: whether there is none, because only barred nodes had room for it.
     """
 
     actor: Any
     starting: Any | None
     since: float
     node: str = ""
+    closed: bool = False
 
 
 class Roster:
@@ -83,6 +86,7 @@ class Roster:
 
     Attributes:
         replaced: how many workers were replaced.
+        barred: ids of the nodes that get no more workers, and why.
     """
 
     def __init__(self, compute: Compute, model: ModelPlace | None = None, per_gpu: int = 1) -> None:
@@ -91,6 +95,9 @@ class Roster:
         self._fetching: set[str] = set()  # nodes that were told to fetch the model
         self.slots: list[Slot] = []
         self.replaced = 0
+        self.barred: dict[str, RunError] = {}
+        self._emptied: set[str] = set()  # barred nodes on which nobody may work on, either
+        self._begun = False  # whether any worker has been able to work
         self.beside = 1  # workers that one node may get
         self.cpus, self.gpus = compute.cpus_per_worker, compute.gpus_per_worker or 0.0
         # Nobody joins a Ray that was started for this process.
@@ -105,7 +112,7 @@ class Roster:
         Raises:
             RecipeError: they fit no node of the cluster.
         """
-        nodes = _alive_nodes()
+        nodes = _alive_nodes(self.barred)
         total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
         total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
         rooms = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
@@ -197,11 +204,13 @@ class Roster:
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.cpus)}
         if not self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them to who asked for none
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
         }
+        if self.barred:
+            options["label_selector"] = elsewhere(self.barred)
         memory = self.compute.memory_per_worker
         given = (self.cpus, self.gpus, self.beside, memory, self.source)
         actor = ray.remote(Worker).options(**options).remote(*given)
@@ -213,30 +222,38 @@ class Roster:
 
     def alive(self) -> set[int]:
         """Numbers of the slots whose workers have answered, and are not known to be dead."""
-        return {number for number, slot in enumerate(self.slots) if slot.starting is None}
+        return {
+            number
+            for number, slot in enumerate(self.slots)
+            if slot.starting is None and not slot.closed
+        }
 
     def arrived(self, handles: Iterable[Any]) -> None:
         """First answers that are there: those workers can be given work.
 
         Raises:
             RunError: workers cannot be started, or have another version of this package, or another
-                model.
+                model; once any could work, only where no other node has room.
         """
-        by_handle = {slot.starting: n for n, slot in enumerate(self.slots)}
         for handle in handles:
-            number = by_handle[handle]
+            number = {slot.starting: n for n, slot in enumerate(self.slots)}.get(handle)
+            if number is None:
+                continue  # its node was barred meanwhile
             try:
                 told = ray.get(handle, timeout=_ANSWER_SECONDS)
+                self.slots[number].node = told["node"]
+                check_installed(told)
             except RunError as error:  # Ray's, which is both, shows where it was raised
-                raise (error.cause if isinstance(error, RayTaskError) else error) from None
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                self._refuse(number, str(cause), all_there=True)
+                continue
             except RayError as error:
                 self._failed_start(number, error)
                 continue
-            _check_installed(told)
             if told["fetches"]:
                 self._tell_fetching(told)
-            self._failures = 0
-            self.slots[number].starting, self.slots[number].node = None, told["node"]
+            self._failures, self._begun = 0, True
+            self.slots[number].starting = None
 
     def _tell_fetching(self, told: Mapping[str, Any]) -> None:
         assert self.source is not None, "or nothing could be fetched"
@@ -256,20 +273,53 @@ class Roster:
         by_itself = (
             isinstance(error, RuntimeEnvSetupError) or "error raised in its creation" in text
         )
+        advice = ""
         if "No module named 'moesaic'" in text:
-            raise RunError(
-                f"a worker failed to start: moesaic is not installed on every node of the cluster"
-                f" at {place(self.compute)}"
-            ) from error
-        if by_itself:
-            raise RunError(f"a worker failed to start: {why_failed(str(error))}") from error
-        if self._failures >= _FAILED_STARTS:
-            raise RunError(
-                f"workers failed to start {self._failures} times in turn, the last time:"
-                f" {why_dead(text)}; see to the nodes and run the same command again, finished work"
-                " is kept"
-            ) from error
-        self._anew(number)
+            reason = "a worker failed to start: moesaic is not installed on every node of the"
+            reason += f" cluster at {place(self.compute)}"
+        elif by_itself:
+            reason = f"a worker failed to start: {why_failed(str(error))}"
+        elif self._failures >= _FAILED_STARTS:
+            reason = f"workers failed to start {self._failures} times in turn, the last time: "
+            reason += why_dead(text)
+            advice = "; see to the nodes and run the same command again, finished work is kept"
+        else:
+            self._anew(number)
+            return
+        self._refuse(number, reason, advice)
+
+    def _refuse(self, number: int, reason: str, advice: str = "", all_there: bool = False) -> None:
+        """Bars the node of a worker that has not started as it should; the others go on.
+
+        Args:
+            advice: what to do where the run does not go on.
+            all_there: whether those that are at work on the node must end, too.
+
+        Raises:
+            RunError: no worker has started yet, or none is left, or Ray does not tell the node.
+        """
+        error = RunError(f"{reason}{advice}")
+        if not self._begun:
+            raise error
+        starting = [n for n, slot in enumerate(self.slots) if slot.starting is not None]
+        for slot in (self.slots[n] for n in starting):
+            slot.node = slot.node or node_of(slot.actor)
+        node = self.slots[number].node
+        if not node:
+            raise error
+        if node not in self.barred:
+            line = f"compute: node {host_of(node)} gets no more workers: {reason}"
+            stderr.print(line, markup=False)
+        self._failures, self.barred[node] = 0, error
+        if all_there:
+            self._emptied.add(node)
+            for slot in self.slots:
+                if slot.starting is None and slot.node == node and not slot.closed:
+                    ray.kill(slot.actor)  # the loop takes note when it next asks for something
+        for n in starting:
+            # One that is nowhere yet might still come to a barred node.
+            if self.slots[n].node in self.barred or not self.slots[n].node:
+                self._anew(n)
 
     def replace(self, number: int) -> None:
         """Kills what is in a slot, if it lives, and asks for a new worker."""
@@ -277,12 +327,32 @@ class Roster:
         self.replaced += 1
 
     def _anew(self, number: int) -> None:
-        ray.kill(self.slots[number].actor)
+        """Closes the slot instead where its node was barred, and the others have no room."""
+        slot = self.slots[number]
+        ray.kill(slot.actor)
+        error = self.barred.get(slot.node)
+        if error is not None:
+            slot.starting, slot.closed = None, True
+            if not self._unused():
+                if all(slot.closed for slot in self.slots):
+                    raise error
+                return
         self.slots[number] = self._start()
 
+    def _unused(self) -> int:
+        """Workers that nodes have room for, beyond those that were asked for there."""
+        workers = [slot for slot in self.slots if not slot.closed]
+        there = sum(slot.node not in self.barred for slot in workers)
+        unused = self._fitting(_alive_nodes(self.barred)) - there
+        if self.compute.workers is not None:
+            unused = min(unused, self.compute.workers - len(workers))
+        return max(0, unused)
+
     def died_with_its_node(self, number: int) -> bool:
-        """Whether the whole node of a slot's worker is gone, which is no fault of its task."""
+        """Whether all workers of the node of a slot are gone, which is no fault of its task."""
         node = self.slots[number].node
+        if node in self._emptied:
+            return True
         nodes = interruptible(ray.nodes)
         return any(n["NodeID"] == node and not n["Alive"] for n in nodes)
 
@@ -296,10 +366,12 @@ class Roster:
             RunError: there has been no worker for too long, or Ray has lost all its nodes.
         """
         now = time.monotonic()
+        while self.slots and self.slots[-1].closed:
+            self.slots.pop()
         for number, slot in enumerate(self.slots):
             if slot.starting is not None and now - slot.since > _START_SECONDS:
                 self._anew(number)  # it may hang on a node that nobody reaches
-        if work_waits and self.elastic and self.compute.workers is None:
+        if work_waits and self.elastic:
             self._grow(now)
         if self.alive():
             self._none_since, self._told = None, False
@@ -328,9 +400,11 @@ class Roster:
         if now - self._looked < _GROW_SECONDS:
             return
         self._looked = now
-        more = self._fitting(_alive_nodes()) - len(self.slots)
-        if more > 0:
-            self.slots += [self._start() for _ in range(more)]
+        if more := self._unused():
+            closed = [number for number, slot in enumerate(self.slots) if slot.closed][:more]
+            for number in closed:
+                self.slots[number] = self._start()
+            self.slots += [self._start() for _ in range(more - len(closed))]
             stderr.print(f"nodes have joined: {more} more worker(s)", markup=False)
 
     def check_nodes(self) -> None:
@@ -344,39 +418,17 @@ class Roster:
     def close(self) -> None:
         """Ends all workers."""
         for slot in self.slots:
-            ray.kill(slot.actor)
+            if not slot.closed:
+                ray.kill(slot.actor)
         if self.source is not None:
             self.source.close()
         self.slots, self.source = [], None
 
 
-def why_failed(text: str) -> str:
-    """What was raised when a worker was made: it stands behind the last frame of a traceback."""
-    lines = text.splitlines()
-    frames = [n for n, line in enumerate(lines) if _FRAME.match(line)]
-    after = lines[frames[-1] + 1 :] if frames else lines
-    raised = list(itertools.dropwhile(lambda line: line[:1].isspace(), after)) if frames else after
-    return _shortened(" ".join(" ".join(raised or lines).split()))
-
-
-def why_dead(text: str) -> str:
-    """What Ray says of the death of an actor, in a sentence.
-
-    Its message begins with the actor's names and numbers; the cause may be followed by pages of
-    advice.
-    """
-    cause = re.search(r"(The actor (?:is dead|died) because .*?)(?:\. |$)", text)
-    found = cause[1] if cause else _NAMES_OF_ACTOR.sub("", text)
-    return _shortened(found.partition(" Some common causes include")[0].rstrip("."))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _CAUSE else f"{text[:_CAUSE].rpartition(' ')[0]} …"
-
-
-def _alive_nodes() -> list[Mapping[str, float]]:
-    """What each node has."""
-    return [node["Resources"] for node in interruptible(ray.nodes) if node["Alive"]]
+def _alive_nodes(barred: Container[str] = ()) -> list[Mapping[str, float]]:
+    """What each node has that is not barred."""
+    nodes = [node for node in interruptible(ray.nodes) if node["Alive"]]
+    return [node["Resources"] for node in nodes if node.get("NodeID") not in barred]
 
 
 def _kinds(nodes: Iterable[Mapping[str, float]]) -> set[str]:
@@ -389,25 +441,3 @@ def _address(resources: Mapping[str, float]) -> str:
     """Where a node is; Ray names a resource after it."""
     own = (name.removeprefix("node:") for name in resources if name.startswith("node:"))
     return next((name for name in own if not name.startswith("__")), "")
-
-
-def _check_installed(there: Mapping[str, str]) -> None:
-    """Results of different code must not be mixed, and keys of entries tell only the driver's."""
-    here = installed()
-
-    def compare(name: str) -> None:
-        if there[name] != here[name]:
-            raise RunError(
-                f"node {there['host']} has {name} {there[name]}, this process has {here[name]}:"
-                " install the same version on all machines"
-            )
-
-    compare("moesaic")
-    if there["code"] != here["code"]:
-        raise RunError(
-            f"node {there['host']} has other sources of moesaic {here['moesaic']} (digest"
-            f" {there['code'][:8]}) than this process ({here['code'][:8]}): install the same on all"
-            " machines, and start again what was started before a change"
-        )
-    compare("torch")
-    compare("transformers")

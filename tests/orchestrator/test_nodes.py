@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 
+from moesaic.orchestrator import bad_nodes, placing, store
 from moesaic.orchestrator import cluster as joining
-from moesaic.orchestrator import placing, store
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe_sections import Compute
@@ -44,8 +44,8 @@ def test_a_worker_without_memory_is_tried_alone_and_then_told_of(
 def test_nodes_with_other_sources_are_refused(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = placing.installed()
-    monkeypatch.setattr(placing, "installed", lambda: {**real, "code": "0" * 40})
+    real = bad_nodes.installed()
+    monkeypatch.setattr(bad_nodes, "installed", lambda: {**real, "code": "0" * 40})
     with Pool(Compute(address=cluster.address)) as pool, pytest.raises(RunError) as error:
         _ = pool.size
     text = str(error.value)
@@ -54,11 +54,11 @@ def test_nodes_with_other_sources_are_refused(
 
 @pytest.mark.parametrize("name", ["moesaic", "torch", "transformers"])
 def test_nodes_with_another_version_are_refused(name: str) -> None:
-    here = placing.installed()
+    here = bad_nodes.installed()
     assert here[name] == version(name).partition("+")[0]
-    placing._check_installed({**here, "host": "n7", "node": "5f"})
+    bad_nodes.check_installed({**here, "host": "n7", "node": "5f"})
     with pytest.raises(RunError) as error:
-        placing._check_installed({**here, "host": "n7", "node": "5f", name: "9.9"})
+        bad_nodes.check_installed({**here, "host": "n7", "node": "5f", name: "9.9"})
     assert str(error.value) == (
         f"node n7 has {name} 9.9, this process has {here[name]}: install the same version on all"
         " machines"
@@ -128,7 +128,7 @@ def test_a_node_that_joins_is_used(
     ],
 )
 def test_the_cause_of_a_death_is_a_sentence(text: str, told: str) -> None:
-    assert placing.why_dead(text) == told
+    assert bad_nodes.why_dead(text) == told
 
 
 # What Ray 2.60 says of a node that is gone, and of a worker that was killed while it started.
@@ -223,10 +223,17 @@ _FRAMES = (
             "OSError: [Errno 28] No space left on device",
         ),
         ("Failed to set up runtime environment.\nIt is bad.", "Failed to set up runtime environ"),
+        (
+            "The actor died because of an error raised in its creation task, ray::Worker.__init__()"
+            " (pid=1)\n     ^^^^\nRuntimeError: The actor with name Worker failed to import on the"
+            " worker:\n\nTraceback (most recent call last):\n    pickle.loads(x)\n     ^^^^\n"
+            "ModuleNotFoundError: No module named 'moesaic.orchestrator'",
+            "ModuleNotFoundError: No module named 'moesaic.orchestrator'",
+        ),
     ],
 )
 def test_a_worker_that_cannot_be_made_is_told_of_by_what_was_raised(text: str, told: str) -> None:
-    found = placing.why_failed(text)
+    found = bad_nodes.why_failed(text)
     assert found.startswith(told) and "\n" not in found and len(found) <= 302
 
 
