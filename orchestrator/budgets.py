@@ -38,6 +38,8 @@ PLAN_FILES = ("recipe.yaml", "plan.json", "scores.json", fronts.FRONT, "report.h
 FILES = ("recipe.yaml", "scores.json", fronts.FRONT, "measurements.parquet", "report.html")
 # Of a plan that was refined.
 REFINED, _REFINED_PICTURE = "refine.json", Path("pictures") / "refinement.png"
+# What a study leaves in the output folder, besides its journal and pictures.
+STUDY_FILES = ("study.json", "trials.parquet")
 
 
 def folders(recipe: Recipe, output: Path) -> list[Path]:
@@ -47,15 +49,22 @@ def folders(recipe: Recipe, output: Path) -> list[Path]:
     return [output / label for label in recipe.budget.each]
 
 
-def remove_stale(recipe: Recipe, output: Path) -> None:
-    """Removes what a run with another recipe left in the folder, and this one will not write: how
-    a plan was refined, and a plan where there will be several."""
+def remove_stale(recipe: Recipe, output: Path, studied: bool) -> None:
+    """Removes what another run left in the folder, and this one will not write: how a plan was
+    refined, a plan where there will be several, and what a study had to tell.
+
+    Args:
+        studied: whether the plan will come of a study. A study's journal stays: it can go on.
+    """
     stale = [output / "plan.json"] if recipe.budget.several else []
     unrefined = [output] if recipe.budget.several else []
     if recipe.refine is None:
         unrefined += folders(recipe, output)
     for folder in unrefined:
         stale += [folder / REFINED, folder / _REFINED_PICTURE]
+    if not studied:
+        stale += [output / name for name in STUDY_FILES]
+        stale += sorted((output / "pictures").glob("study_*.png"))
     for file in stale:
         with disk_errors(file):
             file.unlink(missing_ok=True)

@@ -166,7 +166,12 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="Trials that the study is to have.")],
     output: Output = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds after which no new trial begins.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds after which no new trial begins, from when all is measured and the first"
+            " trial may begin.",
+        ),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time; default: one per worker.")

@@ -112,10 +112,16 @@ class View:
         self.progress.advance(bar, steps)
         self._clock(name)
 
-    def finish(self, name: str) -> None:
-        """Ends a stage with the steps that were done; nothing if it is over or never began."""
+    def finish(self, name: str, told: Iterable[str] | None = None) -> None:
+        """Ends a stage with the steps that were done; nothing if it is over or never began.
+
+        Args:
+            told: what its bar goes on to say, instead of what it said last.
+        """
         if name in self._bars:
             self._clock(name)
+            if told is not None:
+                self.progress.update(self._bars[name], note=self._note(told))
             self._complete(name)
 
     def _clock(self, name: str) -> None:
@@ -131,12 +137,7 @@ class View:
 
         On a terminal it goes on below a bar where the line is too short.
         """
-        shown = list(running)
-        if len(shown) > _SHOWN:
-            shown[_SHOWN:] = [f"{len(shown) - _SHOWN} more"]
-        note = ", ".join(shown)
-        if self._peak_bytes:
-            note += f"  peak {self._peak_bytes / 1e9:.1f} GB/worker"
+        note = self._note(running)
         for task in self.progress.tasks:
             if not task.finished:
                 self.progress.update(task.id, note=note, rate=_rate(task.speed))
@@ -150,6 +151,13 @@ class View:
                     f"{task.description}: {task.completed:.0f}/{task.total:.0f}"
                     f"  {task.fields['rate']}  {left}  {note}"
                 )
+
+    def _note(self, told: Iterable[str]) -> str:
+        shown = list(told)
+        if len(shown) > _SHOWN:
+            shown[_SHOWN:] = [f"{len(shown) - _SHOWN} more"]
+        note = ", ".join(shown)
+        return note + (f"  peak {self._peak_bytes / 1e9:.1f} GB/worker" if self._peak_bytes else "")
 
     def line(self, text: str) -> None:
         """One line for the log."""

@@ -108,12 +108,14 @@ class Size:
     Attributes:
         fixed_bytes: every tensor that is no unit, or a unit that the recipe keeps, and the headers
             of the files (an upper bound: a few bytes per tensor).
+        header_bytes: of these, the bound on the headers.
         weights: number of weights in the units.
         smallest_bytes: of the smallest plan that candidates, target and search allow.
         dense_bytes: of the original files, headers included.
     """
 
     fixed_bytes: int
+    header_bytes: int
     weights: int
     smallest_bytes: int
     dense_bytes: int
@@ -321,11 +323,13 @@ class Experiment:
         chained = any(len(rest) > 1 or any(map(chains.has_rank, rest)) for _, rest in split)
         schemes = len(candidates)
         narrowed = reduced and bool(self.shaping.parts)
-        fixed += header_bytes_bound(
+        headers = header_bytes_bound(
             self.model, self.units, serve, schemes, reduced, chained, narrowed
         )
+        fixed += headers
         return Size(
             fixed_bytes=fixed,
+            header_bytes=headers,
             weights=sum(unit.parameters for unit in self.units),
             smallest_bytes=self._smallest(fixed),
             dense_bytes=self.original.checkpoint.file_bytes,

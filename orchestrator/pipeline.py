@@ -88,7 +88,13 @@ def _row(found: Measurement, unit: Unit, weights: int, predicted: str) -> dict[s
 
 
 class Pipeline:
-    """The stages of one recipe; each does what is missing and takes the rest from the store."""
+    """The stages of one recipe; each does what is missing and takes the rest from the store.
+
+    Attributes:
+        studies: whether its plan comes of a study.
+    """
+
+    studies = False
 
     def __init__(self, experiment: Experiment, pool: Pool, view: View) -> None:
         self.experiment = experiment

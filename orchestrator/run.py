@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import propagate
-from moesaic.orchestrator.budgets import REFINED, Budgets, folders, remove_stale
+from moesaic.orchestrator.budgets import REFINED, STUDY_FILES, Budgets, folders, remove_stale
 from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
@@ -231,7 +231,7 @@ def tune_recipe(
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
     from moesaic.orchestrator.study import JOURNAL
-    from moesaic.orchestrator.tune import STUDY_FILES, TunedPipeline, check_study
+    from moesaic.orchestrator.tune import TunedPipeline, check_study
 
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)
@@ -356,7 +356,7 @@ def _run(pipeline: Pipeline, stages: Sequence[str], result: dict[str, Any]) -> B
     if {"calibrate", "measure"} >= set(stages):
         return None
     recipe = pipeline.experiment.recipe
-    remove_stale(recipe, pipeline.output)
+    remove_stale(recipe, pipeline.output, pipeline.studies)
     if recipe.budget.several:
         return _run_budgets(Budgets(pipeline), stages, result)
     result["plan"] = _without_units(pipeline.search())

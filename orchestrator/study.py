@@ -10,6 +10,7 @@ One driver at a time works on a journal (:mod:`moesaic.orchestrator.study_journa
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moesaic.orchestrator.study_journal import (
     KNOBS,
@@ -41,7 +44,9 @@ JOURNAL = "journal.log"
 # Trials that are not stopped early, so that there is something to compare with.
 _UNPRUNED = 5
 # Complete trials that importances are told from, at least.
-_TELLING = 10
+TELLING = 10
+# A KL below that is none, nats per token.
+_LEAST = 1e-12
 _REASON, _AGAIN, _START, _WANTED = "reason", "again", "start", "wanted"
 _INTERRUPTED = "interrupted"
 
@@ -77,6 +82,7 @@ class Told:
         attributes: what else was noted: ``bytes``, ``seconds``, ``plan``, ``reason`` …
         steps: sequences seen → KL so far.
         feasible: whether it keeps to all constraints.
+        times: when work on it began and when it was told, seconds since 1970.
     """
 
     number: int
@@ -86,6 +92,7 @@ class Told:
     attributes: Mapping[str, Any]
     steps: Mapping[int, float]
     feasible: bool = True
+    times: tuple[float, float] | None = None
 
     @property
     def counts(self) -> bool:
@@ -245,6 +252,11 @@ class Study:
         asked.trial.set_user_attr(_REASON, reason)
         self._study.tell(asked.trial, state=TrialState.FAIL)
 
+    def give_back(self, asked: Asked) -> None:
+        """A trial that nobody will work on now: its values come first when the study goes on."""
+        every = self._study.get_trials(deepcopy=False)
+        _give_back(self._study, next(t for t in every if t.number == asked.number))
+
     def told(self) -> list[Told]:
         """All finished trials that count, in order of their numbers."""
         from optuna.trial import TrialState
@@ -277,6 +289,7 @@ class Study:
             attributes=notes,
             steps=dict(frozen.intermediate_values),
             feasible=all(excess <= 0 for excess in frozen.constraints.values()),
+            times=_times(frozen),
         )
 
     def front(self) -> list[int]:
@@ -294,25 +307,45 @@ class Study:
 
         Thread(target=import_module, args=("optuna.importance",), daemon=True).start()
 
-    def importances(self) -> dict[str, float]:
+    def importances(self, budget: str) -> dict[str, float]:
         """Knob → its share in what makes trials good (PED-ANOVA), the largest first.
 
-        Watanabe et al., 2023, 2304.10255. Empty where there are too few trials to tell.
+        Watanabe et al., 2023, 2304.10255. A good trial has little KL: with several objectives,
+        little for one that has as much of the others, which is one near the front. The knob that
+        is the budget is left out: more bytes lose less, which nobody needs to be told.
+
+        Args:
+            budget: name of that knob, where it is one.
+
+        Returns:
+            nothing where there are too few trials to tell, or no knobs.
         """
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+        from optuna.trial import TrialState
 
-        if sum(trial.state == "complete" for trial in self.told()) < _TELLING:
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        names = [knob.name for knob in self.knobs if not knob.fixed and knob.name != budget]
+        if len(complete) < TELLING or not names:
             return {}
-        index = self.objectives.index("kl")
+        beyond = self._beyond(complete)
         with warnings.catch_warnings():
             # It reminds of what is so here: small values are good.
             warnings.simplefilter("ignore", UserWarning)
             found = get_param_importances(
                 self._study,
                 evaluator=PedAnovaImportanceEvaluator(),
-                target=lambda trial: float(trial.values[index]),
+                params=names,
+                target=lambda trial: beyond[trial.number],
             )
         return {name: float(share) for name, share in found.items()}
+
+    def _beyond(self, complete: Sequence["FrozenTrial"]) -> dict[int, float]:
+        """Number of a trial → its KL over the least of those that have no more of anything else;
+        with one objective the least of all."""
+        values, index = np.array([t.values for t in complete]), self.objectives.index("kl")
+        others, kl = np.delete(values, index, axis=1), np.maximum(values[:, index], _LEAST)
+        least = [kl[(others <= own).all(axis=1)].min() for own in others]
+        return dict(zip((t.number for t in complete), (kl / least).tolist(), strict=True))
 
     def table(self) -> "pd.DataFrame":
         """A row per trial: number, state, kl, what was noted, knobs."""
@@ -336,19 +369,35 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"knob {name}": value for name, value in values.items()}
 
 
+def _times(frozen: "FrozenTrial") -> tuple[float, float] | None:
+    """When work on a finished trial began and ended. It may have been asked for long before: what
+    counts is how long it took, where that was noted."""
+    if frozen.datetime_start is None or frozen.datetime_complete is None:
+        return None
+    asked, ended = frozen.datetime_start.timestamp(), frozen.datetime_complete.timestamp()
+    return max(asked, ended - frozen.user_attrs.get("seconds", math.inf)), ended
+
+
 def _bury_zombies(study: "OptunaStudy") -> None:
-    """Enqueues the values of trials whose driver died, and tells them FAIL."""
-    from optuna.trial import Trial, TrialState
+    """Gives back the trials whose driver died."""
+    from optuna.trial import TrialState
 
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     there = {trial.user_attrs.get(_AGAIN) for trial in waiting}
     for zombie in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if zombie.number not in there:
-            # One that died before it had all its values was asked for with those wanted.
-            params = {**zombie.user_attrs.get(_WANTED, {}), **zombie.params}
-            marks = {_AGAIN: zombie.number, _WANTED: params}
-            if _START in zombie.user_attrs:
-                marks[_START] = zombie.user_attrs[_START]
-            study.enqueue_trial(params, user_attrs=marks)
-        Trial(study, zombie._trial_id).set_user_attr(_REASON, _INTERRUPTED)
-        study.tell(zombie.number, state=TrialState.FAIL)
+        _give_back(study, zombie, enqueue=zombie.number not in there)
+
+
+def _give_back(study: "OptunaStudy", unfinished: "FrozenTrial", enqueue: bool = True) -> None:
+    """Enqueues the values of a trial that nobody works on, and tells it FAIL."""
+    from optuna.trial import Trial, TrialState
+
+    if enqueue:
+        # One that died before it had all its values was asked for with those wanted.
+        params = {**unfinished.user_attrs.get(_WANTED, {}), **unfinished.params}
+        marks = {_AGAIN: unfinished.number, _WANTED: params}
+        if _START in unfinished.user_attrs:
+            marks[_START] = unfinished.user_attrs[_START]
+        study.enqueue_trial(params, user_attrs=marks)
+    Trial(study, unfinished._trial_id).set_user_attr(_REASON, _INTERRUPTED)
+    study.tell(unfinished.number, state=TrialState.FAIL)

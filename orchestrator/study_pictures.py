@@ -20,9 +20,6 @@ _CAPTIONS = {
     "study_history": "Every trial's KL to the dense model on calibration text; the line is the best"
     " so far within the budget. Rings: tried first. Grey crosses: given up early, with the KL on as"
     " much text as they saw.",
-    "study_importances": "How much each knob has to do with a trial being among the best"
-    " (PED-ANOVA). A knob that does nothing near the best trials has a small share, whatever its"
-    " value.",
     "study_front": "KL on calibration text against the other objective. Blue: the trials that no"
     " other one beats in all objectives; every one of them is a plan that can be had. Rings: tried"
     " first. Diamonds: the recipe's baselines, on the same text, timed as trials are. A thin line"
@@ -42,7 +39,10 @@ def draw_study(
     if study.front:
         wanted["study_front"] = partial(front, summary, study)
     files = save(wanted, folder)
-    captions = _CAPTIONS | {"study_predicted": _predicted_caption(study)}
+    captions = _CAPTIONS | {
+        "study_importances": _importances_caption(study),
+        "study_predicted": _predicted_caption(study),
+    }
     return {name: (path, captions[name]) for name, path in files.items()}
 
 
@@ -92,6 +92,22 @@ def importances(study: StudySummary) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     return figure
+
+
+def _importances_caption(study: StudySummary) -> str:
+    others = " and ".join(name for name in study.objectives if name != "kl")
+    best = "among those of the least KL"
+    if others:
+        best = f"near the front, with little KL beside trials that have no more {others}"
+    budget = (
+        " The budget's own knob is left out: that more bytes lose less is no news."
+        if "bytes" in study.objectives
+        else ""
+    )
+    return (
+        f"How much each knob has to do with a trial being {best} (PED-ANOVA). A knob that does"
+        f" nothing near the best trials has a small share, whatever its value.{budget}"
+    )
 
 
 def front(summary: RunSummary, study: StudySummary) -> Figure:

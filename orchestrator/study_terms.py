@@ -26,6 +26,7 @@ from moesaic.search.knobs import Allocator, Knob, Place, narrowed
 
 # The budget where that is an objective.
 BITS = "bits_per_weight"
+_BITS_STEPS = 1000  # per bit, which its lower end is rounded up to
 # Shares of the text after which trials are compared.
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -81,7 +82,8 @@ def check_tune(experiment: Experiment) -> None:
 
 
 def check_plans(experiment: Experiment, allocator: Allocator, knobs: Sequence[Knob]) -> None:
-    """Finds out whether the knobs as the recipe wants them leave a plan within the budget.
+    """Finds out whether the knobs as the recipe wants them leave a plan within the budget, and
+    within ``tune.constraints.bytes``.
 
     Raises:
         RecipeError: they leave none.
@@ -101,6 +103,33 @@ def check_plans(experiment: Experiment, allocator: Allocator, knobs: Sequence[Kn
             f"tune.knobs: with {wishes} as they are fixed the smallest plan has {smallest:,} bytes,"
             f" the budget is {most:,} bytes: allow more values, or give a larger budget"
         )
+    # Headers are reckoned at their bound, and limited is what files really have.
+    limit = limits(experiment).limits.get("bytes", math.inf)
+    if smallest - size.header_bytes > limit:
+        fixed = f"with {wishes} as they are fixed " if wishes else ""
+        raise RecipeError(
+            f"tune.constraints.bytes: {fixed}the smallest plan has {smallest:,} bytes,"
+            f" {limit:,.0f} are allowed: allow more"
+        )
+    _check_bits(experiment, knobs)
+
+
+def _check_bits(experiment: Experiment, knobs: Sequence[Knob]) -> None:
+    """Refuses a range of the budget that begins beyond the recipe's own."""
+    wanted = _bits(experiment, experiment.budget.total_bytes)
+    for knob in knobs:
+        asked = knob.name == BITS and BITS in section(experiment).knobs
+        if asked and knob.low > wanted + 1 / _BITS_STEPS:
+            raise RecipeError(
+                f"tune.knobs.{BITS}: from {knob.low:g} on, but the budget is {wanted:.4g} bits per"
+                f" weight, and the plan that is taken has to fit it: begin at {wanted:.4g} or"
+                " below, or give a larger budget"
+            )
+
+
+def _bits(experiment: Experiment, total_bytes: int) -> float:
+    """Bits per weight of the units of so many bytes in all."""
+    return (total_bytes - experiment.size.fixed_bytes) * 8 / experiment.size.weights
 
 
 def sized_allocator(experiment: Experiment) -> Allocator:
@@ -188,19 +217,22 @@ def sources(experiment: Experiment) -> dict[str, int]:
     return dict(zip(experiment.calibration.labels, counts, strict=False))
 
 
-def knobs_of(experiment: Experiment, allocator: Allocator) -> list[Knob]:
-    """What the study varies, as the recipe wants it."""
-    tune = section(experiment)
+def all_knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
+    """What there is to vary, before the recipe fixes, narrows or widens any."""
     knobs = list(allocator.knobs)
-    if "bytes" in tune.objectives:
+    if "bytes" in section(experiment).objectives:
         size = experiment.size
-        wanted, smallest, dense = (
-            (total - size.fixed_bytes) * 8 / size.weights
-            for total in (experiment.budget.total_bytes, size.smallest_bytes, size.dense_bytes)
-        )
-        low = math.ceil(smallest * 1000) / 1000
+        totals = experiment.budget.total_bytes, size.smallest_bytes, size.dense_bytes
+        wanted, smallest, dense = (_bits(experiment, total) for total in totals)
+        low = math.ceil(smallest * _BITS_STEPS) / _BITS_STEPS
         meaning = "the budget: stored bits per weight"
         knobs.append(Knob(BITS, meaning, max(wanted, low), low, max(min(2 * wanted, dense), low)))
+    return knobs
+
+
+def knobs_of(experiment: Experiment, allocator: Allocator) -> list[Knob]:
+    """What the study varies, as the recipe wants it."""
+    tune, knobs = section(experiment), all_knobs(experiment, allocator)
     wished = [name for name in tune.knobs if name.startswith(SOURCE)]
     if wished and not experiment.recipe.calibration.per_source:
         raise RecipeError(

@@ -15,7 +15,7 @@ from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.refinement import Refinement
-from moesaic.orchestrator.study import Told
+from moesaic.orchestrator.study import TELLING, Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
 from moesaic.search.knobs import Knob
@@ -122,9 +122,24 @@ class StudySummary:
         return self.trial(self.best)
 
     @property
+    def front_trials(self) -> list[Told]:
+        """The trials of the front, the smallest first."""
+        return sorted(map(self.trial, self.front), key=lambda trial: trial.figures["bytes"])
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many trials were ``complete``, ``pruned`` and ``failed``."""
         return dict(Counter(trial.state for trial in self.trials))
+
+    @property
+    def untold(self) -> str:
+        """Why there are no importances of knobs; empty where there are."""
+        if self.importances:
+            return ""
+        complete = self.counts.get("complete", 0)
+        if complete < TELLING:
+            return f"it takes {TELLING} complete trials to tell, and there are {complete}"
+        return "no knob but the budget's was left to vary"
 
     @property
     def plans(self) -> int:

@@ -11,9 +11,10 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from moesaic.search.base import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mlflow.entities import Metric, Param
 
 _PARENT = "mlflow.parentRunId"
 _VERB = "moesaic.verb"
@@ -171,6 +173,7 @@ class Tracker:
         outcome: str,
         reason: str = "",
         plan: Callable[[], Mapping[str, Any]] | None = None,
+        times: tuple[float, float] | None = None,
     ) -> None:
         """A child run for a trial of a study; nothing if an earlier attempt logged it, with the
         same params.
@@ -182,7 +185,9 @@ class Tracker:
             outcome: ``complete``, ``pruned`` or ``failed``, a tag.
             reason: why it failed, a tag.
             plan: makes what becomes the child's ``plan.json``.
+            times: when it began and ended, seconds since 1970; now, if None.
         """
+        began, at = (_now(), _now()) if times is None else (int(1000 * t) for t in times)
         with self._talk():
             from mlflow.entities import Metric, Param
 
@@ -193,45 +198,52 @@ class Tracker:
             if earlier is not None and not earlier.data.params.items() <= named.items():
                 earlier = None  # the trial of a study that was begun anew
             if earlier is not None and earlier.info.status in ("FINISHED", "FAILED"):
-                self._trials[name] = str(earlier.info.run_id), _now()
+                self._trials[name] = str(earlier.info.run_id), at
                 return
             if earlier is None:
                 tags = {_PARENT: self.run_id, "outcome": outcome}
                 tags |= {"failure": redacted(reason)[:500]} if reason else {}
-                run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+                run = self._client.create_run(self._experiment_id, began, tags, name)
                 child = str(run.info.run_id)
             else:
                 child = str(earlier.info.run_id)
-            at = _now()
             points = [Metric(legal_name(key), value, at, 0) for key, value in metrics.items()]
             points += [Metric("kl_so_far", value, at, step) for step, value in steps.items()]
             pairs = [Param(key, value) for key, value in named.items()]
-            self._client.log_batch(child, metrics=points, params=pairs)
+            self._send(child, points, pairs)
             if plan is not None:
                 # As one text, and not indented: by log_dict it takes ten times as long.
                 self._client.log_text(child, redacted(json.dumps(plan())), "plan.json")
-            self._client.set_terminated(child, "FAILED" if outcome == "failed" else "FINISHED")
+            status = "FAILED" if outcome == "failed" else "FINISHED"
+            self._client.set_terminated(child, status, at)
             self._trials[name] = child, at
 
-    def log_trial_model(self, name: str, metrics: Mapping[str, float], best: bool) -> str:
-        """The plan of a trial that was logged before as a logged model: no checkpoint, but what one
-        would be made of, which the tag ``plan`` leads to.
+    def log_trial_models(
+        self, figures: Mapping[str, Mapping[str, float]], best: str
+    ) -> dict[str, str]:
+        """The plans of trials that were logged before as logged models: no checkpoints, but what
+        these would be made of, which the tag ``plan`` leads to.
+
+        Tags ``front`` and ``best`` say of all models of this study's trials, those of earlier
+        fronts as well, whether they are among these, and the plan that is taken.
 
         Args:
-            metrics: numbers.
-            best: whether it is the plan that is taken, a tag; no other trial has it then.
+            figures: name of a trial → numbers; the front, and the best one.
+            best: its name.
 
         Returns:
-            the model's id.
+            name → the model's id.
         """
-        child, at = self._trials[name]
-        tags = {"plan": f"runs:/{child}/plan.json"}
+        found = {}
         with self._talk(), _default_place(self.place.uri):
-            title = f"{self.name}-{name}".replace(" ", "-")
-            model_id = self._external_model(child, title, {}, tags)
-            self._mark(model_id, best)
-            self._log(child, dict(metrics), model_id=model_id, at=at)
-        return model_id
+            for name, metrics in figures.items():
+                child, at = self._trials[name]
+                tags = {"plan": f"runs:/{child}/plan.json"}
+                title = f"{self.name}-{name}".replace(" ", "-")
+                found[name] = self._external_model(child, title, {}, tags)
+                self._log(child, dict(metrics), model_id=found[name], at=at)
+            self._mark(set(found.values()), found[best])
+        return found
 
     def log_description(self, text: str) -> None:
         """Markdown that MLflow shows at the top of the run's page."""
@@ -289,8 +301,7 @@ class Tracker:
                     for moment in stage.trace
                 ]
                 before += stage.evaluations
-            for low in range(0, len(points), _METRICS_PER_BATCH):
-                self._client.log_batch(run_id, points[low : low + _METRICS_PER_BATCH])
+            self._send(run_id, points, [])
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Numbers of the run by their names."""
@@ -320,18 +331,21 @@ class Tracker:
                 self._register(self.tracking.register_as, run_id, model_id, path)
         return model_id
 
-    def _mark(self, model_id: str, best: bool) -> None:
-        """Says of a trial's model whether it is the best one, and of the one before that it is
-        not."""
-        if best:
-            marked = self._client.search_logged_models(
-                [self._experiment_id], filter_string="tags.best = 'true'"
-            )
-            trials = {child for child, _ in self._trials.values()}
-            for model in marked:
-                if model.source_run_id in trials and model.model_id != model_id:
-                    self._client.set_logged_model_tags(model.model_id, {"best": "false"})
-        self._client.set_logged_model_tags(model_id, {"best": str(best).lower()})
+    def _mark(self, front: set[str], best: str) -> None:
+        """Says of the models of all trials whether they are on the front and the best one.
+
+        Args:
+            front, best: ids of models.
+        """
+        trials = {run.info.run_id for run in self._child_runs()}
+        models = _pages(partial(self._client.search_logged_models, [self._experiment_id]))
+        for model in models:
+            if model.source_run_id not in trials or "plan" not in model.tags:
+                continue
+            true = {"front": model.model_id in front, "best": model.model_id == best}
+            tags = {name: str(value).lower() for name, value in true.items()}
+            if not tags.items() <= model.tags.items():
+                self._client.set_logged_model_tags(model.model_id, tags)
 
     def _external_model(
         self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
@@ -365,7 +379,7 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = self._client.search_model_versions(f"name = '{name}'")
+        versions = _pages(partial(self._client.search_model_versions, f"name = '{name}'"))
         if not any(version.run_id == run_id for version in versions):
             self._client.create_model_version(
                 name,
@@ -483,12 +497,17 @@ class Tracker:
     def _children(self) -> dict[str, Any]:
         """Child runs by name, the last of each; there are some if an earlier attempt came so
         far."""
-        runs = self._client.search_runs(
+        return {run.info.run_name: run for run in self._child_runs()}
+
+    def _child_runs(self) -> Iterator[Any]:
+        """All child runs, in the order in which they began."""
+        search = partial(
+            self._client.search_runs,
             [self._experiment_id],
             filter_string=f"tags.`{_PARENT}` = '{self.run_id}'",
             order_by=["attributes.start_time ASC"],
         )
-        return {run.info.run_name: run for run in runs}
+        return _pages(search)
 
     def _child(self, name: str, params: Mapping[str, str], earlier: Any) -> str:
         """A running child with these params: the earlier one unless it has others."""
@@ -519,11 +538,25 @@ class Tracker:
             Metric(name, value, at, 0, model_id=model_id, run_id=run_id)
             for name, value in metrics.items()
         ]
+        self._send(run_id, points, [Param(name, value) for name, value in (params or {}).items()])
+
+    def _send(self, run_id: str, points: Sequence["Metric"], pairs: Sequence["Param"]) -> None:
+        """Metrics and params in as many calls as that takes."""
         for low in range(0, len(points), _METRICS_PER_BATCH):
             self._client.log_batch(run_id, metrics=points[low : low + _METRICS_PER_BATCH])
-        pairs = [Param(name, value) for name, value in (params or {}).items()]
         for low in range(0, len(pairs), _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=pairs[low : low + _PARAMS_PER_BATCH])
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """All that a search of MLflow finds, which it gives a page at a time."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _now() -> int:

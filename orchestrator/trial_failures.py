@@ -1,10 +1,12 @@
 """Failed trials of a study: counted by their reasons; several of a kind in a row end it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.loop import WORKER_DIED
+from moesaic.orchestrator.study import Told
 
 NO_PLAN, NOT_FINITE = "no plan", "not finite"
 # Failures of one kind, one after another, that end a study.
@@ -24,6 +26,29 @@ def advice(reasons: Iterable[str], otherwise: str) -> str:
     """What to do where all trials failed for these reasons."""
     kinds = {reason.split(":")[0] for reason in reasons}
     return _ADVICE.get(kinds.pop(), otherwise) if len(kinds) == 1 else otherwise
+
+
+def why_none(told: Sequence[Told], limits: Limits, timeout: float | None) -> str:
+    """Why none of the finished trials can be taken, and what to do.
+
+    Args:
+        told: none of them counts and keeps to the limits.
+        timeout: seconds after which none was begun.
+    """
+    if not told and timeout is not None:
+        return f"none was begun in the {timeout:g} s that --timeout gives: give more"
+    near = limits.nearest(told)
+    if near:
+        return f"{near}: allow more, or ask for more trials (--trials)"
+    complete = sum(trial.state == "complete" for trial in told)
+    if complete:
+        return (
+            f"all {complete} that are complete are larger than the budget: let the knobs reach"
+            " smaller plans (tune.knobs), or give a larger budget"
+        )
+    reasons = dict.fromkeys(str(t.attributes.get("reason", t.state)) for t in told)
+    why = "; ".join(list(reasons)[:3]) or "none was made"
+    return f"{why}: {advice(reasons, 'ask for more (--trials)')}"
 
 
 class Failures:

@@ -73,6 +73,7 @@ class TrialRecord:
             told.state,
             str(notes.get("reason", "")),
             partial(self._document, told, made) if told.state == "complete" else None,
+            told.times,
         )
 
     def _document(self, told: Told, made: Made | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
 from moesaic.orchestrator.trial_record import Made, TrialRecord
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Plan
-from moesaic.search.knobs import GREEDY, Allocator, Value
+from moesaic.search.knobs import GREEDY, Allocator, Value, is_greedy
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.tune import TunedPipeline
@@ -121,7 +121,10 @@ class Trials:
         self.record.write()
         self.begun = len(known)
         self.view.stage("trials", self.options.trials, self.begun)
+        if len(self.study.objectives) > 1:
+            self.front = len(self.study.front())
         if self.begun >= self.options.trials:
+            self.view.finish("trials", self._state())
             return
         pool, judge = self.pipeline.pool, self.experiment.calibration_judge
         remember_dense(pool, self.view, judge, self.rungs)
@@ -137,8 +140,11 @@ class Trials:
                     finish()
             raise
         self._settle()
+        if self.prepared is not None:  # when time was up
+            self.study.give_back(self.prepared.asked)
+            self.prepared = None
         self.record.write()
-        self.view.finish("trials")
+        self.view.finish("trials", self._state())
         pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
@@ -152,7 +158,7 @@ class Trials:
             RecipeError, Infeasible, ValueError: there is none.
         """
         given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
-        search = GREEDY if start == GREEDY else self.experiment.recipe.search
+        search = GREEDY if is_greedy(start) else self.experiment.recipe.search
         if BITS not in values:
             return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
         size = self.experiment.size
@@ -415,7 +421,11 @@ class Trials:
         return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
 
     def _tick(self, running: list[str]) -> None:
+        self.view.tick([*self._state(), self._pace()])
+
+    def _state(self) -> list[str]:
+        """What was found so far."""
         told = [] if self.best is None else [f"best {self.best.kl:.4g} (trial {self.best.number})"]
         if len(self.study.objectives) > 1:
             told.append(f"front {self.front}")
-        self.view.tick([*told, self._pace()])
+        return told

@@ -14,6 +14,7 @@ from typing import Any
 
 from moesaic.methods.base import Event
 from moesaic.orchestrator import results
+from moesaic.orchestrator.budgets import STUDY_FILES
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View, stderr
 from moesaic.orchestrator.errors import RunError
@@ -27,6 +28,7 @@ from moesaic.orchestrator.study_baselines import judged_baselines
 from moesaic.orchestrator.study_journal import KNOBS, MEASUREMENTS, check_journal
 from moesaic.orchestrator.study_terms import (
     BITS,
+    all_knobs,
     check_plans,
     check_tune,
     knobs_of,
@@ -39,15 +41,12 @@ from moesaic.orchestrator.study_terms import (
 )
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
-from moesaic.orchestrator.trial_failures import advice
+from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trial_record import trial_name
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.widening import added_text
 from moesaic.search.base import Plan
-from moesaic.search.knobs import Allocator, Knob, Value
-
-# What a study leaves in the output folder, besides the journal.
-STUDY_FILES = ("study.json", "trials.parquet")
+from moesaic.search.knobs import PREDICTED, Allocator, Knob, Value, within
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class StudyOptions:
 
     Attributes:
         trials: that the study is to have in the end, those of earlier runs included.
-        timeout: seconds after which no new trial begins.
+        timeout: seconds after which no new trial begins, from when the first one may.
         jobs: trials in flight; as many as there are workers, if None.
         storage: the journal; OUTPUT/journal.log, if None.
         resume: whether a study that is there already may be gone on with.
@@ -90,6 +89,8 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
 
 class TunedPipeline(Pipeline):
     """The stages of a recipe, with the best plan of a study in the place of the searched one."""
+
+    studies = True
 
     def __init__(
         self,
@@ -141,10 +142,9 @@ class TunedPipeline(Pipeline):
                 )
             self.study = self._summary(study, best)
             self._write(study)
-            for number in dict.fromkeys([*self.study.front, best.number]):
-                trial = self.study.trial(number)
-                name, chosen = trial_name(number), number == best.number
-                self.tracker.log_trial_model(name, trial.figures, chosen)
+            numbers = dict.fromkeys([*self.study.front, best.number])
+            figures = {trial_name(number): self.study.trial(number).figures for number in numbers}
+            self.tracker.log_trial_models(figures, trial_name(best.number))
         return plan
 
     def _refined(self, start: Plan) -> Plan:
@@ -179,8 +179,8 @@ class TunedPipeline(Pipeline):
             if knob.name == BITS and not knob.fixed:
                 middle = float(knob.default)
                 for bits in ((knob.low + middle) / 2, (middle + knob.high) / 2):
-                    starts[f"as predicted, {bits:.3g} bits"] = {BITS: bits}
-        return starts
+                    starts[f"{PREDICTED}, {bits:.3g} bits"] = {BITS: bits}
+        return within(starts, all_knobs(self.experiment, allocator), knobs)
 
     def _best(self, told: list[Told]) -> Told:
         """The best trial within the recipe's budget and the constraints.
@@ -190,11 +190,8 @@ class TunedPipeline(Pipeline):
         """
         best = limits(self.experiment).best(told)
         if best is None:
-            reasons = dict.fromkeys(str(t.attributes.get("reason", t.state)) for t in told)
-            near = limits(self.experiment).nearest(told)
-            why = near or "; ".join(list(reasons)[:3]) or "none was made"
-            todo = advice(reasons, "ask for more (--trials)")
-            raise RunError(f"no trial within the budget succeeded: {why}: {todo}")
+            why = why_none(told, limits(self.experiment), self.options.timeout)
+            raise RunError(f"no trial within the budget succeeded: {why}")
         return best
 
     def _summary(self, study: Study, best: Told) -> StudySummary:
@@ -206,7 +203,7 @@ class TunedPipeline(Pipeline):
             trials=tuple(study.told()),
             best=best.number,
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
-            importances=study.importances(),
+            importances=study.importances(BITS),
             constraints=limits(self.experiment).limits,
             baselines=judged_baselines(self) if len(study.objectives) > 1 else {},
         )

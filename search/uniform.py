@@ -18,7 +18,7 @@ def search(problem: Problem) -> Plan:
 
         plan = search(Problem(choices, ties=[], budget=Budget(total, fixed)))
     """
-    plans = [uniform_plan(problem, chain) for chain in _shared(problem)]
+    plans = [uniform_plan(problem, chain) for chain in shared(problem)]
     limit = problem.budget.total_bytes
     fitting = [plan for plan in plans if plan.bytes <= limit]
     if not fitting:
@@ -36,7 +36,7 @@ def smallest_bytes(problem: Problem) -> int:
     Raises:
         ValueError: no chain was measured for every unit.
     """
-    return min(uniform_plan(problem, chain).bytes for chain in _shared(problem))
+    return min(uniform_plan(problem, chain).bytes for chain in shared(problem))
 
 
 def uniform_plan(problem: Problem, chain: Chain) -> Plan:
@@ -48,7 +48,7 @@ def uniform_plan(problem: Problem, chain: Chain) -> Plan:
     return problem.plan(dict.fromkeys(problem.choices, chain))
 
 
-def _shared(problem: Problem) -> list[Chain]:
+def shared(problem: Problem) -> list[Chain]:
     """Chains that every unit was measured with, in the order of the first unit's."""
     measured = {unit: {m.chain for m in found} for unit, found in problem.choices.items()}
     chains = list(dict.fromkeys(m.chain for found in problem.choices.values() for m in found))

@@ -3,7 +3,8 @@
     python tests/benchmarks/tuning.py --model bundled [--bits 2.5 3 4] [--seeds 3] [--trials 60]
 
 KL to the dense model on held-out text, per budget: one chain for all units (the best one that fits,
-which may have fewer bytes), the even plan (as if all weights were equally sensitive), greedy,
+which may have fewer bytes, and the smallest that has as many bytes as the budget or more, where
+there is one), the even plan (as if all weights were equally sensitive), greedy,
 knapsack; then what running plans on calibration text makes of the knapsack's: knobs tuned by a
 study, `evolve`, `relax`, and these two after the study. Every such search may run its text
 ``--trials`` times, and none goes beyond that; one after the study comes on top of it. A token whose
@@ -18,7 +19,8 @@ times):
         --folder build/benchmarks/tuning_smollm2
 
 Everything is measured once per seed, which draws the calibration text. With ``--folder`` the same
-command goes on where it was stopped: what is done is read from there. Seconds are those of the
+command goes on where it was stopped: what is done is read from there, and rows that an earlier
+version of this file did not have are made from what is measured there. Seconds are those of the
 search itself, not of measuring, evaluating or assembling.
 """
 
@@ -71,6 +73,9 @@ REFINED = {
     f"{TUNED} + relax": ("relax", True),
 }
 WAYS = (ONE, EVEN, GREEDY, KNAPSACK, TUNED, *REFINED)
+# A row that is no way to reach a budget. Folders name ways by their places in WAYS: it has none.
+NEXT = "one chain, next larger"
+ROWS = (ONE, NEXT, *WAYS[1:])
 # What the best way is to reach against the even plan, at these budgets.
 GOAL, GOAL_AT = 0.7, (2.5, 3.0)
 # One way of one seed and budget: kl, bits, seconds, tokens.
@@ -84,6 +89,14 @@ def candidates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**shared, "group_size": size} for size in arguments.group_sizes]
 
 
+def next_larger(problem: Problem) -> Plan | None:
+    """The smallest plan with one chain for all units that has the budget's bytes or more, of
+    equally large ones that of the least predicted loss; None where all are smaller."""
+    plans = [uniform.uniform_plan(problem, chain) for chain in uniform.shared(problem)]
+    larger = [plan for plan in plans if plan.bytes >= problem.budget.total_bytes]
+    return min(larger, key=lambda plan: (plan.bytes, plan.loss), default=None)
+
+
 def allocators(problem: Problem, bench: Measured) -> dict[str, Callable[[], Plan]]:
     """Ways that only add up losses."""
     places = {
@@ -92,8 +105,10 @@ def allocators(problem: Problem, bench: Measured) -> dict[str, Callable[[], Plan
         for choice in choices(unit)
     }
     even = Allocator(problem, places)
+    larger = next_larger(problem)
     return {
         ONE: lambda: uniform.search(problem),
+        **({} if larger is None else {NEXT: lambda: larger}),
         EVEN: lambda: even.plan({EXPONENT: 0.0}),
         GREEDY: lambda: greedy.search(problem),
         KNAPSACK: lambda: knapsack.search(problem),
@@ -206,6 +221,16 @@ def seed_rows(
     return found
 
 
+def above(found: Found, bits: float, way: str) -> str:
+    """How a way stands to the uniform plan that has the budget's bytes or more, in a sentence."""
+    larger, own = found.get((bits, NEXT)), found.get((bits, way))
+    if not larger or not own:
+        return ""
+    ratio = median([row["kl"] / other["kl"] for row, other in zip(own, larger, strict=True)])
+    size = median([row["bits"] for row in larger])
+    return f" Against {NEXT} ({size:.3f} bits per weight) it has {ratio:.3f} × the KL."
+
+
 def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
     """The report."""
     judged = min(arguments.judged, arguments.sequences)
@@ -214,10 +239,11 @@ def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
     for bits in arguments.bits:
         even = [row["kl"] for row in found[bits, EVEN]]
         best = ("", 1.0)
-        for way in (way for way in WAYS if (bits, way) in found):
+        for way in (way for way in ROWS if (bits, way) in found):
             rows = found[bits, way]
             ratios = [row["kl"] / other for row, other in zip(rows, even, strict=True)]
-            best = min(best, (way, median(ratios)), key=lambda pair: pair[1])
+            if way in WAYS:  # the other one may have more bytes
+                best = min(best, (way, median(ratios)), key=lambda pair: pair[1])
             tokens = median([row["tokens"] for row in rows])
             lines.append(
                 [
@@ -235,7 +261,7 @@ def body(arguments: argparse.Namespace, found: Found, seeds: int) -> str:
             reached = "reached" if best[1] <= GOAL else "**not reached**"
             verdicts.append(
                 f"{bits:g} bits: {best[0]} has {best[1]:.3f} × the KL of the even plan; at most"
-                f" {GOAL} was the goal: {reached}."
+                f" {GOAL} was the goal: {reached}.{above(found, bits, best[0])}"
             )
     headers = ["budget", "way", "bits per weight", "KL", "KL / even", "tokens run", "× text", "s"]
     widths = ", ".join(map(str, arguments.widths))

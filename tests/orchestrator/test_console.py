@@ -163,3 +163,15 @@ def test_the_table_has_a_row_per_score() -> None:
     for word in ("1,234,567", "3.000", "7.250", "0.0123", "50.0%"):
         assert word in row
     assert "0.0000" in next(line for line in text.splitlines() if "dense" in line)
+
+
+def test_a_stage_that_is_over_says_what_was_found_last(clock: Clock) -> None:
+    view = View(Console(file=io.StringIO(), force_terminal=True, width=120))
+    with view:
+        view.stage("trials", 2)
+        view.tick(["best 0.5 (trial 0)"])
+        view.advance("trials", 2)  # full: ticks are for others now
+        view.tick(["best 0.4 (trial 1)"])
+        view.finish("trials", ["best 0.3 (trial 1)"])
+    (bar,) = view.progress.tasks
+    assert bar.fields["note"] == "best 0.3 (trial 1)"

@@ -188,12 +188,41 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
     # Of five plans: predictions order them as the measurements do.
     assert "5 of them" in drawn["study_predicted"][1] and "is 1.00" in drawn["study_predicted"][1]
     assert all(imread(path).std() > 0 for path, _ in drawn.values())
+    if several:
+        missing = "Importance of the knobs: it takes 10 complete trials to tell, and there are 9."
+        assert missing in page.text
+        assert page.tables["front"][0] == ["trial", "KL", "bytes", "within the budget"]
+        assert [row[0] for row in page.tables["front"][1:]] == ["0 (even)", "3", "8"]
+        assert page.tables["front"][3][1:] == ["0.1111", f"{run.budget_bytes + 30:,}", "no"]
+    else:
+        assert "Importance of the knobs" not in page.text and "front" not in page.tables
+        assert "among those of the least KL" in drawn["study_importances"][1]
     assert found.to_json()["best"] == {
         "trial": 5,
         "kl": 1 / 6,
         "bytes": run.budget_bytes,
         "values": {"mix": 0.5, "order": "any"},
     }
+
+
+def test_a_front_of_three_has_all_figures_and_importances_say_of_what(
+    run: RunSummary, tmp_path: Path
+) -> None:
+    found = study(True, run)
+    timed = [
+        replace(t, attributes={**t.attributes, "latency": 2.5 + t.number}) for t in found.trials
+    ]
+    shares = {"mix": 1.0}
+    objectives = ("bytes", "kl", "latency")
+    found = replace(found, objectives=objectives, trials=timed, importances=shares)
+    drawn = draw_study(run, found, tmp_path)
+    page = Page(render(replace(run, study=found), {}, {}, drawn))
+    head, *rows = page.tables["front"]
+    assert head == ["trial", "KL", "bytes", "ms per token", "within the budget"]
+    assert [row[3] for row in rows] == ["2.5", "5.5", "10.5"]
+    caption = drawn["study_importances"][1]
+    assert "near the front, with little KL beside trials that have no more bytes and lat" in caption
+    assert "The budget's own knob is left out" in caption
 
 
 def test_the_front_has_trials_starts_and_baselines_with_their_names(run: RunSummary) -> None:

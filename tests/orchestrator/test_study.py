@@ -19,6 +19,7 @@ KNOBS = [
     Knob("order", "", "any", choices=("any", "true")),
     Knob("fixed", "", 2.0, 2.0, 2.0),
 ]
+BUDGET = "bits"
 STARTS: Mapping[str, Mapping[str, Any]] = {"as predicted": {}, "steep": {"slope": 1.0}}
 
 
@@ -252,17 +253,48 @@ def test_two_objectives_have_a_front(tmp_path: Path) -> None:
             opened.tell(opened.ask(), {"kl": kl, "bytes": float(size)})
         assert opened.front() == [0, 1]
         assert [t.kl for t in opened.told()] == [3.0, 1.0, 2.0]
-        assert opened.importances() == {}
+        assert opened.importances(BUDGET) == {}
 
 
 def test_importances_need_some_trials_and_tell_what_matters(tmp_path: Path) -> None:
     with study(tmp_path, sampler="random") as opened:
         for number in range(40):
-            assert opened.importances() == {} or number >= 10
+            assert opened.importances(BUDGET) == {} or number >= 10
             asked = opened.ask()
             opened.tell(asked, {"kl": abs(float(asked.values["slope"]) - 0.3)})
-        found = opened.importances()
+        found = opened.importances(BUDGET)
     assert next(iter(found)) == "slope" and sum(found.values()) == pytest.approx(1)
+
+
+def test_importances_are_of_what_lies_near_the_front(tmp_path: Path) -> None:
+    """KL halves with the budget, and grows with the distance from one slope."""
+    knobs = [*KNOBS, Knob(BUDGET, "", 4.0, 2.0, 8.0)]
+    with study(tmp_path, knobs=knobs, objectives=["bytes", "kl"], sampler="random") as opened:
+        for _ in range(120):
+            asked = opened.ask()
+            bits = float(asked.values[BUDGET])
+            kl = 0.5**bits * (1 + abs(float(asked.values["slope"]) - 0.3))
+            opened.tell(asked, {"kl": kl, "bytes": 100 * bits})
+        found = opened.importances(BUDGET)
+        assert found.keys() == {"slope", "order"} and found["slope"] > found["order"]
+
+
+def test_a_trial_that_is_given_back_comes_first_with_its_values(tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        for _ in range(2):
+            opened.tell(opened.ask(), {"kl": 1.0})
+        drawn = opened.ask()
+        opened.give_back(drawn)
+        assert len(opened.told()) == 2
+        states = [trial.state.name for trial in opened._study.get_trials(deepcopy=False)]
+        assert states == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]
+    with study(tmp_path) as opened:
+        again = opened.ask()
+        assert again.values == drawn.values
+        opened.note(again, {"seconds": 0.001})
+        opened.tell(again, {"kl": 1.0})
+        times = opened.told()[-1].times
+    assert times is not None and times[1] - times[0] == pytest.approx(0.001, abs=1e-5)
 
 
 def test_the_table_has_a_row_per_trial(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,12 @@ def test_the_plans_of_a_front_are_logged_models_of_their_trials(
 
     with pytest.raises(KeyboardInterrupt), track() as tracker:
         tracker.log_trial("trial 0", {}, {"kl": 0.25}, {}, "complete", "", plan)
-        model_id = tracker.log_trial_model("trial 0", {"kl": 0.25, "bytes": 90.0}, True)
+        figures = {"trial 0": {"kl": 0.25, "bytes": 90.0}}
+        model_id = tracker.log_trial_models(figures, "trial 0")["trial 0"]
         raise KeyboardInterrupt
     with track() as tracker:
         tracker.log_trial("trial 0", {}, {"kl": 0.25}, {}, "complete", "", plan)
-        assert tracker.log_trial_model("trial 0", {"kl": 0.25, "bytes": 90.0}, True) == model_id
+        assert tracker.log_trial_models(figures, "trial 0") == {"trial 0": model_id}
     assert len(made) == 1
     child = children(client, client.get_run(tracker.run_id))["trial 0"].info.run_id
     file = artifact(client, child, "plan.json", tmp_path / "down")
@@ -137,6 +139,52 @@ def test_the_plans_of_a_front_are_logged_models_of_their_trials(
     assert (model.name, model.source_run_id) == ("small-0_6b-trial-0", child)
     assert model.tags["plan"] == f"runs:/{child}/plan.json" and model.tags["best"] == "true"
     assert {m.key: m.value for m in model.metrics} == {"kl": 0.25, "bytes": 90.0}
+
+
+def test_models_of_an_old_front_are_told_apart_however_many_there_are(
+    track: Callable[..., Tracker], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow gives what it finds a page at a time, here two."""
+    searches = {
+        name: getattr(MlflowClient, name) for name in ("search_runs", "search_logged_models")
+    }
+    for name, search in searches.items():
+        small = partial(_by_twos, search)
+        monkeypatch.setattr(MlflowClient, name, lambda self, *a, _s=small, **n: _s(self, *a, **n))
+    figures = {f"trial {n}": {"kl": 0.5, "bytes": 90.0 + n} for n in range(5)}
+    with track(verb="tune") as first:
+        for name in figures:
+            first.log_trial(name, {"mix": name}, {}, {}, "complete", "", lambda: {"units": {}})
+        models = first.log_trial_models(figures, "trial 1")
+    with track(verb="tune", finished_too=True) as second:
+        for name in figures:
+            second.log_trial(name, {"mix": name}, {}, {}, "complete", "", lambda: {"units": {}})
+        front = {name: figures[name] for name in ("trial 0", "trial 3")}
+        again = second.log_trial_models(front, "trial 3")
+    assert again == {name: models[name] for name in front}
+    tags = {name: client.get_logged_model(model).tags for name, model in models.items()}
+    assert {name for name, own in tags.items() if own["front"] == "true"} == set(front)
+    assert {name for name, own in tags.items() if own["best"] == "true"} == {"trial 3"}
+    assert {own["front"] for own in tags.values()} == {"true", "false"}
+    everything = client.search_runs([client.get_run(first.run_id).info.experiment_id])
+    assert len(everything) == 2  # a page of 1 + 5
+    monkeypatch.undo()
+    assert len(client.search_runs([client.get_run(first.run_id).info.experiment_id])) == 6
+
+
+def _by_twos(search: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return search(*arguments, **{"max_results": 2, **named})
+
+
+def test_a_trial_took_as_long_as_it_did_and_may_have_many_params(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    knobs = {f"weight.group{n}": "1.0" for n in range(130)}
+    with track() as tracker:
+        tracker.log_trial("trial 0", knobs, {"kl": 0.5}, {}, "complete", times=(1000.5, 1003.25))
+    child = children(client, client.get_run(tracker.run_id))["trial 0"]
+    assert (child.info.start_time, child.info.end_time) == (1_000_500, 1_003_250)
+    assert child.data.params == knobs
 
 
 def test_each_budget_has_a_child_with_files_and_a_model_of_its_own(
@@ -418,26 +466,26 @@ def test_new_run_begins_when_the_last_one_finished(track: Callable[..., Tracker]
 def test_a_study_goes_on_in_the_run_that_had_finished(
     track: Callable[..., Tracker], client: MlflowClient
 ) -> None:
-    def trial(tracker: Tracker, number: int, knob: str, best: bool) -> str:
+    def trial(tracker: Tracker, number: int, knob: str, front: bool = True) -> str:
         document = {"units": {"a": []}}
         told = {"kl": 0.5}
         name = f"trial {number}"
         tracker.log_trial(name, {"mix": knob}, told, {}, "complete", "", lambda: document)
-        return tracker.log_trial_model(name, told, best)
+        return tracker.log_trial_models({name: told}, name)[name] if front else ""
 
     with track(verb="tune") as first:
-        before = trial(first, 0, "0.1", True)
+        before = trial(first, 0, "0.1")
         first.log_scores(SCORES, PLANS)
     better = {**PLANS, "plan": Plan({"a": (GPTQ,), "b": (GPTQ,), "c": (RTN,)}, 100, 0.1)}
     with track(verb="tune", finished_too=True) as second:
         assert second.run_id == first.run_id
         assert client.get_run(second.run_id).info.status == "RUNNING"
-        assert trial(second, 0, "0.1", False) == before
-        after = trial(second, 1, "0.2", True)
+        trial(second, 0, "0.1", front=False)
+        after = trial(second, 1, "0.2")
         second.log_scores(SCORES, better)
     assert client.get_run(first.run_id).info.status == "FINISHED"
-    marks = [client.get_logged_model(model).tags["best"] for model in (before, after)]
-    assert marks == ["false", "true"]
+    tags = [client.get_logged_model(model).tags for model in (before, after)]
+    assert [own["best"] for own in tags] == [own["front"] for own in tags] == ["false", "true"]
     # Those of one name: the plan before, and the better one, which is the last.
     found = client.search_runs(
         [client.get_run(first.run_id).info.experiment_id],
@@ -448,7 +496,7 @@ def test_a_study_goes_on_in_the_run_that_had_finished(
     assert sorted(names) == ["dense", "plan", "plan", "rtn 3", "trial 0", "trial 1"]
     with track(verb="tune", finished_too=True) as third:
         third.log_scores(SCORES, better)  # the same once more
-        other = trial(third, 1, "0.3", True)  # of a study that was begun anew
+        other = trial(third, 1, "0.3")  # of a study that was begun anew
         assert other != after
     assert len(client.search_runs([found[0].info.experiment_id])) == 1 + 6 + 1
 

@@ -3,28 +3,40 @@
 import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import pytest
 import yaml
 
 from moesaic.methods.base import Chain, Spec
 from moesaic.orchestrator import latency, resident, study_terms
+from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
 from moesaic.orchestrator.experiment import plain
+from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.store import Store
-from moesaic.orchestrator.study import Study
-from moesaic.orchestrator.study_journal import CALIBRATION, MADE_OF, VERSION, locked
+from moesaic.orchestrator.study import Study, Told
+from moesaic.orchestrator.study_journal import (
+    CALIBRATION,
+    MADE_OF,
+    VERSION,
+    locked,
+    open_storage,
+)
+from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState
 from moesaic.search.base import Infeasible, Plan
@@ -499,7 +511,7 @@ def test_values_without_a_plan_among_others_stop_no_study(make: Make) -> None:
 
 def test_time_that_is_up_ends_a_study(make: Make) -> None:
     project = make()
-    with pytest.raises(RunError, match="no trial within the budget succeeded: none was made"):
+    with pytest.raises(RunError, match="succeeded: none was begun in the 0 s that --timeout gives"):
         project.tune(5, timeout=0)
     project.tune(5)
     project.tune(9, timeout=0)
@@ -707,6 +719,120 @@ def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) ->
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     project.tune(3)
     assert len(trials(project)) == 3
+
+
+@pytest.mark.parametrize(
+    ("tune", "told"),
+    [
+        (
+            {"knobs": {"bits_per_weight": [6, 7]}},
+            r"tune.knobs.bits_per_weight: from 6 on, but the budget is 4.5 bits per weight",
+        ),
+        (
+            {"constraints": {"bytes": 1000}},
+            r"tune.constraints.bytes: the smallest plan has [\d,]+ bytes, 1,000 are allowed",
+        ),
+    ],
+)
+def test_what_no_plan_can_meet_is_told_before_any_work(
+    tune: dict[str, Any], told: str, make: Make
+) -> None:
+    project = make(tune={"objectives": ["bytes", "kl"], "sequences": 2, **tune})
+    with pytest.raises(UserError, match=told):
+        project.tune(4)
+    assert project.calls.total() == 0 and project.tracked == []
+
+
+def told_trial(state: str, **notes: Any) -> Told:
+    return Told(0, state, {}, 0.5 if state == "complete" else None, {"bytes": 10, **notes}, {})
+
+
+def test_advice_follows_from_why_no_trial_can_be_taken() -> None:
+    bytes_alone = Limits(["bytes", "kl"], {"bytes": 8.0})
+    cases: list[tuple[list[Told], Limits, float | None, str]] = [
+        ([], Limits(["kl"], {}), 0.0, r"none was begun in the 0 s that --timeout gives: give more"),
+        ([], Limits(["kl"], {}), None, r"none was made: ask for more \(--trials\)"),
+        (
+            [told_trial("complete", fits=False)] * 2,
+            Limits(["kl"], {}),
+            None,
+            r"all 2 that are complete are larger than the budget: let the knobs reach",
+        ),
+        (
+            [told_trial("complete", fits=True)],
+            bytes_alone,
+            None,
+            r"none of 1 keeps to .*: allow more, or ask for more trials",
+        ),
+        (
+            [told_trial("failed", reason="no plan: too large")],
+            Limits(["kl"], {}),
+            None,
+            r"no plan: too large: allow more values of the knobs",
+        ),
+    ]
+    for told, limits, timeout, text in cases:
+        assert re.match(text, why_none(told, limits, timeout))
+
+
+def test_starts_that_the_ranges_do_not_hold_are_not_called_so(make: Make) -> None:
+    knobs = {"score_exponent": 1, "depth_slope": [1, 2]}
+    project = make(tune={"prune": False, "sequences": 2, "knobs": knobs})
+    project.tune(4)
+    starts = [f"nearest to {name}" for name in ("as predicted", "greedy", "reductions × 4")]
+    table = trials(project)
+    assert list(table["start"].dropna()) == starts
+    _, calls = project.tune(4)
+    assert calls.total() == 0
+
+
+def test_time_that_is_up_leaves_no_trial_that_seems_to_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"prune": False, "sequences": 2})
+    with monkeypatch.context() as patch:
+        # Time is up once a trial was asked for ahead.
+        late = lambda self: self.prepared is not None and self.finished > 0  # noqa: E731
+        patch.setattr(Trials, "_late", late)
+        project.tune(6, timeout=60.0)
+    study = optuna.load_study(
+        study_name="small", storage=open_storage(project.output / "journal.log")
+    )
+    states = Counter(trial.state.name for trial in study.trials)
+    assert len(trials(project)) == 2
+    assert states == {"COMPLETE": 2, "FAIL": 1, "WAITING": 2}  # of four starts
+    project.tune(6)
+    table = trials(project)
+    assert len(table) == 6 and set(table["state"]) == {"complete"}
+    assert sorted(table["start"].dropna()) == ["as predicted", "even", "greedy", "reductions × 4"]
+
+
+def test_the_bar_of_finished_trials_says_the_best_of_all(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[str]] = []
+    monkeypatch.setattr(View, "finish", lambda self, name, told=(): said.append(list(told)))
+    project = make(tune={"prune": False, "sequences": 2})
+    for count in (4, 5, 5):
+        project.tune(count)
+        best = project.json("study.json")["best"]
+        assert next(filter(None, reversed(said))) == [
+            f"best {best['kl']:.4g} (trial {best['trial']})"
+        ]
+
+
+def test_a_run_takes_what_a_study_told_out_of_the_folder(make: Make, known_study: Path) -> None:
+    project = make()
+    copied(known_study, project.output)
+    picture = project.output / "pictures" / "study_history.png"
+    picture.parent.mkdir(exist_ok=True)
+    picture.touch()
+    project.run(stages=("search",))
+    assert (project.output / "plan.json").exists() and (project.output / "journal.log").exists()
+    for gone in (picture, project.output / "study.json", project.output / "trials.parquet"):
+        assert not gone.exists()
+    project.tune(2)
+    assert (project.output / "study.json").exists()
 
 
 def test_groups_and_options_are_knobs(make: Make) -> None:

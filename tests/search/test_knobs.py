@@ -23,7 +23,17 @@ from moesaic.search.base import (
     smallest_bytes,
 )
 from moesaic.search.knapsack import search
-from moesaic.search.knobs import GREEDY, Allocator, Knob, Place, Value, Values, narrowed
+from moesaic.search.knobs import (
+    GREEDY,
+    Allocator,
+    Knob,
+    Place,
+    Value,
+    Values,
+    is_greedy,
+    narrowed,
+    within,
+)
 from moesaic.search.samplers import SAMPLERS, make_sampler, refusal, start_params, suggest
 from tests.search.problems import best_by_looking_at_all
 
@@ -420,3 +430,34 @@ def test_weights_of_sources_weigh_each_loss_by_its_parts() -> None:
             ]
             assert new.loss == pytest.approx(sum(parts) / mean, rel=1e-12)
     assert allocator.plan(values).units != search(given).units
+
+
+def test_starts_are_called_what_they_are_within_a_users_ranges() -> None:
+    own = [
+        Knob("score_exponent", "", 1.0, 0.0, 2.0),
+        Knob("slope", "", 0.0, -3.0, 3.0),
+        Knob("order", "", "any", choices=("any", "true")),
+    ]
+    starts: dict[str, Values] = {
+        "as predicted": {},
+        "even": {"score_exponent": 0.0},
+        "greedy": {},
+    }
+    assert within(starts, own, narrowed(own, {"slope": [-1, 1]})) == starts
+    assert within(starts, own, narrowed(own, {"slope": 0, "order": "any"})) == starts
+    # There is no even plan where the exponent may not be 0; no start is made twice by it.
+    assert list(within(starts, own, narrowed(own, {"score_exponent": 1}))) == [
+        "as predicted",
+        "greedy",
+    ]
+    moved = {f"nearest to {name}": values for name, values in starts.items()}
+    for wish in ({"slope": [1, 2]}, {"order": "true"}):
+        assert within(starts, own, narrowed(own, wish)) == moved
+    both = within(starts, own, narrowed(own, {"score_exponent": [0.5, 0.8]}))
+    assert list(both) == ["nearest to as predicted", "nearest to greedy"]
+    assert [is_greedy(name) for name in ("greedy", "nearest to greedy", "even", None)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
