@@ -35,8 +35,6 @@ from moesaic.search.samplers import make_sampler, start_params, suggest
 
 if TYPE_CHECKING:
     import pandas as pd
-
-if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
     from optuna.trial import FrozenTrial, Trial
 
@@ -393,7 +391,7 @@ def _give_back(study: "OptunaStudy", unfinished: "FrozenTrial", enqueue: bool = 
     from optuna.trial import Trial, TrialState
 
     if enqueue:
-        # One that died before it had all its values was asked for with those wanted.
+        # One that died early may lack values that were wanted of it.
         params = {**unfinished.user_attrs.get(_WANTED, {}), **unfinished.params}
         marks = {_AGAIN: unfinished.number, _WANTED: params}
         if _START in unfinished.user_attrs:

@@ -28,9 +28,10 @@ from moesaic.orchestrator.study import Asked, Study, Told
 from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
 from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
 from moesaic.orchestrator.trial_record import Made, TrialRecord
+from moesaic.search._starts import is_greedy
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Plan
-from moesaic.search.knobs import GREEDY, Allocator, Value, is_greedy
+from moesaic.search.knobs import GREEDY, Allocator, Value
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.tune import TunedPipeline

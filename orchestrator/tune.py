@@ -45,8 +45,9 @@ from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trial_record import trial_name
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.widening import added_text
+from moesaic.search._starts import within
 from moesaic.search.base import Plan
-from moesaic.search.knobs import PREDICTED, Allocator, Knob, Value, within
+from moesaic.search.knobs import PREDICTED, Allocator, Knob, Value
 
 
 @dataclass(frozen=True)

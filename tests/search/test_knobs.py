@@ -13,6 +13,7 @@ import pytest
 
 from moesaic.methods.base import Chain, Spec
 from moesaic.search import samplers
+from moesaic.search._starts import is_greedy, within
 from moesaic.search.base import (
     Alternative,
     Budget,
@@ -30,9 +31,7 @@ from moesaic.search.knobs import (
     Place,
     Value,
     Values,
-    is_greedy,
     narrowed,
-    within,
 )
 from moesaic.search.samplers import SAMPLERS, make_sampler, refusal, start_params, suggest
 from tests.search.problems import best_by_looking_at_all
