@@ -11,11 +11,10 @@ from optuna import load_study
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
-from tests.chaos import environment
 from tests.drivers import TIMEOUT, doomed, forked, gone, logs, wait_until
+from tests.local_cluster import local_cluster
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,17 +50,9 @@ def running(output: Path) -> list[FrozenTrial]:
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """Two nodes of one core."""
-    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    with environment(variables), pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
-        node = {"num_cpus": 1, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            made.add_node(num_cpus=1)
-            yield made
-        finally:
-            made.shutdown()
+    with local_cluster() as made:
+        made.add_node(num_cpus=1)
+        yield made
 
 
 def workers() -> list[psutil.Process]:

@@ -12,10 +12,8 @@ from typing import Any
 
 import fsspec
 import pytest
-import ray
 import torch
 from mlflow.store.db import utils as mlflow_tables
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +25,7 @@ from moesaic.orchestrator import machine, probes, solving
 from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.store import digest
-from tests.chaos import environment
+from tests.local_cluster import local_cluster
 from tests.orchestrator.tiny import save_tiny
 
 Tiny = Callable[..., Path]
@@ -138,21 +136,8 @@ def make_walk(request: pytest.FixtureRequest, tiny: Tiny, ids: Tensor, tmp_path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """One node with one core; tests add others."""
-    variables = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    with environment(variables), pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
-        head = {"num_cpus": 1, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
+    with local_cluster() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
