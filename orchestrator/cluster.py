@@ -134,10 +134,14 @@ def end_local() -> None:
 
 
 def _collect_lines() -> None:
-    """What workers print goes into the run's log; Ray would print it between our lines."""
+    """What workers print goes into the run's log, and what Ray tells of nodes and workers that died.
+
+    Ray would print it between our lines, and on stdout, where the result is.
+    """
     for name in ("ray_print_logs", "moesaic"):
         global_worker_stdstream_dispatcher.remove_handler(name)
     global_worker_stdstream_dispatcher.add_handler("moesaic", from_worker)
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: from_worker(data)
 
 
 @contextmanager

@@ -58,7 +58,8 @@ class RunLog:
 
     def from_worker(self, data: Mapping[str, Any]) -> None:
         """A batch of lines as Ray gives it: ``lines``, ``ip``, ``pid`` (or who else of Ray)."""
-        source, lines = f"[{data.get('ip', '?')} {data.get('pid', '?')}]", data.get("lines", ())
+        who = [str(data[key]) for key in ("ip", "pid") if key in data]  # Ray's own have no address
+        source, lines = f"[{' '.join(who)}]", data.get("lines", ())
         if data.get("pid") == "autoscaler":  # its report of every five seconds is no news
             lines = [x.removeprefix(_NEWS) for x in lines if x.startswith(_NEWS)]
         with self._lock:

@@ -1,6 +1,7 @@
 """The order of the test files for ``make test``, where two processes take file after file."""
 
 import gc
+import signal
 
 import pytest
 
@@ -15,6 +16,7 @@ FIRST = (
     "test_head.py",
     "test_pool.py",
 )
+_SIGTERM = signal.getsignal(signal.SIGTERM)
 ORDER = {name: place for place, name in enumerate(FIRST)}
 
 
@@ -29,6 +31,11 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    """Ray leaves a handler of its own, or none that Python knows, wherever it was started."""
+    signal.signal(signal.SIGTERM, _SIGTERM)
 
 
 def pytest_sessionfinish() -> None:

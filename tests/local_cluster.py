@@ -1,6 +1,5 @@
 """A Ray cluster on this machine, whose nodes are processes."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,6 @@ def local_cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "disabled",
         "PYTHONPATH": _ROOT,
     }
-    before = signal.getsignal(signal.SIGTERM)  # Ray puts one of its own in its place
     with environment(variables), pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
@@ -34,4 +32,3 @@ def local_cluster() -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             made.shutdown()
-            signal.signal(signal.SIGTERM, before)

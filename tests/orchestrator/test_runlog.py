@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import ray
 
-from moesaic.orchestrator import runlog
+from moesaic.orchestrator import cluster, runlog
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.run import run_recipe
@@ -67,6 +68,21 @@ def test_the_last_line_tells_how_the_run_ended(
         pass
     lines = said(tmp_path)
     assert lines[1] == end and lines[-1] == "done" and len(lines) == 4
+
+
+def test_what_ray_tells_of_deaths_is_in_the_log_and_not_on_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On stdout is the result, for ``--json``."""
+    told = ray._private.worker.print_to_stdstream
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", told)  # restored in the end
+    cluster._collect_lines()
+    with runlog.run_log(tmp_path, "run"):
+        ray._private.worker.print_to_stdstream(
+            {"lines": ["A worker died."], "pid": "raylet", "is_err": False}, ignore_prefix=False
+        )
+    assert capfd.readouterr().out == ""
+    assert " [raylet] A worker died." in (tmp_path / "log.txt").read_text()
 
 
 def test_workers_that_write_much_or_repeat_themselves_do_not_fill_the_disk(tmp_path: Path) -> None:
