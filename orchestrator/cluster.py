@@ -134,7 +134,7 @@ def end_local() -> None:
 
 
 def _collect_lines() -> None:
-    """What workers print goes into the run's log, and what Ray tells of nodes and workers that died.
+    """What workers print goes into the log, and what Ray tells of nodes and workers that died.
 
     Ray would print it between our lines, and on stdout, where the result is.
     """
