@@ -131,9 +131,14 @@ def test_a_run_that_was_taken_for_dead_stops(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_TOUCH_SECONDS", 0.1)
-    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path, recipe):
-        foreign(tmp_path)
-        time.sleep(20)
+    # Tests that were started in the background would ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), run_folder(tmp_path, recipe):
+            foreign(tmp_path)
+            time.sleep(20)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "elsewhere"
 
 
