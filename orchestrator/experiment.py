@@ -575,7 +575,7 @@ class Experiment:
             entry = self.store.put("ids", key, lambda p: save_file(tensors, p))
         return str(entry.path)
 
-    @property
+    @cached_property
     def workers_per_gpu(self) -> int:
         """Workers that one GPU has work for."""
         checkpoint = self.original.checkpoint

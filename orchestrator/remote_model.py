@@ -51,6 +51,10 @@ def copies_folder(url: str, place: CachePlace) -> Path:
     name = quote(url.rstrip("/"), safe="")
     if len(name) > LONGEST_NAME:
         raise RecipeError(f"model: {url[:80]} … is too long: at most {LONGEST_NAME} characters")
+    return _copies(place, name)
+
+
+def _copies(place: CachePlace, name: str) -> Path:
     return place.folder / f"{_COPIES}{place.limit_bytes}" / name
 
 
@@ -236,9 +240,10 @@ class FetchedCheckpoint(RemoteCheckpoint):
         place, url = source.place.cache, source.url
         # A name that fits, however long the folder's is.
         name = f"{quote(url, safe='')[:_SHOWN]}-{digest(url)}"
-        folder = place.folder / f"{_COPIES}{place.limit_bytes}" / name
         small = COMPANIONS | {".py"}  # which is only offered where it belongs to the model
-        super().__init__(folder, place, Objects(url, "model", DriverFiles(source)), small)
+        super().__init__(
+            _copies(place, name), place, Objects(url, "model", DriverFiles(source)), small
+        )
 
 
 def _is_inside(name: str) -> bool:

@@ -309,8 +309,7 @@ def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], do
     kind = experiment.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
-    near = f"block {job.block}"
-    function = "measure:compress_job"
+    function, near = "measure:compress_job", f"block {job.block}"
     return Task(function, arguments, label, priority, None, done, kind=kind, near=near)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moesaic.orchestrator import cache, pipeline, report, run, score_table
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.score_table import ScoreOptions
@@ -198,6 +199,15 @@ class Project:
         """Plan and checkpoint. The model card tells the scores, and these how fast it went."""
         files = [self.output / "plan.json", *(self.output / "model").iterdir()]
         return {path.name: path.read_bytes() for path in files}
+
+
+def stored(experiment: Experiment, *kinds: str) -> dict[str, bytes]:
+    """The tensors of all entries of these kinds, by kind and name."""
+    return {
+        f"{kind}/{path.name}": path.read_bytes()
+        for kind in kinds
+        for path in sorted((experiment.store.root / kind).glob("*/*.safetensors"))
+    }
 
 
 def measured_store(folder: Path, model: Path, **recipe: Any) -> Path:

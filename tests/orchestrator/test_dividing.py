@@ -16,7 +16,7 @@ from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.shares import parts_now
 from moesaic.orchestrator.stages import Calibration, measuring_jobs, missing_pairs
 from moesaic.orchestrator.worker import WorkerState
-from tests.orchestrator.inline import InlinePool
+from tests.orchestrator.inline import InlinePool, stored
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 # Quantizers, ranks that are cuts of one another, and corrections of what a quantizer left.
@@ -44,19 +44,11 @@ def bank_job(folder: Path, model: Path) -> tuple[Experiment, Job]:
     return experiment, next(job for job in jobs if "experts" in job.units[0])
 
 
-def left(experiment: Experiment) -> dict[str, bytes]:
-    return {
-        f"{kind}/{path.name}": path.read_bytes()
-        for kind in ("pieces", "errors")
-        for path in sorted((experiment.store.root / kind).glob("*/*.safetensors"))
-    }
-
-
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     experiment, job = bank_job(tmp_path_factory.mktemp("whole"), model)
     compress_job(WorkerState(1), plain(job))
-    return left(experiment)
+    return stored(experiment, "pieces", "errors")
 
 
 @pytest.mark.parametrize("count", [2, 3, 99])
@@ -74,7 +66,7 @@ def test_parts_leave_the_bytes_of_the_whole(
     )
     for part in reversed(parts):
         compress_job(WorkerState(1), plain(part))
-    assert left(experiment) == whole and len(whole) == 2 * 8
+    assert stored(experiment, "pieces", "errors") == whole and len(whole) == 2 * 8
 
 
 def test_jobs_that_share_work_are_not_divided(
@@ -119,7 +111,7 @@ def test_a_run_divides_its_banks_and_leaves_the_same(
     monkeypatch.setattr(pool, "run", take_apart)
     bank = {u.name: experiment.offers[u.name] for u in experiment.units if u.kind == "bank"}
     Calibration(experiment, pool, View(), bank).run()
-    assert len(measured) == 5 and left(experiment) == whole
+    assert len(measured) == 5 and stored(experiment, "pieces", "errors") == whole
 
 
 def test_shares_of_what_waits_become_smaller_towards_the_end() -> None:

@@ -15,7 +15,7 @@ from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.recipe_sections import Compute
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.streaming import StreamedModel
-from tests.orchestrator.inline import InlinePool, Killed
+from tests.orchestrator.inline import InlinePool, Killed, stored
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 WALKERS, WORKERS = 2, 3
@@ -38,19 +38,11 @@ def calibrated(experiment: Experiment, kill_at: int | None = None) -> InlinePool
     return pool
 
 
-def entries(experiment: Experiment) -> dict[str, bytes]:
-    return {
-        f"{kind}/{path.name}": path.read_bytes()
-        for kind in ("stats", "gradients")
-        for path in sorted((experiment.store.root / kind).glob("*/*.safetensors"))
-    }
-
-
 @pytest.fixture(scope="module")
 def joint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     experiment = prepared(tmp_path_factory.mktemp("joint"), model, "joint")
     assert calibrated(experiment).calls["walk_ahead:pass_block"] == 0
-    return entries(experiment)
+    return stored(experiment, "stats", "gradients")
 
 
 def test_it_leaves_the_same_bytes_and_no_hidden_states(
@@ -61,7 +53,7 @@ def test_it_leaves_the_same_bytes_and_no_hidden_states(
     blocks = experiment.model.blocks
     assert calls["walk_ahead:pass_block"] == blocks * WALKERS
     assert calls["calibrate:collect"] == blocks and calls["calibrate:forward"] == 0
-    assert entries(experiment) == joint and len(joint) == 2 * blocks
+    assert stored(experiment, "stats", "gradients") == joint and len(joint) == 2 * blocks
     assert not list(experiment.walk.scratch.glob("*"))
 
 
@@ -76,7 +68,7 @@ def test_it_goes_on_after_a_kill_in_either_way(
         calibrated(prepared(tmp_path, model, "ahead"), kill_at)
     experiment = prepared(tmp_path, model, then)
     calibrated(experiment)
-    assert entries(experiment) == joint
+    assert stored(experiment, "stats", "gradients") == joint
 
 
 def test_a_joint_walk_that_was_killed_is_gone_on_with_ahead(
@@ -86,7 +78,7 @@ def test_a_joint_walk_that_was_killed_is_gone_on_with_ahead(
         calibrated(prepared(tmp_path, model, "joint"), 6)
     experiment = prepared(tmp_path, model, "ahead")
     calibrated(experiment)
-    assert entries(experiment) == joint
+    assert stored(experiment, "stats", "gradients") == joint
 
 
 def test_statistics_that_are_there_are_not_collected_again(model: Path, tmp_path: Path) -> None:
@@ -118,7 +110,7 @@ def test_sums_that_are_there_are_not_made_again_when_hidden_states_are_lost(
     calls = calibrated(experiment).calls
     assert calls["calibrate:forward"] + calls["walk_ahead:pass_block"] > 0
     assert made == [("gradients", 0)] * WALKERS
-    assert entries(experiment) == joint
+    assert stored(experiment, "stats", "gradients") == joint
 
 
 def test_the_walk_waits_while_too_many_hidden_states_do(
@@ -136,7 +128,7 @@ def test_the_walk_waits_while_too_many_hidden_states_do(
     passes = [order.index(f"forward {block}") for block in (1, 2)]
     assert passes == sorted(passes) and order.index("collect 0") < passes[0]
     assert order.index("collect 1") < passes[1]
-    assert entries(experiment) == joint
+    assert stored(experiment, "stats", "gradients") == joint
 
 
 def test_many_workers_walk_ahead_by_themselves() -> None:
