@@ -5,7 +5,6 @@ from typing import cast
 
 from moesaic.methods.base import Spec, Stats, Unit
 from moesaic.methods.reduction import Allotting, LayerView, reducer_module, windows
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.expert_statistics import expert_site
 from moesaic.orchestrator.reductions import layer_shape
@@ -13,6 +12,7 @@ from moesaic.orchestrator.shared import open_store
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import Walk
 
 # (bank, reducer as the recipe has it) → the same with the number of experts that this bank keeps.
 Allotted = Mapping[tuple[str, Spec], Spec]

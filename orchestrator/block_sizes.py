@@ -7,7 +7,6 @@ bounded from above by the widths of a block's layers.
 
 import math
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,9 +23,7 @@ from moesaic.orchestrator.statistics import (
     sum_layout,
 )
 from moesaic.orchestrator.streaming import StreamedModel
-
-if TYPE_CHECKING:
-    from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator.walk import Walk
 
 _META = torch.device("meta")
 
@@ -38,7 +35,7 @@ class BlockSizes:
         length: tokens of a sequence.
     """
 
-    def __init__(self, model: StreamedModel, walk: "Walk", length: int) -> None:
+    def __init__(self, model: StreamedModel, walk: Walk, length: int) -> None:
         self.model = model
         self.walk = walk
         self.length = length

@@ -197,7 +197,7 @@ class Budgets:
             machine=describe_machine(),
             serve=recipe.serve,
             recipe=recipe.to_yaml(),
-            dense_bytes=whole.experiment.size.dense_bytes,
+            dense_bytes=whole.experiment.sizes.size.dense_bytes,
             budgets={label: pipeline.budget_bytes for label, pipeline in self.each.items()},
             scores=scores,
             losses={name: plan.loss for name, plan in self.plans.items()},

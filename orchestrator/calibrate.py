@@ -15,19 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.methods.base import Stats, Unit
-from moesaic.orchestrator.adding import OpenSums, found_nodes, open_sums
+from moesaic.methods.base import Stats
 from moesaic.orchestrator.block_sizes import BlockSizes
-from moesaic.orchestrator.damage import DamagedFile, damage_removed
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.expert_statistics import (
     ExpertStatistics,
@@ -35,189 +30,39 @@ from moesaic.orchestrator.expert_statistics import (
     expert_site,
     sampled_tokens,
 )
-from moesaic.orchestrator.experts import Experts, observing
+from moesaic.orchestrator.experts import observing
 from moesaic.orchestrator.parted import PartedBlock, parted_nodes
 from moesaic.orchestrator.passes import Passes, bank_of, experts_at_a_time, planned_passes
-from moesaic.orchestrator.pieces import read_piece
+from moesaic.orchestrator.pieces import dense_members
 from moesaic.orchestrator.readahead import own_share, read_ahead, read_files_ahead
-from moesaic.orchestrator.shared import exists, fetched, open_store, remove, write_shared
+from moesaic.orchestrator.shared import exists, fetched, remove
 from moesaic.orchestrator.source_statistics import SourceObserver, batches, in_order
 from moesaic.orchestrator.statistics import (
     BLOCK,
-    SEPARATOR,
     InfluenceObserver,
     Node,
     SiteStats,
     StatisticsObserver,
     covered,
     held_by_walker,
-    save_stats,
-    tree_sum,
-)
-from moesaic.orchestrator.store import (
-    code_digest,
-    digest,
-    scratch_folder,
 )
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.sums import leave_sums, sum_nodes, sums_left
+from moesaic.orchestrator.walk import (
+    Walk,
+    block_units,
+    boundary_path,
+    hidden_path,
+    load_tensor,
+    opened,
+    save_tensor,
+    token_ids,
+)
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # A range of shards may be this many blocks ahead of the slowest: bounds unfinished sums on disk,
 # and hidden states in memory.
 LEAD = 2
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Everything that fixes the statistics of one walk over the blocks; plain data for workers.
-
-    Attributes:
-        model, dtype, trust_remote_code: what to open.
-        fingerprint: digest of the checkpoint's contents.
-        ids: file with the token ids ``[sequences, length]``.
-        ids_digest: digest of the tokens.
-        sequences, shards, batch: how the tokens are cut.
-        needs: statistics that are wanted at every site.
-        experts: ``routed`` or ``all``.
-        gradients: sequences per shard for the reverse pass; 0 for none.
-        seed: of the labels drawn in the reverse pass.
-        fisher: whether the reverse pass also takes the next tokens as labels, for ``fisher``.
-        pooling: of an encoder's hidden states, where the reverse pass begins with embeddings; empty
-            for a language model.
-        sampled: tokens that every expert is run on, where ``needs`` name expert statistics.
-        sources: text source of every sequence; empty where no expert statistics are wanted.
-        by_source: the same, where second moments are kept apart by source; else empty.
-        store: root of the store.
-        prefixes: with ``propagate``, for every block the digest of what the plan made of the blocks
-            before it, "" where that is nothing; empty where inputs come from the dense model.
-    """
-
-    model: str
-    dtype: str
-    trust_remote_code: bool
-    fingerprint: str
-    ids: str
-    ids_digest: str
-    sequences: int
-    shards: int
-    batch: int
-    needs: tuple[str, ...]
-    experts: Experts
-    gradients: int
-    seed: int
-    store: str
-    sampled: int = 0
-    sources: tuple[int, ...] = ()
-    by_source: tuple[int, ...] = ()
-    prefixes: tuple[str, ...] = ()
-    fisher: bool = False
-    pooling: str = ""
-
-    @cached_property
-    def key(self) -> str:
-        """Digest of everything that fixes the hidden states and the statistics."""
-        inputs = {
-            "model": self.fingerprint,
-            "dtype": self.dtype,
-            "ids": self.ids_digest,
-            "cut": [self.sequences, self.shards, self.batch],
-            "needs": sorted(self.needs),
-            "experts": self.experts,
-            "layers": [self.sampled, self.sources],
-            **({"by source": self.by_source} if self.by_source else {}),
-            "code": code_digest(
-                "orchestrator/calibrate.py",
-                "orchestrator/parted.py",
-                "orchestrator/bank_slices.py",
-                "orchestrator/adding.py",
-                "orchestrator/gradients.py",
-                "orchestrator/embeddings.py",
-                "orchestrator/statistics.py",
-                "orchestrator/source_statistics.py",
-                "orchestrator/expert_statistics.py",
-                "orchestrator/streaming.py",
-                "orchestrator/experts.py",
-                "orchestrator/family.py",
-                "orchestrator/skeleton.py",
-                "orchestrator/layout.py",
-                "orchestrator/bank.py",
-            ),
-        }
-        return digest(inputs)
-
-    def stats_key(self, block: int) -> str:
-        return digest([self.key, "stats", block, *filter(None, self.prefixes[block : block + 1])])
-
-    def gradients_key(self, block: int) -> str:
-        return digest([self.key, "gradients", *self._reverse, block])
-
-    @property
-    def _reverse(self) -> list[Any]:
-        """What fixes the reverse pass besides the hidden states."""
-        more = [*(["fisher"] if self.fisher else []), *filter(None, [self.pooling])]
-        return [self.gradients, self.seed, *more]
-
-    def shard_rows(self, shard: int) -> tuple[int, int]:
-        """First and one-past-last sequence of a shard."""
-        return (
-            shard * self.sequences // self.shards,
-            (shard + 1) * self.sequences // self.shards,
-        )
-
-    @cached_property
-    def scratch(self) -> Path:
-        """Folder of unfinished work: hidden states, partial sums."""
-        own = [self.key, self.prefixes, *self._reverse]
-        return scratch_folder(Path(self.store), digest(own))
-
-
-def load_tensor(path: Path) -> Tensor | None:
-    """A tensor saved alone, copied so that the file is not kept mapped; None if not there.
-
-    One that was damaged is removed, and not there either.
-    """
-    try:
-        with damage_removed(path), safe_open(fetched(path), framework="pt") as file:
-            value: Tensor = file.get_tensor("value").clone()
-            return value
-    except (FileNotFoundError, DamagedFile):
-        return None
-
-
-def save_tensor(path: Path, value: Tensor) -> None:
-    def write(temporary: Path) -> None:
-        save_file({"value": value.cpu().contiguous()}, temporary)
-
-    write_shared(path, write)
-
-
-def token_ids(walk: Walk, shard: int) -> Tensor:
-    """``[sequences of the shard, length]``"""
-    return read_ids(walk.ids, *walk.shard_rows(shard))
-
-
-def read_ids(file: str, low: int, high: int) -> Tensor:
-    """Tokens of the sequences ``low … high - 1``, int64 ``[sequences, length]``."""
-    with safe_open(fetched(file), framework="pt") as opened:
-        rows: Tensor = opened.get_slice("ids")[low:high].long()
-        return rows
-
-
-def hidden_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch / f"hidden-{block:04d}-{shard:04d}.safetensors"
-
-
-def boundary_path(walk: Walk, block: int, shard: int) -> Path:
-    return walk.scratch / f"boundary-{block:04d}-{shard:04d}.safetensors"
-
-
-def node_path(walk: Walk, what: str, block: int, node: Node) -> Path:
-    return walk.scratch / f"{what}-{block:04d}-{node[0]:04d}-{node[1]:04d}.safetensors"
-
-
-def opened(state: WorkerState, walk: Walk) -> StreamedModel:
-    model: StreamedModel = state.model(walk.model, walk.dtype, walk.trust_remote_code)
-    return model
 
 
 def _batches(walk: Walk, shard: int, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -317,17 +162,6 @@ def _tokens(walk: Walk, shard: int) -> Tokens:
         rows=rows,
         total=min(walk.sampled, tokens),
     )
-
-
-def _overflow(walk: Walk, what: str, block: int, site: str, statistic: str) -> str:
-    """What to say of sums that are not finite."""
-    where = "its hidden states" if site == BLOCK else f"{statistic} of {site}"
-    # Gradients come from where the model ends.
-    side = "before" if what == "stats" else "behind"
-    advice = f"look at the weights {side} it for values that are far too large"
-    if walk.dtype != "float32":
-        advice = "try compute.dtype: float32"
-    return f"{walk.model}: block {block}: {where} overflow: {advice}"
 
 
 @torch.no_grad()
@@ -520,90 +354,6 @@ def _walk_in_parts(
     return passes.text(bank)
 
 
-def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    """The weights that pieces stand for: unit → member → ``[*batch, out, in]``."""
-    return {
-        unit: {member: tensor.effective() for member, tensor in read_piece(Path(path)).items()}
-        for unit, path in pieces.items()
-    }
-
-
-def block_units(model: StreamedModel, block: int) -> list[Unit]:
-    return [unit for unit in model.units() if unit.block == block]
-
-
-def sum_nodes(
-    walk: Walk,
-    what: str,
-    block: int,
-    nodes: list[Node],
-    shard_stats: Callable[[int], SiteStats],
-) -> None:
-    """Sums every node from its shards, in order, and writes it."""
-
-    def leaf(node: Node) -> SiteStats | None:
-        return None if node[1] - node[0] > 1 else shard_stats(node[0])
-
-    for node in nodes:
-        sums = tree_sum(node, leaf)
-        leave_sums(walk, what, block, node, lambda p, sums=sums: save_stats(p, sums))  # type: ignore[misc]
-
-
-def entry_key(walk: Walk, what: str, block: int) -> str:
-    """Of a block's sums in the store."""
-    return walk.stats_key(block) if what == "stats" else walk.gradients_key(block)
-
-
-def sums_left(walk: Walk, what: str, block: int, nodes: list[Node]) -> bool:
-    """Whether :func:`leave_sums` was here for all these nodes."""
-    if nodes == [(0, walk.shards)]:
-        return open_store(walk.store).get(what, entry_key(walk, what, block)) is not None
-    return all(exists(node_path(walk, what, block, node)) for node in nodes)
-
-
-def leave_sums(walk: Walk, what: str, block: int, node: Node, fill: Callable[[Path], None]) -> None:
-    """Writes the sums of a node: a file that is to be added to others, or, where the node is all
-    shards and there is nothing to add, the block's entry.
-
-    Args:
-        fill: writes them to a path.
-    """
-    if node != (0, walk.shards):
-        write_shared(node_path(walk, what, block, node), fill)
-        return
-    told: dict[str, Any] = {}
-
-    def write(path: Path) -> None:
-        fill(path)
-        with safe_open(path, framework="pt") as file:
-            sums = OpenSums(node, {node: file})
-            sums.look(partial(_finite, walk, what, block))
-            told.update(_counts(sums, block))
-
-    open_store(walk.store).put(what, entry_key(walk, what, block), write, told)
-
-
-def _finite(walk: Walk, what: str, block: int, name: str, value: Tensor) -> None:
-    """Raises RunError where a sum is not."""
-    if not torch.isfinite(value).all():
-        site, _, statistic = name.rpartition(SEPARATOR)
-        raise RunError(_overflow(walk, what, block, site, statistic))
-
-
-def _counts(sums: OpenSums, block: int) -> dict[str, Any]:
-    """What is told with the sums of a block: the tokens that each site saw."""
-    counts = {
-        name: {
-            site: sums.total(full).tolist()
-            for full in sums.layout
-            for site, _, statistic in [full.rpartition(SEPARATOR)]
-            if statistic == name
-        }
-        for name in ("tokens", "routed")
-    }
-    return {"block": block, **counts}
-
-
 def _passed(
     walk: Walk,
     model: StreamedModel,
@@ -672,39 +422,3 @@ def _keep_boundary(walk: Walk, block: int, shard: int, hidden: Tensor) -> None:
         path = boundary_path(walk, block, shard)
         if not exists(path):
             save_tensor(path, hidden[: walk.gradients])
-
-
-def reduce(state: WorkerState, walk: dict[str, Any], what: str, block: int) -> dict[str, Any]:
-    """Sums the nodes of a block into its entry of the store, and removes them.
-
-    Args:
-        what: ``stats`` or ``gradients``.
-    """
-    plan = Walk(**walk)
-    store = open_store(plan.store)
-    key = entry_key(plan, what, block)
-    root: Node = (0, plan.shards)
-
-    def known() -> bool:
-        """Whether another worker was here, and has removed some nodes or all."""
-        return store.get(what, key) is not None
-
-    if known():
-        return {"peak_bytes": peak_memory_bytes()}
-    paths, missing = found_nodes(root, lambda node: node_path(plan, what, block, node), exists)
-    try:
-        if missing:
-            raise RunError(
-                f"block {block}: the {what} of shard {missing[0]} are missing; run the same command"
-                " again"
-            )
-        with open_sums(root, paths) as sums:
-            finite = partial(_finite, plan, what, block)
-            store.put(what, key, lambda path: sums.write(path, finite), _counts(sums, block))
-    except (RunError, FileNotFoundError):
-        if known():
-            return {"peak_bytes": peak_memory_bytes()}
-        raise
-    for path in paths.values():
-        remove(path)
-    return {"peak_bytes": peak_memory_bytes()}

@@ -31,7 +31,7 @@ def model_card(
         f"# {recipe.name}",
         "",
         f"`{Path(portable(recipe.model)).name}` compressed by moesaic for `{recipe.serve}`:"
-        f" {plan.bytes:,} bytes of {experiment.size.dense_bytes:,}.",
+        f" {plan.bytes:,} bytes of {experiment.sizes.size.dense_bytes:,}.",
         "",
         *_loading(recipe, experiment.model.family.yardstick.task),
         "| choice | units |",

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.embeddings import Sentences, sentence_score
+from moesaic.orchestrator.pieces import dense_members
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, yardstick_of
 

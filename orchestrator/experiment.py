@@ -7,54 +7,44 @@ recipe is found out before any work starts.
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from moesaic.methods import chains
 from moesaic.methods.base import (
     Chain,
-    Spec,
-    Unit,
     is_reducer,
     reducers_of,
-    reducing,
     reverse_needs,
 )
-from moesaic.methods.reduction import is_open
 from moesaic.methods.slicegpt import Options as SliceOptions
-from moesaic.orchestrator.allotment import Allotted, allotted
-from moesaic.orchestrator.assemble import header_bytes_bound
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.choices import Chosen, choices, member_choices, tied_choices
 from moesaic.orchestrator.cluster import has_16_bit_products, processor_only
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.embeddings import read_pooling
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.gpu_shares import workers_per_gpu
-from moesaic.orchestrator.measure import Job, needs, piece_key
-from moesaic.orchestrator.objects import is_url
-from moesaic.orchestrator.offers import Offering
+from moesaic.orchestrator.measure import needs, piece_key
+from moesaic.orchestrator.model_folder import find_model
+from moesaic.orchestrator.plan_bytes import PlanBytes
 from moesaic.orchestrator.publish import check_publish
 from moesaic.orchestrator.recipe import Recipe
-from moesaic.orchestrator.recipe_sections import BudgetSection, Texts
+from moesaic.orchestrator.recipe_sections import Texts
 from moesaic.orchestrator.reductions import reduction_key
-from moesaic.orchestrator.remote_model import copies_folder, open_checkpoint
+from moesaic.orchestrator.remote_model import open_checkpoint
 from moesaic.orchestrator.score_features import features_key
 from moesaic.orchestrator.shaping import Shaping
-from moesaic.orchestrator.shared import CachePlace, exists, make_store
+from moesaic.orchestrator.shared import exists, make_store
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, sliced_width
+from moesaic.orchestrator.space import Space
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel, dtype_named
-from moesaic.orchestrator.targets import ties
 from moesaic.orchestrator.texts import (
     Cutter,
     Sequences,
@@ -65,61 +55,8 @@ from moesaic.orchestrator.texts import (
     sentences,
     windows,
 )
-from moesaic.search.base import Alternative, Budget, Measurement, Problem, smallest_bytes
-
-# Folders that the Makefile fills.
-_MADE = ("smollm2", "minilm")
-
-
-def find_model(name: str, place: CachePlace) -> Path:
-    """A local folder as it is; for a URL the folder that takes copies of what is read; any other
-    name is downloaded from the hub, or found in its cache.
-
-    Raises:
-        UserError: neither a folder nor a model that can be had.
-    """
-    if is_url(name):
-        return copies_folder(name, place)
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        made = path.parent.name == "build" and path.name in _MADE
-        advice = f": `make {path.name}` makes it" if made else ""
-        raise RecipeError(f"model: there is no folder {path.resolve()}{advice}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = shorten(str(error), 160, placeholder=" …").rstrip(".")
-        raise RecipeError(
-            f"model: {name} is no folder and cannot be downloaded: {reason}; check the name, or the"
-            " network (HF_TOKEN for models that need a login), or give a folder"
-        ) from None
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a plan's bytes consist of.
-
-    Attributes:
-        fixed_bytes: every tensor that is no unit, or a unit that the recipe keeps, and the headers
-            of the files (an upper bound: a few bytes per tensor).
-        header_bytes: of these, the bound on the headers.
-        weights: number of weights in the units.
-        smallest_bytes: of the smallest plan that candidates, target and search allow.
-        dense_bytes: of the original files, headers included.
-    """
-
-    fixed_bytes: int
-    header_bytes: int
-    weights: int
-    smallest_bytes: int
-    dense_bytes: int
-
+from moesaic.orchestrator.walk import Walk
+from moesaic.search.base import Budget
 
 # Names shown of what there is.
 _EXAMPLES = 3
@@ -137,7 +74,6 @@ class Experiment:
     def __init__(self, recipe: Recipe, output: Path) -> None:
         self.recipe = recipe
         self.output = output
-        self._allotted: Allotted = {}
         mistakes = Mistakes()
         if (url := recipe.publish) is not None:
             mistakes.attempt(lambda: check_publish(url))
@@ -161,14 +97,13 @@ class Experiment:
         self.units = [unit for unit in model.units() if not recipe.kept(unit.name)]
         self.shaping = Shaping(model, self.units, recipe.serve)
         mistakes.attempt(self._check_keep)
-        offers = budgets = None
-        offering = Offering(recipe, model, self.shaping)
+        space = budgets = None
         if self.units:
-            offers = mistakes.attempt(offering.offers)
-        self.unloadable: Mapping[str, int] = offering.unloadable
-        if offers is not None:
-            self.offers = offers
-            budgets = mistakes.attempt(self._budgets)
+            space = mistakes.attempt(lambda: Space(recipe, model, self.shaping))
+        if space is not None:
+            self.space, self.offers = space, space.offers
+            self.sizes = PlanBytes(space, self.original)
+            budgets = mistakes.attempt(lambda: self.sizes.budgets(recipe.budget))
         mistakes.attempt(lambda: self.pooling)
         mistakes.attempt(lambda: self.calibration)
         mistakes.attempt(lambda: self.evaluation)
@@ -184,7 +119,7 @@ class Experiment:
         """
         found = copy.copy(self)
         found.recipe, found.output = recipe, output
-        found.budgets = found._budgets()
+        found.budgets = self.sizes.budgets(recipe.budget)
         return found
 
     @property
@@ -262,260 +197,10 @@ class Experiment:
         if problems:
             raise RecipeError(*problems)
 
-    @cached_property
-    def by_name(self) -> dict[str, Unit]:
-        return {unit.name: unit for unit in self.units}
-
     @property
     def dtype(self) -> torch.dtype:
         """Of the original weights, and so of scales."""
         return self.model.stored_dtype(self.model.units()[0])
-
-    def open_specs(self) -> list[Spec]:
-        """Reducers whose layers are still to share out how many experts each keeps."""
-        found = [spec for chain in self.recipe.chains() for spec in reducers_of(chain)]
-        return [spec for spec in dict.fromkeys(found) if is_open(spec.parsed())]
-
-    def close(self) -> None:
-        """Lets the layers share out their experts; all statistics are there."""
-        banks = [unit for unit in self.units if unit.kind == "bank"]
-        self._allotted = allotted(self.model, banks, self.walk, self.open_specs())
-        for bank in banks:
-            chains = [self.closed(bank.name, chain) for chain in self.offers[bank.name]]
-            self.offers[bank.name] = list(dict.fromkeys(chains))
-
-    def closed(self, unit: str, chain: Chain) -> Chain:
-        """A chain of the recipe as it is for one unit."""
-        return tuple(self._allotted.get((unit, spec), spec) for spec in chain)
-
-    def candidates(self, unit: Unit) -> set[Chain]:
-        """What a search may choose for a unit, besides leaving it as it is."""
-        return {self.closed(unit.name, chain) for chain in self.recipe.candidates}
-
-    def everywhere(self, chain: Chain) -> Chosen:
-        """Names of choices → what they take when every unit takes ``chain``, as far as it can.
-
-        The linears of a part are reduced together or not at all.
-        """
-        chosen: dict[str, Chain] = {}
-        for unit in self.units:
-            own = self.closed(unit.name, chain)
-            together = self.shaping.units_of(self.shaping.owners.get(unit.name, ""))
-            offered = [own, reducing(own)[1]]
-            if not all(own in self.offers[other.name] for other in together):
-                offered = offered[1:]
-            own = next((chain for chain in offered if chain in self.offers[unit.name]), ())
-            prefix = reducing(own)[0]
-            names = (choice.name for choice in choices(self.shaping.reduced(unit, prefix)))
-            chosen |= dict.fromkeys(names, own)
-        return chosen
-
-    @cached_property
-    def size(self) -> Size:
-        checkpoint = self.model.checkpoint
-        fixed = sum(checkpoint.nbytes(name) for name in self.model.fixed_names())
-        for unit in self.model.units():
-            if unit.name not in self.by_name:
-                fixed += self.dense_bytes(unit)
-        serve, candidates = self.recipe.serve, self.recipe.candidates
-        split = [reducing(chain) for chain in candidates] if serve == "moesaic" else []
-        reduced = any(prefix for prefix, _ in split)
-        chained = any(len(rest) > 1 or any(map(chains.has_rank, rest)) for _, rest in split)
-        schemes = len(candidates)
-        narrowed = reduced and bool(self.shaping.parts)
-        headers = header_bytes_bound(
-            self.model, self.units, serve, schemes, reduced, chained, narrowed
-        )
-        fixed += headers
-        return Size(
-            fixed_bytes=fixed,
-            header_bytes=headers,
-            weights=sum(unit.parameters for unit in self.units),
-            smallest_bytes=self._smallest(fixed),
-            dense_bytes=self.original.checkpoint.file_bytes,
-        )
-
-    def sized_problem(self, fixed_bytes: int) -> Problem:
-        """What a search will be given, as far as it is known before any work: bytes, no losses.
-
-        A choice is a member of a unit, ``UNIT.MEMBER``: all experts of a bank stand together here,
-        because they are equally large. There is no budget.
-        """
-        members = {unit.name: [f"{unit.name}.{m}" for m in unit.shapes] for unit in self.units}
-        offers: dict[str, list[Measurement]] = {}
-        banks: dict[str, list[Alternative]] = {}
-        owners = self.owners()
-        for owner, units in owners.items():
-            prefixes = self.prefixes(units)
-            banks[owner] = [self._sized_alternative(units, prefix) for prefix in prefixes]
-        for unit in self.units:
-            if self.shaping.owners.get(unit.name) not in owners:
-                (name,) = members[unit.name]
-                offers[name] = self._sized_offers(unit, (), "weight", name)
-        tied = ties(self.units, self.recipe.serve)
-        if not self.mixed_banks:
-            inside = {name for group in tied for name in group}
-            tied += [[unit.name] for unit in self.units if unit.name not in inside]
-        groups = [[name for unit in group for name in members[unit]] for group in tied]
-        budget = Budget(0, fixed_bytes)
-        return Problem(offers, groups, budget, banks, one_form=not self.mixed_banks)
-
-    def _smallest(self, fixed_bytes: int) -> int:
-        """Bytes of the smallest plan that the search can find.
-
-        Raises:
-            RecipeError: the candidates allow no plan at all.
-        """
-        try:
-            return smallest_bytes(self.sized_problem(fixed_bytes), self.recipe.search)
-        except ValueError as error:
-            raise RecipeError(
-                f"candidates: with search: {self.recipe.search} and serve: {self.recipe.serve}"
-                f" there is no plan: {error}"
-            ) from None
-
-    def owners(self, candidates_only: bool = True) -> dict[str, list[Unit]]:
-        """What can be reduced → its units: every bank, and parts where a reduction is offered."""
-        found = {}
-        known = (self.shaping.owners.get(unit.name) for unit in self.units)
-        for owner in dict.fromkeys(name for name in known if name is not None):
-            units = self.shaping.units_of(owner)
-            if owner not in self.shaping.parts or any(self.prefixes(units, candidates_only)):
-                found[owner] = units
-        return found
-
-    def prefixes(self, units: Sequence[Unit], candidates_only: bool = True) -> list[Chain]:
-        """Ways to reduce a bank or part that a search may choose, to leave it as it is first."""
-        found: list[Chain] | None = None
-        for unit in units:
-            offered = self.offers[unit.name]
-            known = self.candidates(unit) if candidates_only else set(offered)
-            own = [reducing(chain)[0] for chain in offered if chain in known]
-            if unit.kind == "linear":
-                own.append(())
-            found = own if found is None else [prefix for prefix in found if prefix in own]
-        assert found is not None, "there is at least one unit"
-        whole = [()] if not found or not all(found) else []
-        return list(dict.fromkeys([*whole, *found]))
-
-    def _sized_alternative(self, units: Sequence[Unit], prefix: Chain) -> Alternative:
-        choices = {
-            name: self._sized_offers(unit, prefix, member, name)
-            for unit in units
-            for member in unit.shapes
-            for name in [f"{unit.name}.{member}"]
-        }
-        size = sum(self.shaping.side_bytes(unit, prefix) for unit in units) if prefix else 0
-        return Alternative(prefix, self.shaping.form(units[0], prefix), size, 0.0, choices)
-
-    def _sized_offers(self, unit: Unit, prefix: Chain, member: str, name: str) -> list[Measurement]:
-        """What a search may choose for a member of a unit, after a reduction; bytes only."""
-        shape, dtype = (
-            self.shaping.reduced(unit, prefix).shapes[member],
-            self.model.stored_dtype(unit),
-        )
-        dense = math.prod(shape) * dtype.itemsize
-        found, known = [], self.candidates(unit)
-        for chain in self.offers[unit.name]:
-            first, rest = reducing(chain)
-            if first != prefix or chain not in known:
-                continue
-            size = dense
-            if rest:
-                count = self.shaping.stand_ins(unit, rest)
-                size = chains.predict_bytes({member: shape}, dtype, rest, count)
-            found.append(Measurement(name, rest, size, 0.0, None, 0.0))
-        if not prefix and self.may_stay_dense(unit):
-            found.append(Measurement(name, (), dense, 0.0, None, 0.0))
-        return found
-
-    def may_stay_dense(self, unit: Unit) -> bool:
-        """Whether a search may leave a unit as it is.
-
-        A bank can only be left as a whole. Where nothing ties its experts that is not offered,
-        unless nothing else is.
-        """
-        return unit.kind != "bank" or not self.mixed_banks or not self.recipe.candidates
-
-    def dense_bytes(self, unit: Unit) -> int:
-        """Bytes of the unit before it is compressed."""
-        return _held_bytes(self.model, unit)
-
-    def original_bytes(self) -> dict[str, int]:
-        """Unit → bytes as the original holds it, before it was sliced."""
-        return {unit.name: _held_bytes(self.original, unit) for unit in self.units}
-
-    def predicted_bytes(self, unit: Unit, chain: Chain) -> int:
-        """Bytes of the unit under a chain, before any work."""
-        prefix, rest = reducing(chain)
-        if not self.shaping.meant(unit, prefix):
-            prefix = ()
-        if unit.kind == "linear" and chains.for_banks(chain):
-            rest = ()
-        size = self.shaping.side_bytes(unit, prefix) if prefix else 0
-        shapes, dtype = self.shaping.reduced(unit, prefix).shapes, self.model.stored_dtype(unit)
-        if not rest:
-            dense = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-            return size + dense if prefix else self.dense_bytes(unit)
-        count = self.shaping.stand_ins(unit, rest)
-        return size + chains.predict_bytes(shapes, dtype, rest, count)
-
-    def _budgets(self) -> dict[str, Budget]:
-        """The limits by their names.
-
-        Raises:
-            RecipeError: naming every one that cannot be.
-        """
-        mistakes, found = Mistakes(), {}
-        several = self.recipe.budget.several
-        for label, wanted in self.recipe.budget.each.items():
-            where = f"budget {label}" if several else "budget"
-            limit = mistakes.attempt(partial(self._budget, wanted, where))
-            if limit is not None:
-                found[label] = limit
-        if mistakes.found:
-            raise mistakes.error()
-        return found
-
-    def _budget(self, wanted: BudgetSection, where: str) -> Budget:
-        size = self.size
-        if wanted.bytes is not None:
-            total = wanted.bytes
-        else:
-            assert isinstance(wanted.bits_per_weight, float)
-            # Rounded first: a product that is a whole number may come out a hair below it.
-            total = size.fixed_bytes + int(round(wanted.bits_per_weight * size.weights / 8, 3))
-        assert isinstance(total, int)
-        if total < size.smallest_bytes:
-            bits = (size.smallest_bytes - size.fixed_bytes) * 8 / size.weights
-            bits = math.ceil(bits * 1000) / 1000  # rounded down it would be refused again
-            raise RecipeError(
-                f"{where}: {total:,} bytes are too few: the smallest plan that these candidates"
-                f" allow has {size.smallest_bytes:,} bytes ({bits:.3f} bits per weight;"
-                f" serve: {self.recipe.serve}, search: {self.recipe.search});"
-                f" {size.fixed_bytes:,} of them are parts that are not compressed"
-            )
-        if total >= size.dense_bytes and self.cut is None:
-            raise RecipeError(
-                f"{where}: {total:,} bytes hold the whole dense model ({size.dense_bytes:,} bytes):"
-                " there is nothing to compress, give less"
-            )
-        return Budget(total_bytes=total, fixed_bytes=size.fixed_bytes)
-
-    @property
-    def mixed_banks(self) -> bool:
-        """Whether the target loads banks whose experts differ."""
-        return self.recipe.serve == "moesaic"
-
-    def ties(self) -> list[list[str]]:
-        """Choices that must take the same chain so that the target can load the result."""
-        tied = tied_choices(self.units, ties(self.units, self.recipe.serve), self.mixed_banks)
-        inside = {name for group in tied for name in group}
-        for unit in self.units:
-            if any(map(chains.ties_experts, self.offers[unit.name])):
-                by_member = member_choices(unit)
-                tied += [group for group in by_member if inside.isdisjoint(group)]
-        return tied
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -659,8 +344,8 @@ class Experiment:
         walk, store = self.walk, self.store
         blocks = range(self.model.blocks)
         stats = [store.path("stats", walk.stats_key(block)) for block in blocks]
-        if self.open_specs() and all(map(exists, stats)):
-            self.close()
+        if self.space.open_specs() and all(map(exists, stats)):
+            self.space.close(walk)
         pairs = [(unit, chain) for unit, offered in self.offers.items() for chain in offered]
         keys = {self.key(unit, chain, walk) for unit, chain in pairs}
         keys |= {k for u, c in pairs for _, k in self.stages(u, [(c, "")], walk)}
@@ -685,7 +370,7 @@ class Experiment:
 
     def key(self, unit: str, chain: Chain, walk: Walk) -> str:
         """Key of the piece of a unit under a chain with the statistics of a walk."""
-        block = self.by_name[unit].block
+        block = self.space.by_name[unit].block
         # The reverse pass goes through the dense model, whatever the walk goes through.
         gradients = self.walk.gradients_key(block) if reverse_needs(chain) else ""
         return piece_key(walk.fingerprint, unit, chain, walk.stats_key(block), gradients)
@@ -693,7 +378,7 @@ class Experiment:
     def features_key(self, unit: str, chain: Chain) -> str:
         """Key of the features of the piece of a unit under a chain, over the dense model."""
         walk = self.walk
-        gradients = walk.gradients_key(self.by_name[unit].block) if walk.gradients else ""
+        gradients = walk.gradients_key(self.space.by_name[unit].block) if walk.gradients else ""
         return features_key(self.key(unit, chain, walk), gradients)
 
     def stages(
@@ -713,16 +398,5 @@ class Experiment:
     def reduction_key(self, unit: str, prefix: Chain, walk: Walk) -> str:
         """Key of what reducers make of a bank, or of a linear's part, with the statistics of a
         walk."""
-        stats = walk.stats_key(self.by_name[unit].block)
+        stats = walk.stats_key(self.space.by_name[unit].block)
         return reduction_key(walk.fingerprint, self.shaping.owners.get(unit, unit), prefix, stats)
-
-
-def _held_bytes(model: StreamedModel, unit: Unit) -> int:
-    """Bytes of a unit in a model's files."""
-    names = {name for group in model.unit_tensors(unit).values() for name in group}
-    return sum(model.checkpoint.nbytes(name) for name in names)
-
-
-def plain(value: Walk | Judge | Job) -> dict[str, Any]:
-    """As keyword arguments for a worker."""
-    return asdict(value)

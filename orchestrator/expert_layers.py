@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moesaic.methods.base import Chain, Stats, Unit, chain_text, reducing
 from moesaic.orchestrator.bank import CONSTANTS, EXPERT_MAP, ROUTER
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import Chosen, chains_of
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
@@ -18,6 +17,7 @@ from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.reductions import open_gating, read_reduction
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.summary import LayerExperts
+from moesaic.orchestrator.walk import Walk
 
 
 def expert_layers(

@@ -22,10 +22,11 @@ import numpy as np
 
 from moesaic.methods.base import is_repair
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.worker import plain
 from moesaic.search.base import Measurement, Plan, Problem
 
 Choices = Mapping[str, Sequence[Measurement]]

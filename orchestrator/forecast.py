@@ -21,9 +21,10 @@ from moesaic.orchestrator.bench import bench_source, read_bench
 from moesaic.orchestrator.block_sizes import experts_per_token
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.experiment import Experiment, find_model
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import Crew, crew
 from moesaic.orchestrator.memory import Sizes
+from moesaic.orchestrator.model_folder import find_model
 from moesaic.orchestrator.recipe_sections import CacheSection
 from moesaic.orchestrator.recipe_values import resolve
 from moesaic.orchestrator.remote_model import open_checkpoint
@@ -174,7 +175,7 @@ def forecast(experiment: Experiment, bench: Path | None = None) -> dict[str, Any
         "time": {**seconds, "crew": asdict(team), "method": told},
         "experts": _expert_tokens(experiment),
         "events": [asdict(event) for event in events],
-        "unloadable": dict(experiment.unloadable),
+        "unloadable": dict(experiment.space.unloadable),
     }
 
 
@@ -194,7 +195,7 @@ def _left(experiment: Experiment) -> stage_times.Left:
 
 
 def _bytes(experiment: Experiment) -> dict[str, Any]:
-    size = experiment.size
+    size = experiment.sizes.size
 
     def entry(total: int) -> dict[str, float]:
         bits = (total - size.fixed_bytes) * 8 / size.weights
@@ -202,10 +203,10 @@ def _bytes(experiment: Experiment) -> dict[str, Any]:
 
     def uniform(chain: Chain) -> int:
         return size.fixed_bytes + sum(
-            experiment.predicted_bytes(u, chain) for u in experiment.units
+            experiment.sizes.predicted_bytes(u, chain) for u in experiment.units
         )
 
-    dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+    dense = sum(experiment.sizes.dense_bytes(unit) for unit in experiment.units)
     limits = {name: entry(budget.total_bytes) for name, budget in experiment.budgets.items()}
     several = experiment.recipe.budget.several
     return {
@@ -277,9 +278,9 @@ def _expected_events(experiment: Experiment, blocks: list[int]) -> Iterator[Even
 def _larger_than_dense(experiment: Experiment) -> Iterator[Event]:
     """What is offered and takes more bytes than what it is to compress."""
     for unit in experiment.units:
-        dense = experiment.dense_bytes(unit)
+        dense = experiment.sizes.dense_bytes(unit)
         for chain in experiment.offers[unit.name]:
-            size = experiment.predicted_bytes(unit, chain)
+            size = experiment.sizes.predicted_bytes(unit, chain)
             if size > dense:
                 text = f"{chain_text(chain)} takes {size:,} bytes, the dense weights take {dense:,}"
                 yield Event("larger_than_dense", text, unit.name, size / dense)

@@ -22,18 +22,7 @@ import torch
 from torch import Tensor
 
 from moesaic.orchestrator.bank_slices import slices_kept_out_of_graphs
-from moesaic.orchestrator.calibrate import (
-    Walk,
-    block_units,
-    boundary_path,
-    load_tensor,
-    opened,
-    reversed_experts,
-    save_tensor,
-    sum_nodes,
-    sums_left,
-    token_ids,
-)
+from moesaic.orchestrator.calibrate import reversed_experts
 from moesaic.orchestrator.embeddings import noise_gradients
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experts import observing
@@ -41,6 +30,16 @@ from moesaic.orchestrator.readahead import own_share, read_ahead
 from moesaic.orchestrator.shared import exists, remove
 from moesaic.orchestrator.statistics import GradientObserver, Node, SiteStats, covered
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.sums import sum_nodes, sums_left
+from moesaic.orchestrator.walk import (
+    Walk,
+    block_units,
+    boundary_path,
+    load_tensor,
+    opened,
+    save_tensor,
+    token_ids,
+)
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Rows of logits in float32 at a time.

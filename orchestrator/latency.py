@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import CONSTANTS, EXPERT_MAP, ROUTER
-from moesaic.orchestrator.calibrate import block_units, read_ids
 from moesaic.orchestrator.compressed_modules import CompressedExperts, CompressedLinear, Packed
 from moesaic.orchestrator.evaluate import Judge
 from moesaic.orchestrator.low_rank_modules import fuse
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.pieces import describe
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import block_units, read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Different tokens, which go to different experts, and how often each step is timed.

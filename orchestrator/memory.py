@@ -245,14 +245,12 @@ def _measure(sizes: Sizes, units: list[Unit]) -> Parts:
     experts = sizes.model.family.experts
     fused = units[0].kind == "bank" and experts is not None and experts.fused
     stats = sizes.statistics(units)
-    compressed = sum(
-        max((experiment.predicted_bytes(unit, c) for c in experiment.offers[unit.name]), default=0)
-        for unit in units
-    )
+    offers, predicted = experiment.offers, experiment.sizes.predicted_bytes
+    compressed = sum(max((predicted(u, c) for c in offers[u.name]), default=0) for u in units)
     own = {site for unit in units for site in unit.sites.values()}
     solving = [_solving(sizes, units, site) for site in stats if site in own]
     judging = [_judging(shape, sizes.item) for unit in units for shape in unit.shapes.values()]
-    dense = sum(experiment.dense_bytes(unit) for unit in units)
+    dense = sum(experiment.sizes.dense_bytes(unit) for unit in units)
     inputs = sum(size for site, size in stats.items() if site in own)
     offered = [chain for unit in units for chain in experiment.offers[unit.name]]
     # The dense model's statistics come beside; so do merged experts, and what they are merged of.
@@ -390,7 +388,7 @@ def predict_store(sizes: Sizes) -> dict[str, int]:
     sliced = {} if experiment.cut is None else {"sliced": sizes.model.checkpoint.total_bytes}
     return {
         **sliced,
-        "pieces": sum(experiment.predicted_bytes(unit, chain) for unit, chain in pairs),
+        "pieces": sum(experiment.sizes.predicted_bytes(unit, chain) for unit, chain in pairs),
         "errors": sum(error_bytes(unit) for unit, _ in pairs),
         "stats": sum(stats),
         "gradients": sum(gradients),

@@ -106,7 +106,7 @@ class TaskCosts:
             name: tuple(_chain(specs) for specs, _ in wanted)
             for name, wanted in job["missing"].items()
         }
-        group = [self.clock.experiment.by_name[name] for name in pairs]
+        group = [self.clock.experiment.space.by_name[name] for name in pairs]
         key = (self._shapes[job["block"]], *((_shape(u), pairs[u.name]) for u in group))
         return key, lambda: self.clock.job(group, pairs)
 
@@ -311,7 +311,7 @@ def _stages(found: Outcome) -> dict[str, dict[str, float]]:
         "calibrate:forward": "forward",
         "walk_ahead:pass_block": "forward",
         "calibrate:collect": "statistics",
-        "calibrate:reduce": "sums",
+        "sums:reduce": "sums",
         "gradients:reverse": "reverse",
         "measure:compress_job": "measure",
     }

@@ -226,3 +226,11 @@ def tensor_blob(name: str, tensor: Tensor) -> Blob:
         yield flat.view(torch.uint8).numpy().data
 
     return Blob(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), chunks)
+
+
+def dense_members(pieces: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The weights that pieces stand for: unit → member → ``[*batch, out, in]``."""
+    return {
+        unit: {member: tensor.effective() for member, tensor in read_piece(Path(path)).items()}
+        for unit, path in pieces.items()
+    }

@@ -30,7 +30,6 @@ from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator import finalists, fronts, results, stages
 from moesaic.orchestrator.assemble import assemble, folder_bytes
 from moesaic.orchestrator.cache import release_pins
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.card import model_card
 from moesaic.orchestrator.choices import chains_of, choices
 from moesaic.orchestrator.console import View
@@ -55,6 +54,7 @@ from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verifier import VerifierProcess
+from moesaic.orchestrator.walk import Walk
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Infeasible, Measurement, Plan, Problem
 from moesaic.search.front import Front
@@ -116,7 +116,7 @@ class Pipeline:
     def slice(self) -> None:
         """The narrower model that all other stages start from, where the recipe asks for one; and
         what is not offered."""
-        for reason, count in self.experiment.unloadable.items():
+        for reason, count in self.experiment.space.unloadable.items():
             self.view.line(f"not offered on {count} unit(s): {reason}")
         cut, model = self.experiment.cut, self.experiment.model
         if cut is None:
@@ -141,9 +141,9 @@ class Pipeline:
         if not self.experiment.recipe.chains():
             self._write_table()
             return
-        if self.experiment.open_specs():
+        if self.experiment.space.open_specs():
             stages.Calibration(self.experiment, self.pool, self.view, {}).run()
-            self.experiment.close()
+            self.experiment.space.close(self.experiment.walk)
         stages.Calibration(self.experiment, self.pool, self.view, self.experiment.offers).run()
         self.view.events(self.table.events)
         self._write_table()
@@ -180,7 +180,7 @@ class Pipeline:
         """The baselines, by name."""
         everything = results.problem(self.experiment, self.table, candidates_only=False)
         return {
-            name: everything.plan(self.experiment.everywhere(chain))
+            name: everything.plan(self.experiment.space.everywhere(chain))
             for name, chain in self.experiment.recipe.baselines.items()
         }
 
@@ -318,7 +318,7 @@ class Pipeline:
     def predicted_points(self) -> list[FrontPoint]:
         """Some of it, in bytes of files that hold as much around their units as the plan's."""
         around = self.plans["plan"].bytes - self._unit_bytes("plan")
-        return fronts.predicted_points(self.front, around, self.experiment.size.weights)
+        return fronts.predicted_points(self.front, around, self.experiment.sizes.size.weights)
 
     @property
     def predicted_loss(self) -> str:
@@ -361,8 +361,8 @@ class Pipeline:
 
     def _trained(self, name: str) -> Trained | None:
         """What router calibration made of a plan; None where it was not asked for."""
-        options = self.experiment.recipe.router_calibration
-        if options is None or not any(o in self.experiment.by_name for o, _ in self.reduced(name)):
+        options, units = self.experiment.recipe.router_calibration, self.experiment.space.by_name
+        if options is None or not any(owner in units for owner, _ in self.reduced(name)):
             return None
         pieces = self._untrained(name)
         training = RouterTraining(self.experiment, self.pool, self.view, name, pieces, options)
@@ -407,15 +407,15 @@ class Pipeline:
     def bits_per_weight(self, name: str) -> float:
         """Stored bits per compressible weight of a plan, or of ``dense``."""
         experiment = self.experiment
-        dense = sum(experiment.dense_bytes(unit) for unit in experiment.units)
+        dense = sum(experiment.sizes.dense_bytes(unit) for unit in experiment.units)
         size = dense if name in ("dense", _SLICED) else self._unit_bytes(name)
-        return size * 8 / experiment.size.weights
+        return size * 8 / experiment.sizes.size.weights
 
     def bytes_of(self, name: str) -> int:
         """Bytes of the safetensors files of a plan, or of ``dense``, headers included."""
         if name == _SLICED:
             return folder_bytes(self.experiment.model, {}, self.experiment.recipe.serve)
-        return self.experiment.size.dense_bytes if name == "dense" else self.plans[name].bytes
+        return self.experiment.sizes.size.dense_bytes if name == "dense" else self.plans[name].bytes
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Scores of the dense model, the baselines and the plan; writes them."""
@@ -514,7 +514,7 @@ class Pipeline:
             serve=recipe.serve,
             recipe=recipe.to_yaml(),
             units=experiment.units,
-            dense_unit_bytes=experiment.original_bytes(),
+            dense_unit_bytes=experiment.sizes.original_bytes(),
             dense_bytes=self.bytes_of("dense"),
             budget_bytes=self.budget_bytes,
             plan=plans.pop("plan"),

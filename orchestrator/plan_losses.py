@@ -11,7 +11,7 @@ from typing import Any
 from moesaic.methods.base import Chain
 from moesaic.orchestrator.choices import Chosen, choices
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.plan_pieces import PlanPieces
@@ -21,6 +21,7 @@ from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import code_digest, digest
+from moesaic.orchestrator.worker import plain
 
 # Unit and chain.
 Swap = tuple[str, Chain]
@@ -31,9 +32,9 @@ def swap_losses(
 ) -> dict[Swap, float]:
     """KL with one unit under one chain and all others dense."""
     # Later units first: what comes before them is computed once and kept.
-    order = sorted(swaps, key=lambda swap: -experiment.by_name[swap[0]].block)
+    order = sorted(swaps, key=lambda swap: -experiment.space.by_name[swap[0]].block)
     plans: dict[Swap, Chosen] = {
-        (unit, chain): {choice.name: chain for choice in choices(experiment.by_name[unit])}
+        (unit, chain): {choice.name: chain for choice in choices(experiment.space.by_name[unit])}
         for unit, chain in order
     }
     return plan_losses(experiment, pool, view, "swaps", plans)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from moesaic.methods.base import Chain, Unit, reducing
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import Chosen, chains_of
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
@@ -27,6 +26,7 @@ from moesaic.orchestrator.mixtures import (
 from moesaic.orchestrator.narrowing import BlockPart, read_narrowed
 from moesaic.orchestrator.pieces import Member, is_cut, piece_header, read_piece, write_piece
 from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.walk import Walk
 
 
 class PlanPieces:

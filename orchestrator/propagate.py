@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.methods.base import Chain, Spec, reducers_of
-from moesaic.orchestrator.calibrate import Walk, hidden_path
 from moesaic.orchestrator.choices import Chosen, chains_of, choices_in
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
@@ -21,6 +20,8 @@ from moesaic.orchestrator.stages import (
 )
 from moesaic.orchestrator.statistics import ranges
 from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.walk import Walk, hidden_path
+from moesaic.orchestrator.worker import plain
 
 
 def _names(experiment: Experiment, block: int, chosen: Chosen) -> list[str]:
@@ -48,7 +49,7 @@ def entries(experiment: Experiment, plan: Path) -> list[Path]:
     """
     if not experiment.recipe.propagate or not plan.is_file():
         return []
-    plans = [experiment.everywhere(chain) for chain in experiment.recipe.baselines.values()]
+    plans = [experiment.space.everywhere(chain) for chain in experiment.recipe.baselines.values()]
     try:
         plans.append(
             {
@@ -151,7 +152,7 @@ class Propagation:
             self._run("calibrate:collect", block)
             if len(ranges(self.walk.shards, self.pool.size)) > 1:
                 arguments = {"walk": plain(self.walk), "what": "stats", "block": block}
-                self.pool.run([Task("calibrate:reduce", arguments, f"sum {block}")], self.view.tick)
+                self.pool.run([Task("sums:reduce", arguments, f"sum {block}")], self.view.tick)
         jobs = measuring_jobs(self.experiment, self.walk, self._missing(block))
         tasks = [measure_task(self.experiment, job, (0,), lambda result: ()) for job in jobs]
         self.pool.run(tasks, self.view.tick)

@@ -21,7 +21,7 @@ from moesaic.methods.base import Chain, Unit, reducing
 from moesaic.orchestrator.choices import choices_in
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.mixtures import Mixture
 from moesaic.orchestrator.plan_pieces import PlanPieces
 from moesaic.orchestrator.pool import Pool, Task
@@ -30,6 +30,7 @@ from moesaic.orchestrator.resident import trial_key
 from moesaic.orchestrator.slopes import DENSE
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import code_digest, digest
+from moesaic.orchestrator.worker import plain
 from moesaic.search.base import Budget, Plan, Problem
 from moesaic.search.refining import (
     Answer,
@@ -274,6 +275,6 @@ class PlanFiles:
 
     def _unit(self, choice: str) -> str:
         """The unit of a choice."""
-        if choice in self.experiment.by_name:
+        if choice in self.experiment.space.by_name:
             return choice
         return choice.rsplit(".", 2)[0]

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import is_reduced
-from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model, sequence_sums
 from moesaic.orchestrator.mixtures import Mixtures, dense
-from moesaic.orchestrator.pieces import piece_header
+from moesaic.orchestrator.pieces import dense_members, piece_header
 from moesaic.orchestrator.store import code_digest, digest
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 WEIGHT_BYTES = 1 << 30

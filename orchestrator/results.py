@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Event, Unit, reducing
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
@@ -16,6 +15,7 @@ from moesaic.orchestrator.reduction_entries import Reduced
 from moesaic.orchestrator.reductions import read_reduction
 from moesaic.orchestrator.stages import finished_entries, finished_pieces
 from moesaic.orchestrator.statistics import BLOCK, load_stats
+from moesaic.orchestrator.walk import Walk
 from moesaic.search.base import Alternative, Budget, Layer, Measurement, Problem
 
 
@@ -118,7 +118,7 @@ def _reduction(
 
 def _dense(experiment: Experiment, unit: Unit, score: float | None) -> list[Measurement]:
     """The choice to leave a unit as it is, where there is that choice."""
-    if not experiment.may_stay_dense(unit):
+    if not experiment.space.may_stay_dense(unit):
         return []
     return [
         Measurement(name, (), size, 0.0, score, 0.0)
@@ -177,7 +177,7 @@ def problem(
         candidates_only: leave out chains that only baselines use.
         budget: another one than the recipe's.
     """
-    candidates = {chain for unit in experiment.units for chain in experiment.candidates(unit)}
+    candidates = {chain for unit in experiment.units for chain in experiment.space.candidates(unit)}
     allowed = {*candidates, ()} if candidates_only else None
     offers: dict[str, list[Measurement]] = {}
     reduced: dict[Chain, dict[str, list[Measurement]]] = {}
@@ -188,19 +188,19 @@ def problem(
             found = replace(measurement, chain=rest)
             own.setdefault(measurement.unit, []).append(found)
     banks: dict[str, list[Alternative]] = {}
-    for owner, units in experiment.owners(candidates_only).items() if reduced else ():
+    for owner, units in experiment.space.owners(candidates_only).items() if reduced else ():
         banks[owner] = [
             _alternative(experiment, table, owner, units, prefix, reduced.get(prefix, offers))
-            for prefix in experiment.prefixes(units, candidates_only)
+            for prefix in experiment.space.prefixes(units, candidates_only)
         ]
         for choice in (choice for unit in units for choice in choices(unit)):
             offers.pop(choice.name, None)
     return Problem(
         offers,
-        experiment.ties(),
+        experiment.space.ties(),
         budget or experiment.budget,
         banks,
-        one_form=not experiment.mixed_banks,
+        one_form=not experiment.space.mixed_banks,
         layers={
             name: Layer(size, table.influence[unit.block])
             for unit in experiment.units

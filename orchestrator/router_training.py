@@ -24,12 +24,17 @@ from moesaic.kernels import dense
 from moesaic.methods.base import Event
 from moesaic.methods.router_calibration import TRAINED, Options, divergence_gradient
 from moesaic.orchestrator.bank import ROUTER, is_reduced
-from moesaic.orchestrator.calibrate import dense_members, read_ids
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.damage import damage_removed
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.pieces import piece_header, piece_metadata, read_piece, write_piece
+from moesaic.orchestrator.pieces import (
+    dense_members,
+    piece_header,
+    piece_metadata,
+    read_piece,
+    write_piece,
+)
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.shared import (
     exists,
@@ -45,6 +50,7 @@ from moesaic.orchestrator.store import (
     scratch_folder,
 )
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Blocks stay loaded from one chunk to the next where this many copies of the model would fit.

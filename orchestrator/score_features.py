@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.methods.base import Unit
-from moesaic.orchestrator.calibrate import Walk, block_units, opened, token_ids
 from moesaic.orchestrator.expert_statistics import ExpertStatistics, Tokens
 from moesaic.orchestrator.experts import observing
 from moesaic.orchestrator.pieces import read_piece
@@ -28,6 +27,7 @@ from moesaic.orchestrator.statistics import (
     load_stats,
 )
 from moesaic.orchestrator.store import code_digest, digest
+from moesaic.orchestrator.walk import Walk, block_units, opened, token_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Features of a pair that a finished piece and statistics give; the last ones need gradients.

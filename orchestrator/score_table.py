@@ -125,7 +125,8 @@ def check_scores(experiment: Experiment) -> None:
         raise RecipeError(
             f"model: {family.model_type} is an encoder, and scores are compared by KL"
         )
-    only = [o for o, us in experiment.owners().items() if () not in experiment.prefixes(us)]
+    space = experiment.space
+    only = [o for o, units in space.owners().items() if () not in space.prefixes(units)]
     if only or all(reducing(chain)[0] for chain in experiment.recipe.candidates):
         what = only[0] if only else "anything"
         raise RecipeError(
@@ -218,7 +219,7 @@ class ScoredPipeline(Pipeline):
 
     def _single(self, pairs: Pairs, swapped: Mapping[Swap, float]) -> Measured | None:
         chosen = [
-            [(choice.name, chain) for choice in choices(self.experiment.by_name[unit])]
+            [(choice.name, chain) for choice in choices(self.experiment.space.by_name[unit])]
             for unit, chain in swapped
         ]
         names = [f"{unit}: {chain_text(chain)}" for unit, chain in swapped]

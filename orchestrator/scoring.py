@@ -18,7 +18,7 @@ from moesaic.methods.base import Unit, reducing
 from moesaic.orchestrator.choices import Choice, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.plan_losses import Swap, swap_losses
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Recipe
@@ -26,6 +26,7 @@ from moesaic.orchestrator.results import Table
 from moesaic.orchestrator.score_features import gates_key, read_features, summed
 from moesaic.orchestrator.stages import finished_entries
 from moesaic.orchestrator.statistics import ranges
+from moesaic.orchestrator.worker import plain
 from moesaic.search.base import Measurement, Problem, search_module
 from moesaic.search.features import (
     FEATURES,
@@ -267,7 +268,7 @@ def _of_pieces(
 
 def _feature_job(experiment: Experiment, unit: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     walk, store = experiment.walk, experiment.store
-    block = experiment.by_name[unit].block
+    block = experiment.space.by_name[unit].block
     gradients = store.path("gradients", walk.gradients_key(block)) if walk.gradients else None
     return {
         "model": walk.model,

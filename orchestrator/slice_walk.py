@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Stats
-from moesaic.orchestrator.calibrate import load_tensor, opened, save_tensor, token_ids
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.shared import exists, remove, write_shared
@@ -33,6 +32,7 @@ from moesaic.orchestrator.statistics import (
     tree_sum,
 )
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import load_tensor, opened, save_tensor, token_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 _STREAM = "stream"

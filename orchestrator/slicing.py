@@ -24,7 +24,6 @@ from torch import Tensor
 
 from moesaic.methods import slicegpt
 from moesaic.methods.base import Event, Unit
-from moesaic.orchestrator.calibrate import Walk, opened
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RecipeError, RunError
@@ -41,6 +40,7 @@ from moesaic.orchestrator.store import (
 from moesaic.orchestrator.stored_model import model_folder, shard_file, write_stored
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.tensorfile import Blob, file_bytes, write_file
+from moesaic.orchestrator.walk import Walk, opened
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 _METADATA = {"format": "pt"}

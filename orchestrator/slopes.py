@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import split
-from moesaic.orchestrator.calibrate import read_ids
 from moesaic.orchestrator.evaluate import Judge, dense_hidden, dense_model
 from moesaic.orchestrator.gradients import LOGIT_ROWS
 from moesaic.orchestrator.mixtures import Mixtures
@@ -30,6 +29,7 @@ from moesaic.orchestrator.resident import (
     taken,
 )
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
 
 # Stands for the original weights where a file is expected.

@@ -66,7 +66,7 @@ def predict_seconds(
         overheads: stage → seconds that do not depend on the model.
     """
     clock = Clock(experiment, crew, source)
-    jobs = len(sites([experiment.by_name[name] for name in left.pairs]))
+    jobs = len(sites([experiment.space.by_name[name] for name in left.pairs]))
     work = {
         "calibrate": clock.walked(left.blocks),
         "gradients": clock.gradients(left.gradients) / clock.walkers,
@@ -108,7 +108,7 @@ def assembling(clock: Clock) -> float:
     """
     experiment, speeds = clock.experiment, clock.speeds
     dense = max((speed.dense for speed in speeds.compress.values()), default=0.0)
-    weights, total = experiment.size.weights, experiment.size.dense_bytes
+    weights, total = experiment.sizes.size.weights, experiment.sizes.size.dense_bytes
     blocks = range(clock.model.blocks)
     run = sum(clock.linears(b, _VERIFIED_TOKENS) + clock.calls(b, 1) for b in blocks)
     sides = 2 * (run + weights * (dense + speeds.wide) + _VERIFIED_TOKENS * speeds.head)

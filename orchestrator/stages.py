@@ -7,19 +7,21 @@ from typing import Any
 
 from moesaic.methods.base import Chain, reducers_of, reducing, reverse_needs
 from moesaic.methods.chains import refits
-from moesaic.orchestrator.calibrate import LEAD, Walk, boundary_path
+from moesaic.orchestrator.calibrate import LEAD
 from moesaic.orchestrator.compression import CUT_OF
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.dividing import dividable
 from moesaic.orchestrator.evaluate import Judge, score
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.gradients import gradient_path
 from moesaic.orchestrator.measure import Job
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.shared import exists, open_store, remove_unfinished
 from moesaic.orchestrator.statistics import Node, ranges
 from moesaic.orchestrator.store import Entry, digest
+from moesaic.orchestrator.walk import Walk, boundary_path
 from moesaic.orchestrator.walk_ahead import Ahead
+from moesaic.orchestrator.worker import plain
 
 EVALUATION_PARTS = 4
 _REDUCE, _FORWARD, _REVERSE, _REDUCE_BESIDE, _COLLECT, _MEASURE = range(6)
@@ -121,7 +123,7 @@ class Calibration:
             self.view.advance("measure", steps, result["peak_bytes"])
             return ()
 
-        units = [self.experiment.by_name[name] for name in job.units]
+        units = [self.experiment.space.by_name[name] for name in job.units]
         # The longest first (Graham, 1969), so that small ones fill what is left in the end.
         priority = (_MEASURE, -sum(unit.parameters for unit in units), job.block)
         task = measure_task(self.experiment, job, priority, done)
@@ -190,7 +192,7 @@ class Calibration:
         beside = what == "gradients" and self.ahead
         priority = (_REDUCE_BESIDE if beside else _REDUCE, block)
         done = partial(self._added, what, block)
-        return [Task("calibrate:reduce", arguments, f"sum {block}", priority, None, done)]
+        return [Task("sums:reduce", arguments, f"sum {block}", priority, None, done)]
 
     def _added(self, what: str, block: int, result: Mapping[str, Any]) -> Iterable[Task]:
         """What waits for the sums of a block, which are in the store now."""
@@ -264,7 +266,7 @@ def measuring_jobs(
     """
     groups: dict[tuple[Any, ...], dict[str, list[tuple[Chain, str]]]] = {}
     for name, pairs in missing.items():
-        sites = tuple(sorted(set(experiment.by_name[name].sites.values())))
+        sites = tuple(sorted(set(experiment.space.by_name[name].sites.values())))
         for chain, key in pairs:
             wants = bool(reverse_needs(chain))
             first, reduces = reducers_of(chain), bool(reducing(chain)[0])
@@ -275,7 +277,7 @@ def measuring_jobs(
         return [([(spec.method, spec.options) for spec in chain], key) for chain, key in pairs]
 
     for (_, first, reduces, wants), wanted in groups.items():
-        units = [experiment.by_name[name] for name in wanted]
+        units = [experiment.space.by_name[name] for name in wanted]
         block, part = units[0].block, experiment.shaping.part(units[0].name)
         gradients = experiment.store.path("gradients", experiment.walk.gradients_key(block))
         stats = experiment.store.path("stats", walk.stats_key(block))
@@ -306,7 +308,7 @@ def measure_task(experiment: Experiment, job: Job, priority: tuple[int, ...], do
 
     What a node has read it keeps, in its page cache or as a copy: few should read the same block.
     """
-    kind = experiment.by_name[job.units[0]].kind
+    kind = experiment.space.by_name[job.units[0]].kind
     label = f"{job.units[0]}{f' +{len(job.units) - 1}' if len(job.units) > 1 else ''}"
     arguments = {"job": plain(job)}
     function, near = "measure:compress_job", f"block {job.block}"

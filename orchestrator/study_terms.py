@@ -88,7 +88,7 @@ def check_plans(experiment: Experiment, allocator: Allocator, knobs: Sequence[Kn
     Raises:
         RecipeError: they leave none.
     """
-    most, size = experiment.budget.total_bytes, experiment.size
+    most, size = experiment.budget.total_bytes, experiment.sizes.size
     deciding = [knob for knob in knobs if knob.choices or knob.name == BITS]
     wishes = ", ".join(k.name for k in deciding if k.name in section(experiment).knobs)
     for knob in deciding:
@@ -129,12 +129,14 @@ def _check_bits(experiment: Experiment, knobs: Sequence[Knob]) -> None:
 
 def _bits(experiment: Experiment, total_bytes: int) -> float:
     """Bits per weight of the units of so many bytes in all."""
-    return (total_bytes - experiment.size.fixed_bytes) * 8 / experiment.size.weights
+    size = experiment.sizes.size
+    return (total_bytes - size.fixed_bytes) * 8 / size.weights
 
 
 def sized_allocator(experiment: Experiment) -> Allocator:
     """The study's allocator as far as it is known before any work: sizes, knobs, no losses."""
-    given = replace(experiment.sized_problem(experiment.size.fixed_bytes), budget=experiment.budget)
+    sizes = experiment.sizes
+    given = replace(sizes.sized_problem(sizes.size.fixed_bytes), budget=experiment.budget)
     if is_predicted(experiment.recipe):
 
         def scored(
@@ -221,7 +223,7 @@ def all_knobs(experiment: Experiment, allocator: Allocator) -> list[Knob]:
     """What there is to vary, before the recipe fixes, narrows or widens any."""
     knobs = list(allocator.knobs)
     if "bytes" in section(experiment).objectives:
-        size = experiment.size
+        size = experiment.sizes.size
         totals = experiment.budget.total_bytes, size.smallest_bytes, size.dense_bytes
         wanted, smallest, dense = (_bits(experiment, total) for total in totals)
         low = math.ceil(smallest * _BITS_STEPS) / _BITS_STEPS

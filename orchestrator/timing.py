@@ -319,7 +319,7 @@ class Clock:
 
     def measure(self, pairs: Mapping[str, list[Chain]]) -> float:
         """Compression of the pairs that lack, their errors, and the files."""
-        units = [self.experiment.by_name[name] for name in pairs]
+        units = [self.experiment.space.by_name[name] for name in pairs]
         return sum(self.taken(self.job(group, pairs)) for group in sites(units).values())
 
     def job(self, group: list[Unit], pairs: Mapping[str, Collection[Chain]]) -> Cost:
@@ -327,7 +327,7 @@ class Clock:
         speeds, experiment = self.speeds, self.experiment
         names = sorted({site for unit in group for site in unit.sites.values()})
         stats = sum(self.sizes.statistics(group).values())
-        size = sum(experiment.dense_bytes(unit) for unit in group)
+        size = sum(experiment.sizes.dense_bytes(unit) for unit in group)
         chains = dict.fromkeys(chain for unit in group for chain in pairs[unit.name])
         made: set[Hashable] = set()
         factored: set[Hashable] = set()
@@ -342,7 +342,7 @@ class Clock:
                 if but_for_rank(chain) in made:
                     continue
                 made.add(but_for_rank(chain))
-            written += sum(experiment.predicted_bytes(unit, chain) for unit in todo)
+            written += sum(experiment.sizes.predicted_bytes(unit, chain) for unit in todo)
             written += sum(error_bytes(unit) for unit in todo)
             seconds += sum(self.compress(todo, site, chain) for site in names)
             seconds += sum(self.factors(todo, site, chain, factored) for site in names)
@@ -399,7 +399,7 @@ class Clock:
         walk = sum(self.linears(b, tokens) + self.calls(b, batches) for b in blocks)
         load = sum(self.taken(self.load(block)) for block in blocks) * parts
         head = tokens * self.speeds.head
-        unpack = self.experiment.size.weights * dense * parts
+        unpack = self.experiment.sizes.size.weights * dense * parts
         return (plans + 1) * (walk + load) + (1 + 2 * plans) * head + plans * unpack
 
     def evaluators(self) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import RecipeError, RunError
-from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.resident import Rows, trial_key
@@ -28,6 +27,7 @@ from moesaic.orchestrator.study import Asked, Study, Told
 from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
 from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
 from moesaic.orchestrator.trial_record import Made, TrialRecord
+from moesaic.orchestrator.worker import plain
 from moesaic.search._starts import is_greedy
 from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Plan
@@ -162,7 +162,7 @@ class Trials:
         search = GREEDY if is_greedy(start) else self.experiment.recipe.search
         if BITS not in values:
             return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
-        size = self.experiment.size
+        size = self.experiment.sizes.size
         total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
         given = replace(given, budget=Budget(total, size.fixed_bytes))
         found = solve(given, search)

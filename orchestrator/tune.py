@@ -81,7 +81,7 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
     knobs = knobs_of(experiment, sized_allocator(experiment))
     journal = options.storage or experiment.output / JOURNAL
     # Where layers are still to share out their experts, other options are there afterwards.
-    unknown = (MEASUREMENTS, KNOBS) if experiment.open_specs() else (MEASUREMENTS,)
+    unknown = (MEASUREMENTS, KNOBS) if experiment.space.open_specs() else (MEASUREMENTS,)
     wanted = facts(made_of(experiment), knobs, objectives)
     doubt = check_journal(journal, name, wanted, options.resume, unknown)
     if doubt is not None:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moesaic.orchestrator.calibrate import Walk, hidden_path, opened, pass_shards
+from moesaic.orchestrator.calibrate import pass_shards
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.shared import remove
 from moesaic.orchestrator.statistics import Node
-from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes
+from moesaic.orchestrator.walk import Walk, hidden_path, opened
+from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes, plain
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.stages import Calibration
@@ -71,11 +72,6 @@ class Ahead:
         passes = [self._pass(block, worker, span) for worker, span in enumerate(spans)]
         return [*passes, *self._collect(block)]
 
-    def _plain(self) -> dict[str, Any]:
-        from moesaic.orchestrator.experiment import plain
-
-        return plain(self.calibration.walk)
-
     def _pass(self, block: int, worker: int, span: Node) -> Task:
         calibration = self.calibration
 
@@ -92,7 +88,7 @@ class Ahead:
                 new += self._collect(block + 1)
             return [*new, *self._ready()]
 
-        arguments = {"walk": self._plain(), "block": block, "span": span}
+        arguments = {"walk": plain(self.calibration.walk), "block": block, "span": span}
         priority = (self.priorities[0], block)
         label = f"forward {block}"
         return Task("walk_ahead:pass_block", arguments, label, priority, worker, done)
@@ -118,7 +114,7 @@ class Ahead:
             return [*calibration.summed("stats", block, [span], result), *self._ready()]
 
         span = (0, calibration.walk.shards)
-        arguments = {"walk": self._plain(), "block": block, "span": span}
+        arguments = {"walk": plain(self.calibration.walk), "block": block, "span": span}
         priority = (self.priorities[1], block)
         return [Task("calibrate:collect", arguments, f"collect {block}", priority, None, done)]
 

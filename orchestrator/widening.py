@@ -79,7 +79,7 @@ def check_added(experiment: Experiment) -> None:
         made.setdefault((name, text(json.loads(own.options)[option])), []).append(chain)
     lost = [pair for pair, chains in made.items() if offered.isdisjoint(chains)]
     if lost:
-        reasons = "; ".join(list(experiment.unloadable)[:_SHOWN])
+        reasons = "; ".join(list(experiment.space.unloadable)[:_SHOWN])
         raise RecipeError(
             *(
                 f"tune.knobs.{name}: no unit can have {value} ({reasons}): leave it out"

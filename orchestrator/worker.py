@@ -4,6 +4,7 @@ import gc
 import importlib
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from moesaic.orchestrator.redaction import clean_error, clean_streams
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.model_source import ModelSource
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass as keyword arguments for a function that a worker calls."""
+    return asdict(value)
 
 
 class WorkerState:

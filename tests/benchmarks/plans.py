@@ -60,15 +60,15 @@ class Measured:
 
     @property
     def weights(self) -> int:
-        return self.experiment.size.weights
+        return self.experiment.sizes.size.weights
 
     @property
     def dense_bytes(self) -> int:
-        return sum(self.experiment.dense_bytes(unit) for unit in self.experiment.units)
+        return sum(self.experiment.sizes.dense_bytes(unit) for unit in self.experiment.units)
 
     def everywhere(self, chain: Chain) -> Plan:
         """One chain for every unit that it is meant for."""
-        return self.problem.plan(self.experiment.everywhere(chain))
+        return self.problem.plan(self.experiment.space.everywhere(chain))
 
     def searched(
         self,

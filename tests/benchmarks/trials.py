@@ -33,7 +33,7 @@ from common import (
 )
 
 from moesaic.orchestrator.console import View
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.pool import Pool, Task
@@ -43,6 +43,7 @@ from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.study_terms import rungs
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.tune import StudyOptions, TunedPipeline
+from moesaic.orchestrator.worker import plain
 
 CANDIDATES = [{"method": "gptq", "bits": [2, 3, 4, 5], "group_size": -1}]
 BARE = 5  # evaluations of which the median is taken

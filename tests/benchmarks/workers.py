@@ -27,13 +27,13 @@ from common import (
     write_recipe,
 )
 
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.stages import Calibration
+from moesaic.orchestrator.walk import Walk
 
 CANDIDATE = {"method": "gptq", "bits": 3, "group_size": -1}
 # For the run that warms the workers up; its store is not the one that is timed.

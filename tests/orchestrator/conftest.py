@@ -22,9 +22,9 @@ from transformers.utils import logging
 from moesaic.methods.base import Chain, Unit, reducers
 from moesaic.methods.reduction import ExpertLayer, Reduction, reducer_module
 from moesaic.orchestrator import machine, probes, solving
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.solving import Compressing
 from moesaic.orchestrator.store import digest
+from moesaic.orchestrator.walk import Walk
 from tests.local_cluster import local_cluster
 from tests.orchestrator.tiny import save_tiny
 

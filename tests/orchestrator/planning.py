@@ -12,9 +12,8 @@ from torch import Tensor
 
 from moesaic.methods import rtn
 from moesaic.methods.base import Unit
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.checkpoint import Checkpoint
-from moesaic.orchestrator.pieces import Member, piece_header, write_piece
+from moesaic.orchestrator.pieces import Member, dense_members, piece_header, write_piece
 from moesaic.orchestrator.streaming import StreamedModel
 
 # Options of a method for a whole unit, or member → options; None leaves the unit dense.

@@ -66,7 +66,8 @@ def test_an_experiment_without_weights_has_the_bytes_and_candidates_of_one_with_
     assert plan.compute_dtype == whole.compute_dtype
     for unit in plan.units:
         for chain in plan.offers[unit.name]:
-            assert plan.predicted_bytes(unit, chain) == whole.predicted_bytes(unit, chain)
+            known = whole.sizes.predicted_bytes(unit, chain)
+            assert plan.sizes.predicted_bytes(unit, chain) == known
 
 
 def test_slicing_needs_weights(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moesaic.orchestrator import calibrate, gradients
-from moesaic.orchestrator.calibrate import Walk, hidden_path
+from moesaic.orchestrator import calibrate, gradients, sums
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.statistics import BLOCK, SiteStats, load_stats, ranges
 from moesaic.orchestrator.store import Store, digest, remove_scratch
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import Walk, hidden_path
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.projects import VOCABULARY, make_model_folder
 
@@ -68,7 +68,7 @@ def forward(walk: Walk, workers: int = 1) -> list[WorkerState]:
     for block in range(BLOCKS):
         for state, span in zip(states, ranges(walk.shards, workers), strict=True):
             calibrate.forward(state, asdict(walk), block, span)
-        calibrate.reduce(WorkerState(1), asdict(walk), "stats", block)
+        sums.reduce(WorkerState(1), asdict(walk), "stats", block)
     return states
 
 
@@ -77,7 +77,7 @@ def reverse(walk: Walk, workers: int = 1) -> None:
     for block in reversed(range(BLOCKS)):
         for state, span in zip(states, ranges(walk.shards, workers), strict=True):
             gradients.reverse(state, asdict(walk), block, span)
-        calibrate.reduce(WorkerState(1), asdict(walk), "gradients", block)
+        sums.reduce(WorkerState(1), asdict(walk), "gradients", block)
 
 
 def stats_of(walk: Walk, block: int, what: str = "stats") -> SiteStats:
@@ -302,12 +302,12 @@ def test_a_worker_goes_on_where_another_one_died(walk: Walk, tmp_path: Path) -> 
     spans = ranges(SHARDS, 2)
     for span in spans:
         calibrate.forward(WorkerState(1), asdict(walk), 0, span)
-    calibrate.reduce(WorkerState(1), asdict(walk), "stats", 0)
+    sums.reduce(WorkerState(1), asdict(walk), "stats", 0)
     # The next worker knows only the files, and one of them is gone: it is computed again.
     hidden_path(walk, 1, 3).unlink()
     for span in spans:
         calibrate.forward(WorkerState(1), asdict(walk), 1, span)
-    calibrate.reduce(WorkerState(1), asdict(walk), "stats", 1)
+    sums.reduce(WorkerState(1), asdict(walk), "stats", 1)
     assert entries(walk, "stats") == entries(undisturbed, "stats")
 
 
@@ -319,7 +319,7 @@ def test_statistics_come_out_right_when_all_hidden_states_are_lost(
     calibrate.forward(WorkerState(1), asdict(walk), 0, (0, SHARDS))
     remove_scratch(walk.scratch)
     calibrate.forward(WorkerState(1), asdict(walk), 1, (0, SHARDS))
-    calibrate.reduce(WorkerState(1), asdict(walk), "stats", 1)
+    sums.reduce(WorkerState(1), asdict(walk), "stats", 1)
     (name, content), *_ = entries(walk, "stats").items()
     assert entries(undisturbed, "stats")[name] == content
 
@@ -338,16 +338,16 @@ def test_a_sum_that_was_made_is_not_missed_when_its_parts_are_gone(walk: Walk) -
     """A worker that died after it had written the sum has removed some of its parts."""
     for span in ranges(SHARDS, 3):
         calibrate.forward(WorkerState(1), asdict(walk), 0, span)
-    calibrate.reduce(WorkerState(1), asdict(walk), "stats", 0)
+    sums.reduce(WorkerState(1), asdict(walk), "stats", 0)
     before = entries(walk, "stats")
-    calibrate.reduce(WorkerState(1), asdict(walk), "stats", 0)
+    sums.reduce(WorkerState(1), asdict(walk), "stats", 0)
     assert entries(walk, "stats") == before
 
 
 def test_a_missing_part_of_a_sum_is_an_error_that_names_it(walk: Walk) -> None:
     calibrate.forward(WorkerState(1), asdict(walk), 0, (0, 2))
     with pytest.raises(RunError, match="block 0: the stats of shard 2 are missing"):
-        calibrate.reduce(WorkerState(1), asdict(walk), "stats", 0)
+        sums.reduce(WorkerState(1), asdict(walk), "stats", 0)
 
 
 def test_the_reverse_pass_of_another_length_starts_from_its_own_files(
@@ -371,7 +371,7 @@ def test_collecting_leaves_the_states_before_the_block(walk: Walk, tmp_path: Pat
     for block in range(BLOCKS):
         for span in ranges(SHARDS, 2):
             calibrate.collect(WorkerState(1), asdict(prefixed), block, span)
-        calibrate.reduce(WorkerState(1), asdict(prefixed), "stats", block)
+        sums.reduce(WorkerState(1), asdict(prefixed), "stats", block)
         if block + 1 < BLOCKS:
             calibrate.advance(WorkerState(1), asdict(prefixed), block, (0, SHARDS), {})
     for block in range(BLOCKS):
@@ -432,11 +432,11 @@ def test_sums_that_overflow_are_told_with_the_block_and_what_helps(
     for shard in range(2):
         calibrate.forward(state, asdict(large), 0, (shard, shard + 1))
     with pytest.raises(RunError, match=told):
-        calibrate.reduce(state, asdict(large), "stats", 0)
+        sums.reduce(state, asdict(large), "stats", 0)
     with pytest.raises(RunError, match=told):  # who walks all leaves the entry at once
         calibrate.forward(state, asdict(replace(large, shards=1)), 0, (0, 1))
-    assert "try compute.dtype: float32" in calibrate._overflow(
-        replace(large, dtype="bfloat16"), "stats", 0, calibrate.BLOCK, "turn"
+    assert "try compute.dtype: float32" in sums._overflow(
+        replace(large, dtype="bfloat16"), "stats", 0, sums.BLOCK, "turn"
     )
 
 

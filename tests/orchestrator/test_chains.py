@@ -218,7 +218,7 @@ def test_bytes_of_chains_are_told_before_any_work(project: Project) -> None:
             entry = experiment.store.get("pieces", _path(experiment, unit, chain).stem)
             assert entry is not None
             size = sum(entry.metadata["bytes"].values())
-            assert size == experiment.predicted_bytes(unit, chain)
+            assert size == experiment.sizes.predicted_bytes(unit, chain)
             rest = reducing(chain)[1]
             dtype = experiment.model.checkpoint.dtype(experiment.model.fixed_names()[0])
             assert size == predict_bytes(unit.shapes, dtype, rest)
@@ -250,7 +250,7 @@ def test_experts_that_share_a_base_take_it_together(project: Project) -> None:
         assert any(c[0].method == "delta_moe" for c in offered) == (unit.kind == "bank")
         for chain in offered:
             own = [m for m in table if m.unit.startswith(unit.name) and m.chain == chain]
-            assert sum(m.bytes for m in own) == experiment.predicted_bytes(unit, chain)
+            assert sum(m.bytes for m in own) == experiment.sizes.predicted_bytes(unit, chain)
         for member in unit.shapes if unit.kind == "bank" else ():
             links = [chosen[f"{unit.name}.{e}.{member}"] for e in range(unit.shapes[member][0])]
             assert links.count(links[0]) == len(links)
@@ -264,7 +264,7 @@ def test_experts_that_share_a_base_take_it_together(project: Project) -> None:
 
 def test_the_smallest_plan_of_chains_fits_its_own_bytes(project: Project) -> None:
     """Names of nested parts are longer; the bound on the headers must hold for them, too."""
-    smallest = _open(project).size.smallest_bytes
+    smallest = _open(project).sizes.size.smallest_bytes
     project.write(**{**MIXED, "budget": {"bits_per_weight": None, "bytes": smallest}})
     result, _ = project.run()
     assert result["scores"]["plan"]["bytes"] <= smallest

@@ -9,13 +9,13 @@ import pytest
 from moesaic.orchestrator import dividing
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.dividing import dividable, divided
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import Job, compress_job
 from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.shares import parts_now
 from moesaic.orchestrator.stages import Calibration, measuring_jobs, missing_pairs
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from tests.orchestrator.inline import InlinePool, stored
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
@@ -73,7 +73,7 @@ def test_jobs_that_share_work_are_not_divided(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment, job = bank_job(tmp_path, model)
-    units = [experiment.by_name[name] for name in job.units]
+    units = [experiment.space.by_name[name] for name in job.units]
 
     def task_of(job: Job) -> Task:
         return Task("measure:compress_job", {"job": job}, "bank", kind="bank")

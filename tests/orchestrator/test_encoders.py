@@ -20,8 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from moesaic.orchestrator import calibrate, gradients
-from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator import calibrate, gradients, sums
 from moesaic.orchestrator.console import score_table
 from moesaic.orchestrator.embeddings import (
     Sentences,
@@ -42,6 +41,7 @@ from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.study_terms import check_tune
 from moesaic.orchestrator.texts import draw, framed_windows, sentences
+from moesaic.orchestrator.walk import Walk
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Project
 from tests.orchestrator.planning import grouped, make_pieces
@@ -340,7 +340,7 @@ def back_and_forth(walk: Walk) -> list[Any]:
     found = []
     for block in (1, 0):
         gradients.reverse(state, asdict(walk), block, span)
-        calibrate.reduce(state, asdict(walk), "gradients", block)
+        sums.reduce(state, asdict(walk), "gradients", block)
         entry = Store(Path(walk.store)).get("gradients", walk.gradients_key(block))
         assert entry is not None
         found.insert(0, load_stats(entry.path))

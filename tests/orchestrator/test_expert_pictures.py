@@ -213,7 +213,7 @@ def planned(experiment: Experiment, reducer: str | None) -> Mapping[str, Chain]:
     if reducer is not None:
         options = {k: v for k, v in REDUCERS[reducer].items() if k != "method"}
         own = (Spec.of(reducer, options),)
-    chosen = experiment.everywhere((*own, bits[0]))
+    chosen = experiment.space.everywhere((*own, bits[0]))
     mixed = {name for place, name in enumerate(chosen) if place % 5 == 0}
     return {
         name: (*chain[:-1], bits[1]) if name in mixed else chain for name, chain in chosen.items()

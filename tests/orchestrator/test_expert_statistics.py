@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moesaic.methods.reduction import EXPERT_STATISTICS
-from moesaic.orchestrator import calibrate, expert_statistics, gradients
-from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator import calibrate, expert_statistics, gradients, sums
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.expert_statistics import expert_site, sampled_tokens
 from moesaic.orchestrator.family import families, load_family
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import Walk
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import MakeWalk
 from tests.orchestrator.inline import Project
@@ -57,7 +57,7 @@ def forward(walk: Walk, workers: int = 1) -> list[SiteStats]:
     for block in range(opened(walk).blocks):
         for state, span in zip(states, ranges(walk.shards, workers), strict=True):
             calibrate.forward(state, asdict(walk), block, span)
-        calibrate.reduce(WorkerState(1), asdict(walk), "stats", block)
+        sums.reduce(WorkerState(1), asdict(walk), "stats", block)
         entry = Store(Path(walk.store)).get("stats", walk.stats_key(block))
         assert entry is not None
         found.append(load_stats(entry.path))
@@ -182,7 +182,7 @@ def test_gradients_at_the_layers_output_are_those_of_autograd(
     streamed, model = opened(walk), whole_model(walk.model)
     for block in reversed(range(streamed.blocks)):
         gradients.reverse(WorkerState(1), asdict(walk), block, (0, SHARDS))
-        calibrate.reduce(WorkerState(1), asdict(walk), "gradients", block)
+        sums.reduce(WorkerState(1), asdict(walk), "gradients", block)
     layers = watched(model, streamed)
     for shard in range(SHARDS):
         row = walk.shard_rows(shard)[0]

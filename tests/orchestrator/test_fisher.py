@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.methods.base import OUTPUT_STATISTICS, Stats, Unit
-from moesaic.orchestrator import calibrate, gradients
-from moesaic.orchestrator.calibrate import Walk
+from moesaic.orchestrator import calibrate, gradients, sums
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -27,6 +26,7 @@ from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges, squared_gradients
 from moesaic.orchestrator.store import Entry, Store
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import Walk
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import MakeWalk
 from tests.orchestrator.inline import Killed, Project
@@ -58,7 +58,7 @@ def run(walk: Walk, workers: int = 1) -> list[SiteStats]:
     for block in reversed(range(BLOCKS)):
         for state, span in zip(states, spans, strict=True):
             gradients.reverse(state, asdict(walk), block, span)
-        calibrate.reduce(WorkerState(1), asdict(walk), "gradients", block)
+        sums.reduce(WorkerState(1), asdict(walk), "gradients", block)
     found = []
     for block in range(BLOCKS):
         entry = Store(Path(walk.store)).get("gradients", walk.gradients_key(block))

@@ -176,7 +176,7 @@ def test_the_smallest_plan_is_the_smallest_that_the_search_finds(
     )
     Calibration(experiment, InlinePool(), View(), experiment.offers).run()  # type: ignore[arg-type]
     table = measurements(experiment)
-    smallest, fixed = experiment.size.smallest_bytes, experiment.size.fixed_bytes
+    smallest, fixed = experiment.sizes.size.smallest_bytes, experiment.sizes.size.fixed_bytes
     search = search_module(strategy).search
     enough = problem(experiment, table, budget=Budget(smallest, fixed))
     assert search(enough).bytes == smallest
@@ -187,7 +187,7 @@ def test_the_smallest_plan_is_the_smallest_that_the_search_finds(
 def test_dense_bytes_are_those_of_the_files(tmp_path: Path, moe: Path) -> None:
     experiment = _open(tmp_path, moe)
     files = sum(path.stat().st_size for path in moe.glob("*.safetensors"))
-    assert experiment.size.dense_bytes == files
+    assert experiment.sizes.size.dense_bytes == files
     changes = {"budget": {"bits_per_weight": None, "bytes": files - 1}}
     assert _open(tmp_path, moe, **changes).budget.total_bytes == files - 1
     with pytest.raises(UserError, match=f"hold the whole dense model .{files:,} bytes"):
@@ -445,7 +445,7 @@ def test_a_recipe_with_a_study_is_told_what_a_resident_model_takes(
     experiment = _open(tmp_path, moe, tune={"seed": 1})
     result = forecast(experiment)
     parts = result["memory"]["stages"]["tune"]
-    assert parts["weights"] > sum(experiment.dense_bytes(u) for u in experiment.units)
+    assert parts["weights"] > sum(experiment.sizes.dense_bytes(u) for u in experiment.units)
     assert parts["hidden states"] == HIDDEN_BYTES and parts["weights of other plans"] > 0
     assert result["memory"]["peak"] == parts["total"]
     console = Console(file=io.StringIO(), width=200)
@@ -461,5 +461,5 @@ def test_slopes_take_more_memory_than_evaluations(moe: Path, tmp_path: Path) -> 
         parts = forecast(experiment)["memory"]["stages"]["refine"]
         assert ("gradients" in parts) == (method == "relax")
         totals.append(parts["total"])
-    largest = max(experiment.dense_bytes(unit) for unit in experiment.units)
+    largest = max(experiment.sizes.dense_bytes(unit) for unit in experiment.units)
     assert totals[1] - totals[0] > 3 * largest

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moesaic.orchestrator import latency
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.compressed_modules import CompressedExperts, CompressedLinear
+from moesaic.orchestrator.pieces import dense_members
 from tests.orchestrator.planning import make_pieces, mixed, open_model
 from tests.orchestrator.projects import make_model_folder
 

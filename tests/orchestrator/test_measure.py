@@ -17,7 +17,7 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.compression import row_errors
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.evaluate import evaluate_rows
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import (
     compress_job,
     needs,
@@ -32,7 +32,7 @@ from moesaic.orchestrator.results import measurements, problem
 from moesaic.orchestrator.stages import Calibration, measuring_jobs, missing_pairs
 from moesaic.orchestrator.statistics import load_stats
 from moesaic.orchestrator.store import Entry
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from tests.orchestrator.inline import InlinePool
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
@@ -142,7 +142,7 @@ def test_choices_of_a_bank_share_its_bytes_exactly(measured: Experiment) -> None
         for chain in measured.offers[unit.name]:
             own = [m for m in table if m.unit in names and m.chain == chain]
             assert len(own) == len(names)
-            assert sum(m.bytes for m in own) == measured.predicted_bytes(unit, chain)
+            assert sum(m.bytes for m in own) == measured.sizes.predicted_bytes(unit, chain)
 
 
 def test_searches_learn_what_units_hold_as_they_are(measured: Experiment) -> None:
@@ -150,7 +150,7 @@ def test_searches_learn_what_units_hold_as_they_are(measured: Experiment) -> Non
     given = problem(measured, table)
     for unit in measured.units:
         known = [given.layers[choice.name].bytes for choice in choices(unit)]
-        assert sum(known) == measured.dense_bytes(unit)
+        assert sum(known) == measured.sizes.dense_bytes(unit)
         assert {given.layers[choice.name].influence for choice in choices(unit)} == {
             table.influence[unit.block]
         }
@@ -177,7 +177,7 @@ def test_pieces_hold_what_the_method_gives_alone(measured: Experiment) -> None:
                 assert torch.equal(tensor.dense(), alone[member].dense())
             assert entry.metadata["bytes"] == {m: t.nbytes for m, t in alone.items()}
             size = sum(entry.metadata["bytes"].values())
-            assert size == measured.predicted_bytes(unit, chain)
+            assert size == measured.sizes.predicted_bytes(unit, chain)
             with safe_open(measured.store.path("errors", key), framework="pt") as file:
                 for member, tensor in alone.items():
                     hessian = own[member]["hessian"].double()

@@ -75,10 +75,11 @@ def test_a_run_chooses_corrected_experts_and_keeps_what_it_needs(
         assert bool(_corrected(offered)) == (unit.kind == "bank")
         for chain in _corrected(offered):
             own = [m for m in table if m.unit.startswith(f"{unit.name}.") and m.chain == chain]
-            assert sum(m.bytes for m in own) == experiment.predicted_bytes(unit, chain)
+            predicted = experiment.sizes.predicted_bytes(unit, chain)
+            assert sum(m.bytes for m in own) == predicted
             entry = experiment.store.get("pieces", _path(experiment, unit, chain).stem)
             assert entry is not None
-            assert sum(entry.metadata["bytes"].values()) == experiment.predicted_bytes(unit, chain)
+            assert sum(entry.metadata["bytes"].values()) == predicted
     for unit in banks:
         for member, shape in unit.shapes.items():
             links = [chosen[f"{unit.name}.{expert}.{member}"] for expert in range(shape[0])]
@@ -194,7 +195,7 @@ def test_layers_that_share_out_their_experts_propagate_and_are_refined(project: 
 def test_the_smallest_plan_of_corrected_experts_fits_its_own_bytes(project: Project) -> None:
     small = [[{**HC_SMOE, "keep": 2}, {**EORA, "rank": 1}]]
     project.write(**{**CORRECTED, "candidates": small, "baselines": {}})
-    smallest = _open(project).size.smallest_bytes
+    smallest = _open(project).sizes.size.smallest_bytes
     budget = {"bits_per_weight": None, "bytes": smallest}
     project.write(**{**CORRECTED, "candidates": small, "baselines": {}, "budget": budget})
     result, _ = project.run()

@@ -11,9 +11,14 @@ from moesaic.kernels import dense
 from moesaic.kernels.tensor import CompressedTensor
 from moesaic.methods.base import Spec, Unit
 from moesaic.orchestrator import mixtures
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.mixtures import Mixture
-from moesaic.orchestrator.pieces import piece_header, read_piece, write_cut, write_piece
+from moesaic.orchestrator.pieces import (
+    dense_members,
+    piece_header,
+    read_piece,
+    write_cut,
+    write_piece,
+)
 from tests.kernels.test_formats import EXAMPLES
 
 SHAPES = {"gate": (5, 6, 12), "up": (5, 6, 12), "down": (5, 12, 6)}

@@ -146,7 +146,7 @@ def test_bytes_are_forecast_exactly(model_type: str, measured: Callable[[str], M
                 )
                 header = piece_header(Path(found[unit.name]))
                 size = sum(stored.nbytes for stored in header["weight"].parts.values())
-                assert experiment.predicted_bytes(unit, chain) == size, chain_text(chain)
+                assert experiment.sizes.predicted_bytes(unit, chain) == size, chain_text(chain)
                 assert header["weight"].shape == unit.shapes["weight"]
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moesaic.methods.base import Unit
 from moesaic.methods.reduction import EXPERT_STATISTICS
-from moesaic.orchestrator import calibrate, gradients, measure, parted, statistics
+from moesaic.orchestrator import calibrate, gradients, measure, parted, statistics, sums
 from moesaic.orchestrator.bank_slices import BankSlices
 from moesaic.orchestrator.block_sizes import BlockSizes
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
@@ -25,6 +24,7 @@ from moesaic.orchestrator.passes import Passes, bank_of, planned_passes, solved_
 from moesaic.orchestrator.recipe import load_recipe
 from moesaic.orchestrator.stages import Calibration
 from moesaic.orchestrator.statistics import covered, held_sums, ranges
+from moesaic.orchestrator.walk import Walk, opened
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.conftest import MakeWalk
 from tests.orchestrator.inline import InlinePool
@@ -62,7 +62,7 @@ def cramped(room: int | None) -> Cramped:
 
 
 def sizes_of(walk: Walk) -> BlockSizes:
-    return BlockSizes(calibrate.opened(cramped(None), walk), walk, LENGTH)
+    return BlockSizes(opened(cramped(None), walk), walk, LENGTH)
 
 
 def smallest_room(walk: Walk, workers: int) -> tuple[int, list[Passes]]:
@@ -95,15 +95,15 @@ def walked(walk: Walk, room: int | None, workers: int = 1) -> tuple[dict[str, by
     """All statistics and gradients by name, and what workers told."""
     states = [cramped(room) for _ in ranges(walk.shards, workers)]
     spans, told = ranges(walk.shards, workers), set()
-    blocks = calibrate.opened(states[0], walk).blocks
+    blocks = opened(states[0], walk).blocks
     for block in range(blocks):
         for state, span in zip(states, spans, strict=True):
             told.add(calibrate.forward(state, asdict(walk), block, span)["parted"])
-        calibrate.reduce(cramped(None), asdict(walk), "stats", block)
+        sums.reduce(cramped(None), asdict(walk), "stats", block)
     for block in reversed(range(blocks) if walk.gradients else ()):
         for state, span in zip(states, spans, strict=True):
             gradients.reverse(state, asdict(walk), block, span)
-        calibrate.reduce(cramped(None), asdict(walk), "gradients", block)
+        sums.reduce(cramped(None), asdict(walk), "gradients", block)
     files = [p for kind in ("stats", "gradients") for p in Path(walk.store).glob(f"{kind}/*/*.s*")]
     return {path.name: path.read_bytes() for path in files}, told
 
@@ -240,7 +240,7 @@ def test_what_was_collected_in_parts_is_the_same(make_walk: MakeWalk, tmp_path: 
         walk = make_walk("qwen3_moe", store=str(tmp_path / name))
         room = None if name == "whole" else smallest_room(walk, 1)[0]
         calibrate.collect(cramped(room), asdict(walk), 0, (0, SHARDS))
-        calibrate.reduce(cramped(None), asdict(walk), "stats", 0)
+        sums.reduce(cramped(None), asdict(walk), "stats", 0)
         left.append([p.read_bytes() for p in Path(walk.store).glob("stats/*/*.safetensors")])
     assert left[0] == left[1] != []
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_promises(
     }
     assert set(chosen.values()) <= allowed
     assert len(set(chosen.values())) > 1  # the budget lies between two candidates
-    for tie in experiment.ties():
+    for tie in experiment.space.ties():
         assert len({chosen[name] for name in tie}) == 1
 
     weights = list((project.output / "model").glob("*.safetensors"))
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_promises(
     table = pd.read_parquet(project.output / "measurements.parquet")
     by_chain = table.set_index(["unit", "chain"])["bytes"]
     units = sum(int(by_chain[name, chain_text(chain)]) for name, chain in chosen.items())
-    weights_bytes = int(5.5 * experiment.size.weights / 8)
+    weights_bytes = int(5.5 * experiment.sizes.size.weights / 8)
     assert units <= weights_bytes
     assert plan["budget_bytes"] == size - units + weights_bytes
     assert plan["budget_bytes"] - size < 0.1 * size  # and little of it is left over

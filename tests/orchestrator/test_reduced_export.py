@@ -127,7 +127,7 @@ def test_predicted_bytes_are_those_of_the_pieces(
         kept = own.model.layouts[unit.block].kept
         names = [*own.model.router_names(unit.block).values(), *own.model.bias_names(unit.block)]
         before = sum(checkpoint.nbytes(kept[name]) for name in names)
-        assert experiment.predicted_bytes(unit, ()) == experiment.dense_bytes(unit)
+        assert experiment.sizes.predicted_bytes(unit, ()) == experiment.sizes.dense_bytes(unit)
         for chain in experiment.offers[unit.name]:
             path = experiment.store.path(
                 "pieces", experiment.key(unit.name, chain, experiment.walk)
@@ -140,7 +140,8 @@ def test_predicted_bytes_are_those_of_the_pieces(
             prefix = reducing(chain)[0]
             side = sum(size.values()) - members - before if is_reduced(piece) else 0
             assert is_reduced(piece) == bool(prefix)
-            assert experiment.predicted_bytes(unit, chain) == members + side, chain_text(chain)
+            predicted = experiment.sizes.predicted_bytes(unit, chain)
+            assert predicted == members + side, chain_text(chain)
             if prefix:
                 assert experiment.shaping.side_bytes(unit, prefix) == side, chain_text(chain)
 

@@ -102,7 +102,7 @@ def test_a_run_says_what_became_of_the_experts(project: Project, tmp_path: Path)
     loss = sum(float(by_name.loc[row, "predicted_kl"]) for row in rows)
     assert plan["loss"] == pytest.approx(loss, rel=1e-6)
     experiment = Experiment(load_recipe(project.folder / "recipe.yaml"), project.output)
-    bits = stored * 8 / experiment.size.weights
+    bits = stored * 8 / experiment.sizes.size.weights
     assert scores["plan"]["bits_per_weight"] == pytest.approx(bits, rel=1e-9)
     shown = read_run(project.output)
     assert sum(shown["choices"].values()) == len(chosen)

@@ -16,14 +16,13 @@ from moesaic.orchestrator import latency, refine, resident
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
-from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.listing import listing
 from moesaic.orchestrator.pieces import is_cut
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.refinement import Watch
 from moesaic.orchestrator.run import check_recipe, open_experiment
 from moesaic.orchestrator.trials import Trials
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Plan
 from moesaic.search.refining import Answer, Batch, Request, cut
 from tests.orchestrator.inline import Killed, Project, measured_store

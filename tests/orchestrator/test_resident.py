@@ -9,11 +9,10 @@ from safetensors.torch import save_file
 
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
-from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.mixtures import Mixture, packed
 from moesaic.orchestrator.pieces import write_piece
 from moesaic.orchestrator.resident import Kept, evaluate_plan, release
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.planning import Choice, channel, make_pieces, mixed, open_model
 

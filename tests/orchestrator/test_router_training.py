@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from moesaic.methods.router_calibration import divergence, divergence_gradient
 from moesaic.orchestrator import router_training
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from tests.orchestrator.inline import Killed, Project
 from tests.orchestrator.projects import make_model_folder
 
@@ -114,7 +114,7 @@ def test_router_gradients_are_those_of_the_whole_model(
 def _opened(made: Project) -> tuple[dict[str, Any], dict[str, str]]:
     """The judge of the calibration text, and the pieces of the plan."""
     from moesaic.orchestrator import results
-    from moesaic.orchestrator.experiment import Experiment, plain
+    from moesaic.orchestrator.experiment import Experiment
     from moesaic.orchestrator.plan_pieces import plan_pieces
     from moesaic.orchestrator.recipe import load_recipe
     from moesaic.search.alternatives import solve

@@ -19,14 +19,14 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
-from moesaic.orchestrator.experiment import Experiment, plain
+from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.score_features import error_features, weight_features
 from moesaic.orchestrator.scoring import pairs_of, rated
 from moesaic.orchestrator.statistics import load_stats
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Problem
 from moesaic.search.features import FEATURES, Pairs, rule_of, scores
 from tests.orchestrator.inline import InlinePool, Killed, Project

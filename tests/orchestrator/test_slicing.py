@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moesaic.orchestrator.calibrate import Walk
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, UserError
@@ -20,6 +19,7 @@ from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slice_walk import Passage
 from moesaic.orchestrator.slicing import Cut, SlicedCheckpoint, dropped_share, slicing_events
 from moesaic.orchestrator.streaming import StreamedModel
+from moesaic.orchestrator.walk import Walk
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.inline import InlinePool, Killed
 

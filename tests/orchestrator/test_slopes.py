@@ -11,13 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.methods import svd
 from moesaic.methods.base import Unit
-from moesaic.orchestrator.calibrate import dense_members
 from moesaic.orchestrator.evaluate import Judge, evaluate_rows
-from moesaic.orchestrator.experiment import plain
-from moesaic.orchestrator.pieces import is_cut, read_piece, write_cut, write_piece
+from moesaic.orchestrator.pieces import dense_members, is_cut, read_piece, write_cut, write_piece
 from moesaic.orchestrator.resident import evaluate_plan
 from moesaic.orchestrator.slopes import DENSE, plan_slopes
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from tests.orchestrator.conftest import Tiny
 from tests.orchestrator.planning import Choice, channel, make_pieces, mixed, open_model
 

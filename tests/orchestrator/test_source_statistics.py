@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from moesaic.methods.base import of_source
-from moesaic.orchestrator import calibrate, results
-from moesaic.orchestrator.calibrate import Walk, dense_members
+from moesaic.orchestrator import calibrate, results, sums
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.machine import crew
 from moesaic.orchestrator.memory import Sizes
+from moesaic.orchestrator.pieces import dense_members
 from moesaic.orchestrator.run import open_experiment
 from moesaic.orchestrator.statistics import SiteStats, load_stats, ranges
 from moesaic.orchestrator.store import Store, digest
+from moesaic.orchestrator.walk import Walk
 from moesaic.orchestrator.worker import WorkerState
 from tests.orchestrator.inline import Killed, Project, measured_store
 from tests.orchestrator.projects import VOCABULARY, make_model_folder
@@ -85,7 +86,7 @@ def summed(walk: Walk, workers: int = 1) -> list[tuple[bytes, SiteStats]]:
     for block in range(2):
         for state, span in zip(states, spans, strict=True):
             calibrate.forward(state, asdict(walk), block, span)
-        calibrate.reduce(WorkerState(1), asdict(walk), "stats", block)
+        sums.reduce(WorkerState(1), asdict(walk), "stats", block)
         entry = Store(Path(walk.store)).get("stats", walk.stats_key(block))
         assert entry is not None
         found.append((entry.path.read_bytes(), load_stats(entry.path)))

@@ -21,7 +21,6 @@ from moesaic.orchestrator import latency, resident, study_terms
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
-from moesaic.orchestrator.experiment import plain
 from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.mixtures import Mixtures, members_of
 from moesaic.orchestrator.plan_pieces import plan_pieces
@@ -38,7 +37,7 @@ from moesaic.orchestrator.study_journal import (
 )
 from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trials import Trials
-from moesaic.orchestrator.worker import WorkerState
+from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
 from tests.orchestrator.inline import Killed, Project, measured_store
@@ -284,7 +283,7 @@ def test_baselines_are_judged_once_on_the_text_of_the_trials_and_are_no_trials(m
     found = study["baselines"]["rtn 4"]
     assert found["bytes"] == project.json("scores.json")["rtn 4"]["bytes"]
     experiment = open_experiment(project.folder / "recipe.yaml", project.output)
-    everywhere = experiment.everywhere(experiment.recipe.baselines["rtn 4"])
+    everywhere = experiment.space.everywhere(experiment.recipe.baselines["rtn 4"])
     pieces = plan_pieces(experiment, experiment.walk, everywhere)
     assert len(pieces) == len(experiment.units)
     kl = evaluate_rows(WorkerState(1), plain(experiment.calibration_judge), (0, 8), pieces)["kl"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.orchestrator import calibrate, readahead
+from moesaic.orchestrator import readahead, sums
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.experiment import Experiment
@@ -100,13 +100,13 @@ def test_sums_that_are_there_are_not_made_again_when_hidden_states_are_lost(
     calibrated(experiment)
     experiment.store.path("gradients", experiment.walk.gradients_key(0)).unlink()
     made: list[tuple[str, int]] = []
-    leave = calibrate.leave_sums
+    leave = sums.leave_sums
 
     def counted(walk: Any, what: str, block: int, *rest: Any) -> None:
         made.append((what, block))
         leave(walk, what, block, *rest)
 
-    monkeypatch.setattr(calibrate, "leave_sums", counted)
+    monkeypatch.setattr(sums, "leave_sums", counted)
     calls = calibrated(experiment).calls
     assert calls["calibrate:forward"] + calls["walk_ahead:pass_block"] > 0
     assert made == [("gradients", 0)] * WALKERS
