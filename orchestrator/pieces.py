@@ -121,9 +121,10 @@ def read_piece(path: Path) -> dict[str, CompressedTensor]:
         with _trusting_nothing(path):
             cut = parse_json(text.encode())
             uncut = _uncut(path, cut["of"])
-            if not uncut.is_file():
-                raise ValueError(f"it is a cut of {uncut.name}, which is gone")
-            whole = _read_whole(uncut)
+            try:
+                whole = _read_whole(uncut)
+            except FileNotFoundError:
+                raise ValueError(f"it is a cut of {uncut.name}, which is gone") from None
             if not cut["ranks"].keys() <= whole.keys():
                 raise ValueError("it cuts members that are not there")
             return {
