@@ -43,11 +43,12 @@ class Blueprint(Checkpoint):
             raise UserError(f"{path / 'config.json'}: key model_type is missing")
         self.files = []
         self._entries = {}
-        config = read_config(self, False)
+        family = load_family(kind)
+        config = read_config(self, family, False)
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         with config_errors(path / "config.json"):
-            skeleton = Skeleton(config, load_family(kind), dtype, torch.device("cpu"), False)
-        for name, (shape, stored) in _tensors(load_family(kind), skeleton, dtype).items():
+            skeleton = Skeleton(config, family, dtype, torch.device("cpu"), False)
+        for name, (shape, stored) in _tensors(family, skeleton, dtype).items():
             size = torch.Size(shape).numel() * stored.itemsize
             self._entries[name] = Entry(path / SINGLE, 0, size, shape, stored)
 

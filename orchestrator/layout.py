@@ -193,6 +193,23 @@ def group_names(family: Family, checkpoint: Checkpoint) -> tuple[dict[int, list[
     return blocks, others
 
 
+def check_naming(
+    family: Family, checkpoint: Checkpoint, blocks: Mapping[int, object], others: Sequence[str]
+) -> None:
+    """Raises a UserError where tensors are named as a model without its head saves them.
+
+    Args:
+        blocks, others: names on disk, as :func:`group_names` gives them.
+    """
+    top, _, inner = family.block.partition(".")
+    bare = re.escape(inner).replace(r"\{block\}", r"\d+") + r"\..*"
+    if not blocks and any(re.fullmatch(bare, name) for name in others):
+        raise UserError(
+            f"{checkpoint.path}: its tensors are named without {top!r}, as a model without its head"
+            " saves them: load it with AutoModelForCausalLM and save it again"
+        )
+
+
 def model_layout(
     family: Family, checkpoint: Checkpoint, expected: Sequence[Shapes], outer: Shapes
 ) -> list[BlockLayout]:
@@ -212,13 +229,6 @@ def model_layout(
         raise UserError(
             f"{config}: {len(expected)} blocks (num_hidden_layers), but the files have block "
             f"{behind[-1]}"
-        )
-    top, _, inner = family.block.partition(".")
-    bare = re.escape(inner).replace(r"\{block\}", r"\d+") + r"\..*"
-    if not blocks and any(re.fullmatch(bare, name) for name in others):
-        raise UserError(
-            f"{checkpoint.path}: its tensors are named without {top!r}, as a model without its head"
-            " saves them: load it with AutoModelForCausalLM and save it again"
         )
     wanted = [name for name in others if not family.is_unused_outside(name)]
     for name in wanted:

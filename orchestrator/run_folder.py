@@ -25,7 +25,7 @@ import yaml
 
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import printable
+from moesaic.orchestrator.foreign import printable, read_json, shown
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.yamlfile import read_yaml
@@ -34,6 +34,7 @@ LOCK = ".running.json"
 # Of another machine's lock: not touched for so long, its owner is dead.
 _TOUCH_SECONDS, _STALE_SECONDS = 10.0, 60.0
 _LOOK_SECONDS = 1.0
+_MOST_BYTES = 1 << 16
 _SHOWN_KEYS, _SHOWN_CHARACTERS, _NAME_CHARACTERS = 12, 60, 300
 _NONE = "(not set)"
 
@@ -151,21 +152,23 @@ class _Lock:
                 number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
                 return False
-            with open(number, "w", encoding="utf-8") as stream:
-                json.dump(me, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            try:
+                with open(number, "w", encoding="utf-8") as stream:
+                    json.dump(me, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except BaseException:  # a full disk: the next run must not wait for nobody
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+                raise
         return True
 
     def _owner(self) -> dict[str, Any] | None:
-        """What the file says; nothing is known of one that is just being made; None without it."""
+        """What the file says; None without it."""
         try:
-            told = json.loads(self.path.read_text(encoding="utf-8"))
+            return _told(self.path)
         except FileNotFoundError:
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return {}
-        return told if isinstance(told, dict) else {}
 
     def _wait_or_refuse(self, owner: dict[str, Any]) -> None:
         """Removes a dead owner's file; the owner of another machine is watched meanwhile.
@@ -200,22 +203,24 @@ class _Lock:
     def _refusal(self, owner: Mapping[str, Any]) -> UserError:
         return UserError(
             f"{self.folder}: {_words(owner)} is writing into this folder since"
-            f" {owner.get('since', 'just now')}: wait until it has ended, stop it, or give another"
+            f" {shown(owner.get('since', 'just now'))}: wait until it has ended, stop it, or give another"
             " --output"
         )
 
     def _remove(self, owner: Mapping[str, Any]) -> None:
         """Takes the file away, unless it is another one by now."""
         aside = self.path.with_name(f"{LOCK}.{self.token}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return
-        moved = json.loads(aside.read_text(encoding="utf-8") or "{}")
-        if moved.get("token") != owner.get("token"):  # somebody was faster
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink()
+        with disk_errors(self.path):
+            try:
+                self.path.rename(aside)
+            except FileNotFoundError:
+                return
+            try:
+                if _told(aside).get("token") != owner.get("token"):  # somebody was faster
+                    with contextlib.suppress(FileExistsError):
+                        os.link(aside, self.path)
+            finally:
+                aside.unlink()
 
     def _touched(self) -> float | None:
         """When the file was touched last, by the file system's clock."""
@@ -256,10 +261,23 @@ class _Lock:
             return
 
 
+def _told(file: Path) -> dict[str, Any]:
+    """What a lock's file says; nothing is known of one that is just being made, or damaged.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    try:
+        told = read_json(file, _MOST_BYTES)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def _words(owner: Mapping[str, Any]) -> str:
     if "host" not in owner:
         return "another run"
-    return f"another run (host {owner['host']}, pid {owner.get('pid')})"
+    return f"another run (host {shown(owner['host'])}, pid {shown(owner.get('pid'))})"
 
 
 def _machine() -> str:
@@ -278,5 +296,5 @@ def _alive(owner: Mapping[str, Any]) -> bool:
         process = psutil.Process(int(owner["pid"]))
         same = abs(process.create_time() - float(owner["started"])) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return False

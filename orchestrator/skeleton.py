@@ -19,11 +19,14 @@ from transformers import AutoConfig
 
 from moesaic.orchestrator import experts
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.config_counts import check_counts
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, put_shortcuts
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+# Of buffers that no file holds: rotary frequencies have some kilobytes, positions of BERT as well.
+MOST_BUFFER_BYTES = 256 << 20
 
 
 class Recorder(nn.Module):
@@ -68,8 +71,10 @@ class _Passthrough(nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
-def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The configuration as transformers understands it; UserError where it does not."""
+def read_config(checkpoint: Checkpoint, family: Family, trust_remote_code: bool) -> Any:
+    """The configuration as transformers understands it; UserError where it does not, or where a
+    count in it is absurd."""
+    check_counts(checkpoint, family)
     with config_errors(checkpoint.path / "config.json"):
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
 
@@ -162,7 +167,22 @@ def fill_buffers(owner: Any, module: nn.Module, device: torch.device) -> None:
 
     Args:
         owner: the transformers model whose initialisation knows these buffers.
+
+    Raises:
+        UserError: the configuration makes them absurdly large, or nothing tells a value.
     """
+    unknown = [
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name in part._non_persistent_buffers_set
+    ]
+    if (size := sum(buffer.nbytes for buffer in unknown)) > MOST_BUFFER_BYTES:
+        largest = list(max(unknown, key=lambda buffer: buffer.nbytes).shape)
+        raise UserError(
+            f"the configuration asks for buffers of {size} bytes that no file holds, one of shape"
+            f" {largest}; at most {MOST_BUFFER_BYTES} bytes are made"
+        )
     for part in module.modules():
         names = [
             name for name in part._non_persistent_buffers_set if part._buffers[name] is not None

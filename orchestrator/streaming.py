@@ -83,10 +83,10 @@ class StreamedModel:
             raise UserError(f"{checkpoint.path / 'config.json'}: key model_type is missing")
         self.checkpoint = checkpoint
         self.family = load_family(model_type)
-        self.config: Any = read_config(checkpoint, trust_remote_code)
+        self.config: Any = read_config(checkpoint, self.family, trust_remote_code)
         self.device = torch.device(device)
-        self.dtype = dtype or self._own_dtype()
         with config_errors(checkpoint.path / "config.json"):
+            self.dtype = dtype or self._own_dtype()
             self._skeleton = Skeleton(
                 self.config, self.family, self.dtype, self.device, trust_remote_code
             )

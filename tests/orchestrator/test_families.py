@@ -1,6 +1,7 @@
 """Every family against a tiny random model of its type: names, shapes, round trips."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moesaic.orchestrator import family as family_module
 from moesaic.orchestrator.bank import fuse, split
+from moesaic.orchestrator.blueprint import Blueprint
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.family import Bank, Family, families, load_family
@@ -280,6 +282,50 @@ def test_blocks_behind_the_last_are_refused_where_the_family_has_none(altered: P
     edit_config(altered, num_hidden_layers=1)
     text = message(altered)
     assert "1 blocks (num_hidden_layers), but the files have block 1" in text
+
+
+def test_more_blocks_than_the_files_have_are_refused_before_any_is_built(altered: Path) -> None:
+    edit_config(altered, num_hidden_layers=3)
+    text = message(altered)
+    assert "config.json: asks for 3 blocks (num_hidden_layers): the files have 2" in text
+
+
+def test_a_count_is_found_under_the_name_that_the_model_type_has_for_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny("bloom"), tmp_path / "model"))
+    for key in ("n_layer", "num_hidden_layers"):
+        edit_config(folder, **{"n_layer": 2, key: 10**8})
+        assert f"asks for 100000000 blocks ({key}): the files have 2" in message(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("qwen3_moe", {"num_labels": 10**8}, "num_labels is 100000000: at most 100000"),
+        ("stablelm", {"num_attention_heads": 10**7}, "num_attention_heads is 10000000: at most 1"),
+        ("bert", {"max_position_embeddings": 10**9}, "one of shape [1, 1000000000]; at most 2684"),
+        ("llama", {"head_dim": 10**9}, "one of shape [500000000]; at most 268435456 bytes"),
+        ("llama", {"configuration_files": ["config.4.0.0.json"]}, "which are not read"),
+    ],
+)
+def test_absurd_counts_are_refused(
+    kind: str, change: dict[str, object], told: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny(kind), tmp_path / "model"))
+    edit_config(folder, **change)
+    assert told in message(folder)
+
+
+def test_of_a_configuration_alone_nothing_absurd_is_planned(tiny: Tiny, tmp_path: Path) -> None:
+    for change, told in (
+        ({"num_hidden_layers": 10**8}, "asks for 100000000 blocks (num_hidden_layers): at most 4"),
+        ({"num_local_experts": 10**8}, "num_local_experts is 100000000: at most 500000"),
+    ):
+        shutil.copy(tiny("mixtral") / "config.json", tmp_path)
+        edit_config(tmp_path, **change)
+        with pytest.raises(UserError, match=re.escape(told)):
+            Blueprint(tmp_path)
 
 
 def test_prediction_blocks_behind_the_last_are_fixed(tmp_path: Path, tiny: Tiny) -> None:

@@ -41,12 +41,14 @@ from moesaic.orchestrator.run_folder import changed_lines
 from moesaic.orchestrator.shared import CachePlace, fetched, make_store, write_shared
 from moesaic.orchestrator.store import Store
 from moesaic.orchestrator.stored_model import model_folder, write_stored
+from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.study import Study, Told, facts
 from moesaic.orchestrator.study_journal import check_journal
 from moesaic.orchestrator.texts import Source, documents
 from moesaic.search.knobs import Knob
 from tests.orchestrator.projects import make_recipe
 from tests.orchestrator.remote import MANY, Faulty, forget
+from tests.orchestrator.tiny import save_tiny
 
 _MANY = int(os.environ.get("MOESAIC_FUZZ", "0"))
 settings.register_profile(
@@ -212,6 +214,28 @@ def test_a_checkpoint_is_read_or_refused(model: Path, data: st.DataObject) -> No
         for tensor in opened.names() if opened is not None else ():
             assert opened.read(tensor).nbytes == opened.nbytes(tensor) <= 100
             assert opened.entries()[tensor].file.parent.resolve() == model.resolve()
+    finally:
+        file.write_bytes(kept)
+
+
+@pytest.fixture(scope="module", params=["llama", "stablelm", "deepseek_v2", "bert"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("small"), request.param)
+
+
+# A model takes some hundredths of a second where everything fits.
+@given(data=st.data())
+@settings(FUZZ, max_examples=_MANY or 25)
+def test_a_configuration_is_built_or_refused(small: Path, data: st.DataObject) -> None:
+    file = small / "config.json"
+    kept = file.read_bytes()
+    document = json.loads(kept)
+    key = data.draw(st.sampled_from([k for k, v in document.items() if type(v) in (int, float)]))
+    number = data.draw(numbers | st.sampled_from([10**5, 10**7, 10**8]))
+    file.write_text(json.dumps(data.draw(st.just({**document, key: number}) | altered(document))))
+    try:
+        found = tells(lambda: StreamedModel(Checkpoint(small)))
+        assert found is None or found.blocks <= document["num_hidden_layers"]
     finally:
         file.write_bytes(kept)
 
@@ -550,6 +574,7 @@ import resource, sys
 from pathlib import Path
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.fleet import read_cluster
 from moesaic.orchestrator.pieces import read_piece
 from moesaic.orchestrator.recipe import load_recipe
@@ -562,6 +587,7 @@ size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
 READ = {
     "checkpoint": lambda path: Checkpoint(path),
+    "model": lambda path: StreamedModel(Checkpoint(path)),
     "piece": read_piece,
     "recipe": load_recipe,
     "cluster": lambda path: read_cluster(str(path)),
@@ -593,6 +619,12 @@ def test_files_that_would_fill_the_memory_are_refused(recipe_file: Path, tmp_pat
     huge.mkdir()
     (huge / "config.json").write_bytes(b"[" + b" " * (70 << 20))
     asked.append(("checkpoint", huge))
+    many = {"num_hidden_layers": 10**8, "num_labels": 10**8, "head_dim": 10**9}
+    for key, number in many.items():
+        folder = save_tiny(tmp_path / key, "llama")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: number}))
+        asked.append(("model", folder))
     sparse = tmp_path / "sparse.safetensors"
     with sparse.open("wb") as stream:  # claims a header of half its 190 MB, all of it zeros
         stream.write(struct.pack("<Q", 95_000_000))

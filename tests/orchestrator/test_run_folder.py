@@ -1,5 +1,6 @@
 """One run at a time in a folder; what a changed recipe changes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from moesaic.orchestrator import run_folder as module
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe import Recipe, load_recipe
 from moesaic.orchestrator.run_folder import LOCK, changed_lines, run_folder
 from tests.orchestrator.projects import make_model_folder, make_recipe
@@ -140,6 +141,43 @@ def test_a_run_that_was_taken_for_dead_stops(
     finally:
         signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 300,
+        b"gar\xffbage",
+        b'{"host": "her',
+        b"[1]",
+        b'"x"',
+        b"[" * 60_000,
+        b"7" * 99_999,
+    ]
+    + [b'{"machine": "%s", "pid": 1e999}', b'{"machine": "%s", "pid": 9%s}' % (b"%s", b"9" * 30)],
+)
+def test_a_damaged_lock_is_taken_over_once_nobody_touches_it(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(module, "_STALE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    (tmp_path / LOCK).write_bytes(content.replace(b"%s", module._machine().encode()))
+    with run_folder(tmp_path, recipe):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert list(tmp_path.glob(f"{LOCK}*")) == []
+
+
+def test_a_full_disk_leaves_no_lock(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="the disk is full"), run_folder(tmp_path, recipe):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "recipe"]
 
 
 def test_what_changed_since_the_last_run_is_told_by_key(
