@@ -133,6 +133,8 @@ class Refining:
                         f"{name}: the KL of the plan to start from is not finite: the budget ruins"
                         " the model: give more"
                     )
+                if watch.start_kl <= 0:  # only experts that no token reached are others
+                    return [Judged(start, watch.start_kl)], watch.stage(watch.start_kl, begun=False)
                 batch = search.send(answers)
         except StopIteration as end:
             found: list[Judged] = end.value

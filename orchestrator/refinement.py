@@ -52,12 +52,19 @@ class Stage:
     seconds: float
     trace: Sequence[Moment]
 
+    @property
+    def change(self) -> float:
+        """Of the KL, relative to what it was; 0 where there was none."""
+        return _change(self.start_kl, self.kl)
+
     def text(self) -> str:
         """For people, a line."""
+        if self.start_kl <= 0:
+            return f"{self.method}: the plan loses nothing on this text: nothing to refine"
         rate = self.tokens / max(self.seconds, 1e-9)
         return (
             f"{self.method}: KL {self.start_kl:.4g} → {self.kl:.4g}"
-            f" ({self.kl / self.start_kl - 1:+.1%}) in {self.steps} steps,"
+            f" ({self.change:+.1%}) in {self.steps} steps,"
             f" {self.evaluations:,} evaluations, {self.tokens:,} tokens, {self.seconds:.1f} s"
             f" ({rate:,.0f} tokens/s)"
         )
@@ -84,6 +91,11 @@ class Refinement:
     @property
     def kl(self) -> float:
         return self.stages[-1].kl
+
+    @property
+    def change(self) -> float:
+        """As :attr:`Stage.change`, of all stages together."""
+        return _change(self.start_kl, self.kl)
 
     def in_plan(self) -> dict[str, Any]:
         """For ``plan.json``: what is the same however often it was begun."""
@@ -121,6 +133,10 @@ class Refinement:
             found |= {f"{name}.kl": s.kl, f"{name}.seconds": s.seconds}
             found |= {f"{name}.evaluations": s.evaluations, f"{name}.tokens": s.tokens}
         return found
+
+
+def _change(before: float, after: float) -> float:
+    return after / before - 1 if before > 0 else 0.0
 
 
 class Watch:
@@ -178,9 +194,14 @@ class Watch:
             self.start_kl = float(np.mean(values))
             self._best(self.start_kl)
 
-    def stage(self, kl: float) -> Stage:
-        """What there is to tell in the end."""
-        self._reached(min(self.step + 1, self.steps))  # the one that was under way is done
+    def stage(self, kl: float, begun: bool = True) -> Stage:
+        """What there is to tell in the end.
+
+        Args:
+            begun: whether a generation or step was under way, which is done then.
+        """
+        if begun:
+            self._reached(min(self.step + 1, self.steps))
         self._best(kl)
         self.view.finish(self.method)
         seconds = time.monotonic() - self.started

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "journal.log"
-# Trials that are not stopped early, so that there is something to compare with.
+# Complete trials that one is compared with, at least, before it is given up.
 _UNPRUNED = 5
 # Complete trials that importances are told from, at least.
 TELLING = 10
@@ -183,7 +184,6 @@ class Study:
                 storage=open_storage(self.journal),
                 study_name=self.name,
                 directions=["minimize"] * len(self.objectives),
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
                 load_if_exists=True,
             )
         known = study.user_attrs.get(MADE_OF)
@@ -222,9 +222,20 @@ class Study:
             asked.trial.set_user_attr(name, value)
 
     def behind(self, asked: Asked, sequences: int, kl: float) -> bool:
-        """Takes the KL after so many sequences; whether the trial should be given up."""
+        """Takes the KL after so many sequences; whether the trial should be given up: it is worse
+        than the median of the complete ones was there.
+
+        Optuna's median pruner is not asked. It judges a trial by its least value so far, as of a
+        loss that falls while something learns. This is a mean over a text that grows: an easy
+        beginning says nothing of the rest.
+        """
+        from optuna.trial import TrialState
+
         asked.trial.report(kl, sequences)
-        return asked.start is None and bool(asked.trial.should_prune())
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        steps = [trial.intermediate_values for trial in complete]
+        others = [there[sequences] for there in steps if sequences in there]
+        return asked.start is None and len(others) >= _UNPRUNED and kl > median(others)
 
     def tell(
         self, asked: Asked, values: Mapping[str, float], excess: Mapping[str, float] | None = None

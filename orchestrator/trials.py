@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import RecipeError, RunError
@@ -40,9 +39,23 @@ if TYPE_CHECKING:
 _MOST_WAITING = 16
 
 
-def _key(pieces: Mapping[str, str]) -> str:
-    """Names what a plan consists of; ``pieces`` is unit → file."""
-    return digest({unit: Path(path).stem for unit, path in pieces.items()})
+# What keys of plans begin with. Earlier versions named plans by files instead, which are others
+# once the code that makes them is.
+_CHOICES = "choices:"
+
+
+def plan_key(plan: Plan) -> str:
+    """Names a plan by what it chooses: the same under whatever code made its pieces."""
+    chosen = {name: [[s.method, s.options] for s in chain] for name, chain in plan.units.items()}
+    return _CHOICES + digest(chosen)
+
+
+def is_plan_of(told: Told, plan: Plan) -> bool:
+    """Whether a finished trial was judged with this plan."""
+    judged = str(told.attributes["plan"])
+    if judged.startswith(_CHOICES):
+        return judged == plan_key(plan)
+    return plan.loss == told.attributes["predicted_loss"]
 
 
 def _shown(told: Told) -> str:
@@ -97,7 +110,7 @@ class Trials:
         # The trial that the next idle worker takes.
         self.prepared: _Job | None = None
         self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
-        # What every plan consists of that was ever asked for; the plan of the values drawn last.
+        # Keys of all plans that were ever asked for; the plan of the values drawn last.
         self.known: set[str] = set()
         self.drawn: tuple[Mapping[str, Value], Plan] | None = None
         study.is_new = self._is_new
@@ -106,7 +119,7 @@ class Trials:
         self.timed = section(self.experiment).timed
         self.limits = limits(self.experiment)
         self.best: Told | None = None
-        # Of plans that were timed before, by what they consist of.
+        # Of plans that were timed before, by their keys.
         self.latencies: dict[str, float] = {}
         # What follows from results, in their order, and is done once workers have something to do.
         self._later: list[Callable[[], None]] = []
@@ -176,10 +189,6 @@ class Trials:
         plan = self.plan_of(told)
         return plan, *self.pipeline.planned.of(plan.units)
 
-    def key(self, plan: Plan) -> str:
-        """Names what a plan consists of."""
-        return _key(self.pipeline.planned.of(plan.units)[0])
-
     # From trial to trial
 
     def _next(self, slot: int) -> Iterable[Task]:
@@ -213,7 +222,7 @@ class Trials:
                 continue
             self.failures.planned = True
             pieces, mixtures = self.pipeline.planned.of(plan.units)
-            key, size = _key(pieces), self.pipeline.piece_bytes(pieces, mixtures)
+            key, size = plan_key(plan), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
             self.known.add(key)
@@ -229,7 +238,7 @@ class Trials:
         except (RecipeError, Infeasible, ValueError):
             return True
         self.drawn = values, plan
-        return self.key(plan) not in self.known
+        return plan_key(plan) not in self.known
 
     def _plan_of(self, asked: Asked) -> Plan:
         """The plan of a trial, which is there already where its values were drawn."""

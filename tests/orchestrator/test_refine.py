@@ -179,6 +179,28 @@ def test_the_same_command_again_runs_nothing(make: Make) -> None:
     assert project.json("plan.json") == plan
 
 
+def test_a_plan_that_loses_nothing_is_left_as_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one may that differs from the dense model only in experts which no token reaches."""
+    judged = resident.evaluate_plan
+
+    def lossless(*arguments: Any, **named: Any) -> Any:
+        found = judged(*arguments, **named)
+        return {**found, "kl": [0.0] * len(found["kl"])}
+
+    monkeypatch.setattr(resident, "evaluate_plan", lossless)
+    project = make()
+    _, calls = project.run(stages=SEARCH)
+    refined = project.json("plan.json")["refined"]
+    assert refined["start_kl"] == 0
+    assert [(s["kl"], s["steps"]) for s in refined["stages"]] == [(0, 0), (0, 0)]
+    assert calls[EVALUATE] == len(cut(12, refine.BLOCKS).blocks) and calls[SLOPES] == 0
+    told = capfd.readouterr().err
+    for method in ("evolve", "relax"):
+        assert f"{method}: the plan loses nothing on this text: nothing to refine" in told
+
+
 def test_losses_are_told_as_measured_whatever_was_searched_by(make: Make) -> None:
     project = make(score="output", candidates=[BITS])
     project.run(stages=SEARCH)

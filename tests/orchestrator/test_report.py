@@ -269,6 +269,9 @@ def test_refining_has_its_own_section(run: RunSummary, tmp_path: Path) -> None:
     assert imread(drawn["refinement"][0]).std() > 0
     assert found.metrics()["refine.2-relax.kl"] == 0.03
     assert "refinement" not in Page(render(run, {}, {})).tables
+    nothing = Refinement(64, 255, (Stage("evolve", 0.0, 0.0, 0, 8, 800, 1.0, ()),))
+    page = Page(render(replace(run, refinement=nothing), {}, {}))
+    assert "KL 0 before, 0 after (+0.0 %)" in page.text
 
 
 def test_pictures_decode_and_show_something(tmp_path: Path) -> None:

@@ -97,6 +97,28 @@ def test_a_resumed_sampler_does_not_draw_the_same_again(tmp_path: Path) -> None:
     assert len(set(drawn)) == 6
 
 
+def test_a_trial_is_given_up_where_it_is_worse_than_half_of_the_others_were(
+    tmp_path: Path,
+) -> None:
+    with study(tmp_path) as opened:
+        for number in range(5):
+            asked = opened.ask()
+            for sequences, kl in ((2, 0.1), (4, 0.2), (8, 0.25)):
+                # Too few to compare with, and the first of them are never given up.
+                assert not opened.behind(asked, sequences, kl * (1 + 0.1 * (number - 2)))
+            opened.tell(asked, {"kl": 0.25})
+    with study(tmp_path) as opened:
+
+        def given_up(*seen: tuple[int, float]) -> list[bool]:
+            asked = opened.ask()
+            return [opened.behind(asked, *step) for step in seen]
+
+        assert given_up((2, 0.1), (4, 0.201)) == [False, True]
+        assert given_up((2, 0.11), (4, 0.19)) == [True, False]
+        # An easy beginning does not save one that has fallen behind since.
+        assert given_up((2, 0.0999), (4, 0.30), (8, 0.30)) == [False, True, True]
+
+
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"made_of": {"model": "b", "sequences": [[0, 4]]}}, "else: the model differs (anoth"),
     "rows": (

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from moesaic.methods.base import Chain, Spec
-from moesaic.orchestrator import latency, resident, study_terms
+from moesaic.orchestrator import latency, measure, resident, study_terms
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
@@ -36,7 +36,7 @@ from moesaic.orchestrator.study_journal import (
     open_storage,
 )
 from moesaic.orchestrator.trial_failures import why_none
-from moesaic.orchestrator.trials import Trials
+from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
@@ -696,17 +696,26 @@ def test_a_study_with_other_measurements_is_refused(
     project.tune(2)
     said = "the study 'small' was begun by another version of moesaic"
     assert said not in capfd.readouterr().err
-    # Another version, which measures the same or not: that is known when it has measured.
-    monkeypatch.setattr(study_terms, "piece_key", lambda *about: "other")
-    project.tune(2)
+    # Other code makes other pieces, with the same errors or not: known when they are measured.
+    before = trials(project)
+    monkeypatch.setattr(measure, "code_digest", lambda *modules: "other")
+    _, calls = project.tune(2)
     assert said in capfd.readouterr().err
+    assert calls["measure:compress_job"] > 0 and calls[EVALUATE] == 0
+    pd.testing.assert_frame_equal(trials(project), before)
+    best = project.json("study.json")["best"]["trial"]
+    project.tune(5)
+    table = trials(project)
+    assert table["plan"].nunique() == table["predicted_loss"].nunique()  # known across both
+    assert table["plan"][2:].isin(table["plan"][:2]).any()
+    assert project.json("study.json")["best"]["trial"] == best  # one of the old ones is taken
     monkeypatch.setattr(Allocator, "measured", lambda this: [["other"]])
     with pytest.raises(UserError, match=r"made with something else: measurements differ \(other"):
         project.tune(3)
 
 
 def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) -> None:
-    """Its journal does not say how it was calibrated."""
+    """Its journal does not say how it was calibrated, and names plans by their files."""
     project = make()
     copied(known_study, project.output)
     journal = project.output / "journal.log"
@@ -715,9 +724,20 @@ def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) ->
         known = line.get("user_attr", {}).get(MADE_OF)
         if known is not None:
             assert known.pop(CALIBRATION) and known.pop(VERSION)
+        if "plan" in line.get("user_attr", {}):
+            line["user_attr"]["plan"] = "0" * 40
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     project.tune(3)
     assert len(trials(project)) == 3
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_trial_is_known_to_have_had_another_plan(earlier: bool) -> None:
+    chosen = [{"a": (Spec.of("rtn", {"bits": bits}),), "b": ()} for bits in (4, 8)]
+    plans = [Plan(units, 9, loss) for units, loss in zip(chosen, (0.5, 0.25), strict=True)]
+    key = "0" * 40 if earlier else plan_key(plans[0])
+    told = told_trial("complete", plan=key, predicted_loss=0.5)
+    assert [is_plan_of(told, plan) for plan in plans] == [True, False]
 
 
 @pytest.mark.parametrize(
