@@ -33,15 +33,13 @@ from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
 from moesaic.orchestrator.store import (
-    KINDS,
     MIRRORS,
-    MODELS,
-    SCRATCH,
     SEAL,
     Entry,
     Store,
     checked_digest,
     file_digest,
+    is_own,
     remove_scratch,
     seal_path,
     write_atomically,
@@ -417,9 +415,8 @@ class RemoteStore(Store):
         newest = self._now() - minimum_age_seconds
         wanted, size = [], 0
         for name, info in self.mirror.objects.listing().items():
-            kind, _, rest = name.partition("/")
-            if kind not in (*KINDS, SCRATCH, MODELS) or not re.fullmatch(r"[0-9a-f]+/[^/]+", rest):
-                continue  # not the store's
+            if not is_own(name):
+                continue
             stem = name.removesuffix(SEAL)
             own = (name, name.rpartition("/")[0], f"{stem}.safetensors", f"{stem}.json")
             if keep.isdisjoint(own) and self.mirror.objects.modified(name, info) <= newest:

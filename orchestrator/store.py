@@ -11,6 +11,8 @@ flushed to disk one by one: what a power failure leaves of them does not match i
     STORE/<kind>/<first two digits>/<key>.seal.json
     STORE/scratch/<key>/         unfinished work
     STORE/models/<key>/          a model folder of entries, see stored_model.py
+
+Whoever shares the store may have put links into it. None of these folders may be one.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from safetensors import SafetensorError
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.foreign import read_json, shown
+from moesaic.orchestrator.own_folders import own_folder
 from moesaic.orchestrator.redaction import redacted
 
 _CHUNK = 1 << 20
@@ -69,6 +72,17 @@ KINDS = (
     "sliced",
     "features",
 )
+# Names below the root of what a store may remove.
+_OWN = re.compile(
+    rf"(?:(?:{'|'.join(KINDS)})/([0-9a-f]{{2}})/\1[0-9a-f]{{38}}"
+    rf"|(?:{SCRATCH}|{MODELS})/[0-9a-f]{{40}}/[^/]+?)"
+    rf"\.(?:safetensors|json|seal\.json)(?:{re.escape(_TEMPORARY)}[0-9a-f]+)?"
+)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name below a store's root is one that a store gives its files."""
+    return _OWN.fullmatch(name) is not None
 
 
 def digest(value: Any) -> str:
@@ -267,6 +281,7 @@ class Store:
         self.root, self.where = root, str(root)
         # Entries that were read once, with the versions of file and seal that they were read from.
         self._checked: dict[str, tuple[tuple[Version, ...], Entry]] = {}
+        self._own: set[tuple[str, str]] = set()  # folders that were looked at: they are no links
         make_folder(root, "store")
 
     @property
@@ -293,6 +308,9 @@ class Store:
 
         A truncated or altered entry is removed. Bytes are read once by a store that is kept, as
         long as size and time of modification of file and seal stay what they were.
+
+        Raises:
+            UserError: it lies in a folder that is a symbolic link.
         """
         stem = f"{self.root}/{kind}/{key[:2]}/{key}"
         file, seal = f"{stem}.{suffix}", f"{stem}{SEAL}"
@@ -302,6 +320,9 @@ class Store:
         known = self._checked.get(file)
         if known is not None and known[0] == versions:
             return known[1]
+        if (folder := (kind, key[:2])) not in self._own:
+            own_folder(self.root, *folder)
+            self._own.add(folder)
         try:
             sealed = read_json(seal)
             size, metadata = os.stat(file).st_size, sealed["metadata"]
@@ -353,8 +374,13 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         suffix: str = "safetensors",
     ) -> Entry:
-        """Makes the entry: ``write`` is given the path to fill, and may fill the metadata too."""
+        """Makes the entry: ``write`` is given the path to fill, and may fill the metadata too.
+
+        Raises:
+            UserError: it would lie in a folder that is a symbolic link.
+        """
         self.check_kind(kind)
+        own_folder(self.root, kind, key[:2])
         path = self.path(kind, key, suffix)
         sealed: dict[str, Any] = {}
 
@@ -394,18 +420,22 @@ class Store:
         """Removes entries that ``used`` does not name, and temporary files of dead writers.
 
         Files younger than ``minimum_age_seconds`` are kept: another run may be about to use them.
-        Files that are not the store's are never touched, wherever it lies.
+        Files that are not the store's, by their names, are never touched, wherever it lies.
 
         Args:
             used: files of entries, or folders of unfinished work.
 
         Returns:
             (number of files removed, bytes freed).
+
+        Raises:
+            UserError: a folder of the store is a symbolic link; nothing is removed.
         """
         keep = {path.resolve() for path in used}
         newest = self._now() - minimum_age_seconds
         removed = freed = 0
-        for path in self._files():
+        folders = self._folders()
+        for path in self._files(folders):
             owner = path.with_name(path.name.removesuffix(SEAL))
             sealed = [owner.with_name(f"{owner.name}.{s}") for s in ("safetensors", "json")]
             if any(p.resolve() in keep for p in (path, path.parent, *sealed)):
@@ -417,7 +447,7 @@ class Store:
                 path.unlink()
                 freed += state.st_size
                 removed += 1
-        for folder in list(self._folders()):
+        for folder in folders:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         return removed, freed
@@ -432,31 +462,50 @@ class Store:
             finally:
                 probe.unlink()
 
-    def _folders(self) -> Iterator[Path]:
-        """Folders that hold files of the store."""
-        for kind in KINDS:
-            yield from (self.root / kind).glob("[0-9a-f][0-9a-f]/")
-        for kind in (SCRATCH, MODELS):
-            yield from (self.root / kind).glob("[0-9a-f]*/")
+    def _folders(self) -> list[Path]:
+        """Folders that hold files of the store; raises UserError for links."""
+        found = []
+        for kind in (*KINDS, SCRATCH, MODELS):
+            folder = own_folder(self.root, kind)
+            digits = 2 if kind in KINDS else 40
+            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+                if re.fullmatch(f"[0-9a-f]{{{digits}}}", name):
+                    found.append(own_folder(self.root, kind, name))
+        return [folder for folder in found if folder.is_dir()]
 
-    def _files(self) -> list[Path]:
+    def _files(self, folders: Iterable[Path]) -> list[Path]:
         """Every file of the store, temporary ones included."""
-        inside = (path for folder in self._folders() for path in folder.iterdir())
+        inside = (path for folder in folders for path in folder.iterdir() if _is_own_file(path))
+        tops = self.root.glob(f"{_TEMPORARY}*")
+        left = (path for path in tops if re.fullmatch(f"{_TEMPORARY}[0-9a-f]+", path.name))
         # Links of models may lead to what is not made yet, or no more.
-        own = [path for path in inside if path.is_file() or path.is_symlink()]
-        return sorted([*own, *self.root.glob(f"{_TEMPORARY}*")])
+        return sorted(p for p in (*inside, *left) if p.is_file() or p.is_symlink())
+
+
+def _is_own_file(path: Path) -> bool:
+    return is_own("/".join(path.parts[-3:]))
 
 
 def scratch_folder(root: Path, key: str) -> Path:
-    """Where unfinished work of one key lies; it is there once something was written into it."""
-    return root / SCRATCH / key
+    """Where unfinished work of one key lies; it is there once something was written into it.
+
+    Raises:
+        UserError: it is a symbolic link, or lies in one.
+    """
+    return own_folder(root, SCRATCH, key)
 
 
 def remove_scratch(folder: Path) -> None:
-    """Removes a scratch folder with all that is in it, if it is there."""
+    """Removes a scratch folder with all that the store put into it, if it is there.
+
+    Raises:
+        UserError: it is a symbolic link, or lies in one.
+    """
+    scratch_folder(folder.parents[1], folder.name)
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
-            path.unlink(missing_ok=True)
+            if _is_own_file(path):
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a worker of a run that was killed writes into it
             folder.rmdir()
 

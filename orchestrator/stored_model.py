@@ -24,6 +24,7 @@ from moesaic.orchestrator.checkpoint import INDEX, Checkpoint, Entry, entries_of
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.foreign import MAX_HEADER_BYTES
 from moesaic.orchestrator.objects import Objects
+from moesaic.orchestrator.own_folders import own_folder
 from moesaic.orchestrator.shared import (
     RemoteStore,
     exists,
@@ -44,8 +45,12 @@ _FIRST_BYTES = 1 << 20
 
 
 def model_folder(root: Path, key: str) -> Path:
-    """Where a store has a model."""
-    return root / MODELS / key
+    """Where a store has a model.
+
+    Raises:
+        UserError: it is a symbolic link, or lies in one.
+    """
+    return own_folder(root, MODELS, key)
 
 
 def shard_file(folder: Path, shard: str, key: str) -> Path:

@@ -312,20 +312,35 @@ def test_gc_keeps_unfinished_work_that_is_named(store: Store) -> None:
 def test_gc_touches_nothing_that_is_not_the_stores(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put("pieces", KEY, writing(b"x"))
-    for name in ("mlflow.db", "pieces/notes.txt", "model/model.safetensors", "stats.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    mine = [
+        ".tmp-notes",
+        "mlflow.db",
+        "model/model.safetensors",
+        f"models/{KEY}/README.md",
+        "models/deepseek/config.json",
+        "models/deepseek/model.safetensors",
+        "pieces/ab/config.json",
+        f"pieces/ab/{KEY}.safetensors.bak",
+        f"pieces/ab/{OTHER}.safetensors",  # it would lie in cd
+        "pieces/abc/notes.json",
+        "pieces/notes.txt",
+        "scratch/cafe/model.safetensors",
+        "stats.csv",
+    ]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     for path in tmp_path.rglob("*"):
         _age(path)
     assert store.gc([])[0] == 2
-    mine = ["mlflow.db", "model/model.safetensors", "pieces/notes.txt", "stats.csv"]
-    assert files(tmp_path) == mine
+    assert files(tmp_path) == sorted(mine)
 
 
 def test_scratch_is_removed_with_its_files_and_may_be_gone_already(tmp_path: Path) -> None:
     folder = scratch_folder(tmp_path, KEY)
     remove_scratch(folder)
-    write_atomically(folder / "a", writing(b"x"))
+    write_atomically(folder / "hidden-0001.safetensors", writing(b"x"))
+    (folder / "hidden-0002.safetensors.tmp-12ab").write_text("half")
     remove_scratch(folder)
     assert not folder.exists()
 
