@@ -20,7 +20,7 @@ from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError, passes_by
 from moesaic.orchestrator.process import collect_rarely, leave
-from moesaic.orchestrator.redaction import redacted
+from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> No
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(redacted(text) + "\n")
+    text = json.dumps(redacted_tree(_finite(value)), ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def _finite(value: Any) -> Any:
