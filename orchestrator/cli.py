@@ -18,7 +18,7 @@ from rich.table import Table
 from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
-from moesaic.orchestrator.errors import RunError, UserError, passes_by
+from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.process import collect_rarely, leave
 from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
@@ -91,6 +91,8 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
     except KeyboardInterrupt:
         _fail("failed", STOPPED, 1, as_json, debug)
     except Exception as error:
+        if (told := denied(error)) is not None:
+            _fail("error", str(told), 2, as_json, debug)
         if isinstance(error, OSError) and passes_by(error) and error.filename:
             again = "finished work is kept: run the same command again"
             _fail("failed", f"{error.filename}: {error.strerror}; {again}", 1, as_json, debug)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from moesaic.orchestrator.errors import RunError, UserError, passes_by
+from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.shares import parts_now
 
 if TYPE_CHECKING:
@@ -309,6 +309,8 @@ class Loop:
             return
         if isinstance(cause, UserError | RunError):
             raise cause from error
+        if (told := denied(cause)) is not None:
+            raise UserError(f"{task.label}: {told}") from error
         if isinstance(cause, FileNotFoundError) or type(cause).__name__ == "SafetensorError":
             reason += " (a file is gone or damaged: run the same command again)"
         raise RunError(f"{task.label}: {type(cause).__name__}: {reason}") from error
