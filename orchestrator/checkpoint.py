@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.dtypes import DTYPES
-from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.errors import UserError, denials
 from moesaic.orchestrator.foreign import parse_header, read_json, shown
 from moesaic.orchestrator.store import MODELS
 
@@ -53,9 +53,11 @@ class Checkpoint:
         path: the folder.
 
     Raises:
-        UserError: the folder, its configuration, its index or the header of a shard is wrong.
+        UserError: the folder, its configuration, its index or the header of a shard is wrong, or
+            may not be read.
     """
 
+    @denials()
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
@@ -126,6 +128,7 @@ class Checkpoint:
         """Bytes of the safetensors files, headers included."""
         return sum(file.stat().st_size for file in self.files)
 
+    @denials()
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """The tensor ``name``, copied from its file.
 
@@ -150,6 +153,7 @@ class Checkpoint:
                 _fill(stream, raw, entry, name)
         return target if out is None or target is out else out.copy_(target)
 
+    @denials()
     def read_rows(self, name: str, low: int, high: int) -> Tensor:
         """Rows ``low … high - 1`` of a tensor's first dimension, copied from its file.
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
-from moesaic.orchestrator.errors import RunError, UserError, passes_by
+from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.process import collect_rarely, leave
-from moesaic.orchestrator.redaction import redacted
+from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
     except KeyboardInterrupt:
         _fail("failed", STOPPED, 1, as_json, debug)
     except Exception as error:
+        if (told := denied(error)) is not None:
+            _fail("error", str(told), 2, as_json, debug)
         if isinstance(error, OSError) and passes_by(error) and error.filename:
             again = "finished work is kept: run the same command again"
             _fail("failed", f"{error.filename}: {error.strerror}; {again}", 1, as_json, debug)
@@ -112,8 +114,8 @@ def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> No
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(redacted(text) + "\n")
+    text = json.dumps(redacted_tree(_finite(value)), ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -6,10 +6,16 @@ what takes longer than the first is a *straggler*, of which an idle worker runs 
 missed its *deadline* and is given to another worker whatever else waits; at twice the deadline its
 worker is taken for lost and killed. The upper quantile, not the median, because even those differ:
 a linear of the MLP takes longer than one of the attention.
+
+Of a function that too few tasks are finished of, the first bound is a larger multiple of the
+longest task so far, of that function if there was one, else of any. It may be far too short for a
+task that is large; but only a worker that nothing waits for runs a second copy, which costs nothing
+then, and the first result is taken.
 """
 
 import bisect
 import math
+from itertools import chain
 
 # Of the tasks of a function this share was done within the time that bounds are multiples of.
 _QUANTILE = 0.9
@@ -17,7 +23,9 @@ _QUANTILE = 0.9
 _ENOUGH = 3
 STRAGGLER_FACTOR, STRAGGLER_SECONDS = 3.0, 30.0
 DEADLINE_FACTOR, DEADLINE_SECONDS = 20.0, 600.0
-# For a function of which too few are finished: a bank of a very large model on a processor.
+# For a function of which too few are finished. Its deadline is that of a bank of a very large model
+# on a processor.
+UNKNOWN_FACTOR, UNKNOWN_SECONDS = 5.0, 300.0
 FIRST_SECONDS = 6 * 3600.0
 
 
@@ -32,11 +40,12 @@ class Durations:
         bisect.insort(self._seconds.setdefault(function, []), seconds)
 
     def straggles_after(self, function: str) -> float:
-        """Seconds after which a task has fallen behind its like; infinite while none are known."""
+        """Seconds after which a task has fallen behind its like, or behind all others."""
         upper = self._upper(function)
-        if upper is None:
-            return math.inf
-        return max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * upper)
+        if upper is not None:
+            return max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * upper)
+        known = self._seconds.get(function) or chain(*self._seconds.values())
+        return max(UNKNOWN_SECONDS, UNKNOWN_FACTOR * max(known, default=0.0))
 
     def deadline(self, function: str) -> float:
         """Seconds after which a task is given to another worker."""

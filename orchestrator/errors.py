@@ -1,7 +1,9 @@
 """Errors that people read: one or two lines, no traceback."""
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -35,6 +37,31 @@ _PASSING = frozenset(
 def passes_by(error: BaseException) -> bool:
     """Whether the same may go well a moment later."""
     return isinstance(error, OSError) and error.errno in _PASSING
+
+
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def denied(error: BaseException) -> UserError | None:
+    """What is told where this user may not read or write a file; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in _DENIED or error.filename is None:
+        return None
+    return UserError(
+        f"{error.filename}: {error.strerror} (for user {os.geteuid()}): change its rights, or those"
+        " of the folders above, or name another place"
+    )
+
+
+@contextmanager
+def denials() -> Iterator[None]:
+    """Raises what :func:`denied` tells; a decorator as well."""
+    try:
+        yield
+    except OSError as error:
+        told = denied(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 class Mistakes:

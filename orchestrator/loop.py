@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from moesaic.orchestrator.errors import RunError, UserError, passes_by
+from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.shares import parts_now
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Loop:
                 if not pool._alive() or pool._now() - looked > _POLL_SECONDS:
                     looked = pool._now()
                     pool._tend(bool(self.waiting))
+                    self._dispatch()  # who is idle after this can do nothing of what waits
                     self._watch(looked)
                     if tick is not None:
                         tick([c.work.task.label for c in self.at.values() if _open(c.work)])
@@ -308,6 +309,8 @@ class Loop:
             return
         if isinstance(cause, UserError | RunError):
             raise cause from error
+        if (told := denied(cause)) is not None:
+            raise UserError(f"{task.label}: {told}") from error
         if isinstance(cause, FileNotFoundError) or type(cause).__name__ == "SafetensorError":
             reason += " (a file is gone or damaged: run the same command again)"
         raise RunError(f"{task.label}: {type(cause).__name__}: {reason}") from error
@@ -361,11 +364,16 @@ class Loop:
             elif seconds > deadline:
                 work.backed = True
                 self._queue(work)
-            elif self.waiting or work.alone:
-                continue
-            elif idle and seconds > durations.straggles_after(function):
+            elif idle and not work.alone and seconds > durations.straggles_after(function):
                 work.backed = True
-                self._start(work, idle.pop())
+                chosen = self._elsewhere(idle, copy.worker)
+                idle.discard(chosen)
+                self._start(work, chosen)
+
+    def _elsewhere(self, idle: set[int], worker: int) -> int:
+        """One of the idle workers, on another node than ``worker`` where there is one."""
+        own = self.pool._node(worker)
+        return max(idle, key=lambda number: (self.pool._node(number) != own, number))
 
     def _give_up(self, handle: Any) -> None:
         copy = self.running.pop(handle)

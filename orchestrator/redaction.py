@@ -19,9 +19,12 @@ from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
+# What an address may consist of.
+_WORD = re.compile(r"[^\s\"'<>]+")
 # An address up to the last @ that can belong to its user's part. Behind HOST:PORT/ there is none.
+# Of a scheme that is longer than any, the end is enough.
 _USER = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)://"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]{0,31})://"
     r"(?:(?P<user>[^\s/:@\"'<>]*):(?!\d{1,5}[/?#])(?P<password>[^\s\"'<>]*)"
     r"|(?P<token>[^\s/:@?#\"'<>]+))@"
 )
@@ -47,6 +50,9 @@ _SECRET_NAMES = re.compile(
 )
 # Shorter ones are ordinary words.
 _LEAST_CHARACTERS = 8
+# Under this key of a document stand names of a model's parts and choices for them, which are read
+# again: data, and no words of anybody.
+_DATA = "units"
 _known: set[str] = set()
 
 
@@ -57,7 +63,7 @@ def redacted(text: str) -> str:
 
 def redacted_tree(value: Any) -> Any:
     """The same of all strings in nested mappings (keys as well), lists and tuples, which become
-    lists; secrets are looked up once for all of them."""
+    lists; secrets are looked up once for all of them. What a plan chose stays as it is."""
     return _cleaned(_secrets(), value)
 
 
@@ -65,7 +71,10 @@ def _cleaned(secrets: Sequence[str], value: Any) -> Any:
     if isinstance(value, str):
         return _without(secrets, value)
     if isinstance(value, Mapping):
-        return {_without(secrets, str(k)): _cleaned(secrets, inner) for k, inner in value.items()}
+        return {
+            _without(secrets, str(key)): inner if key == _DATA else _cleaned(secrets, inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_cleaned(secrets, inner) for inner in value]
     return value
@@ -101,7 +110,7 @@ def _without(secrets: Sequence[str], text: str) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     if "://" in text:
-        text = _USER.sub(_without_user, text)
+        text = _WORD.sub(_without_users, text)
     text = _QUERY.sub(rf"\1{HIDDEN}", text)
     text = _HEADER.sub(rf"\1{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
@@ -151,7 +160,8 @@ def clean_error(error: BaseException) -> None:
 
 def keep_secret(address: str | None) -> None:
     """Has the password of an address taken out wherever it turns up from now on, alone as well."""
-    for found in _USER.finditer(address or ""):
+    words = [word[0] for word in _WORD.finditer(address or "")]
+    for found in (found for word in words for found in _USER.finditer(_up_to_at(word))):
         secret = found["password"] or (found["token"] if _is_token(found) else None)
         if secret and secret != HIDDEN and len(secret) >= _LEAST_CHARACTERS:
             _known.update((secret, unquote(secret)))
@@ -164,6 +174,17 @@ def is_redacted(text: str) -> bool:
 
 def _is_token(found: re.Match[str]) -> bool:
     return found["token"] is not None and found["scheme"].lower() in _TOKEN_SCHEMES
+
+
+def _up_to_at(word: str) -> str:
+    """What of a word can be a user's part: behind its last @ every search for one is in vain, and
+    in a long word there may be many."""
+    return word[: word.rfind("@") + 1]
+
+
+def _without_users(found: re.Match[str]) -> str:
+    head = _up_to_at(found[0])
+    return _USER.sub(_without_user, head) + found[0][len(head) :]
 
 
 def _without_user(found: re.Match[str]) -> str:

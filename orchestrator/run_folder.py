@@ -203,8 +203,8 @@ class _Lock:
     def _refusal(self, owner: Mapping[str, Any]) -> UserError:
         return UserError(
             f"{self.folder}: {_words(owner)} is writing into this folder since"
-            f" {shown(owner.get('since', 'just now'))}: wait until it has ended, stop it, or give another"
-            " --output"
+            f" {shown(owner.get('since', 'just now'))}: wait until it has ended, stop it, or give"
+            " another --output"
         )
 
     def _remove(self, owner: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.own_folders import own_folder
-from moesaic.orchestrator.redaction import redacted
+from moesaic.orchestrator.redaction import redacted, redacted_tree
 
 _CHUNK = 1 << 20
 SEAL = ".seal.json"
@@ -254,8 +254,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically, the same bytes for the same value."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Atomically, without secrets, the same bytes for the same value."""
+    text = json.dumps(redacted_tree(value), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: _fill(temporary, text))
 
 
 @dataclass(frozen=True)

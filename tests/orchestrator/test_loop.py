@@ -305,10 +305,55 @@ def test_workers_that_come_later_get_work() -> None:
     assert pool.clock <= 65
 
 
+def test_a_worker_that_hangs_at_the_first_task_of_its_kind_is_not_waited_for() -> None:
+    """Its node lives, so nothing but the time tells."""
+
+    def script(label: str, worker: int, times: int) -> tuple[float, Any]:
+        return (NEVER if label == "x" and times == 0 else 20.0), f"{label} {times}"
+
+    pool, told = Scripted(["a", "a", "b"], script), []
+    pool.run(tasks("x", told))
+    first, second = pool.calls
+    assert told == [("x", "x 1")]
+    wait = second.begun - first.begun
+    assert deadlines.UNKNOWN_SECONDS < wait < deadlines.UNKNOWN_SECONDS + 2.5
+    assert pool.nodes[first.worker] != pool.nodes[second.worker]
+    assert pool.killed == [(second.end, first.worker)] and pool.clock == second.end
+
+
+def test_a_task_of_an_unknown_kind_may_take_longer_where_others_took_long() -> None:
+    def script(label: str, worker: int, times: int) -> tuple[float, Any]:
+        return {"long": 400.0, "new": 1900.0}[label], label
+
+    pool, told = Scripted(["a", "b"], script), []
+    pool.run(tasks(["long"], told))
+    again = [Task("module:other", {}, "new", done=lambda result: told.append(result) or ())]
+    pool.run(again)
+    assert told == [("long", "long"), "new"]
+    # 400 s on an idle machine got a second copy, 1900 s none: less than five times the longest.
+    assert [call.label for call in pool.calls] == ["long", "long", "new"]
+
+
+def test_what_waits_for_a_worker_that_hangs_goes_elsewhere() -> None:
+    """The others are idle: what they could do waits for what the worker holds in memory."""
+
+    def script(label: str, worker: int, times: int) -> tuple[float, Any]:
+        return (NEVER if worker == 0 else 10.0), label
+
+    pool, told = Scripted(["a", "b"], script), []
+    pool.run(tasks("abcd", told, affinity=0))
+    assert sorted(label for label, _ in told) == list("abcd")
+    assert [call.worker for call in pool.calls[1:]] == [1] * 4
+    assert pool.clock < deadlines.UNKNOWN_SECONDS + 50
+
+
 def test_deadlines_are_multiples_of_the_upper_quantile_above_a_floor() -> None:
     known = deadlines.Durations()
-    assert known.straggles_after("f") == NEVER
-    assert known.deadline("f") == known.patience("f") == deadlines.FIRST_SECONDS
+    assert known.straggles_after("f") == known.patience("f") == deadlines.UNKNOWN_SECONDS
+    assert known.deadline("f") == deadlines.FIRST_SECONDS
+    known.add("g", 100.0)
+    assert known.straggles_after("f") == known.straggles_after("g") == 500.0
+    known = deadlines.Durations()
     for seconds in (100.0, 1.0, 50.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0):
         known.add("f", seconds)
     assert known.straggles_after("f") == known.patience("f") == 150.0

@@ -5,9 +5,11 @@ import contextlib
 import html
 import io
 import json
+import math
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.mlflow_text import place
 from moesaic.orchestrator.redaction import clean_streams, keep_secret, redacted, redacted_tree
+from moesaic.orchestrator.store import write_json
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 
@@ -48,6 +51,9 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
         ('{"Authorization": "Bearer abcdefgh"}', '{"Authorization": "Bearer ***"}'),
         (f"token {HF}, id {AWS}.", "token ***, id ***."),
+        ("x" * 50 + "://u:pass@host", "x" * 50 + "://u:***@host"),
+        ("a@b=http://u:pass@h,http://u:p2@h x@y", "a@b=http://u:***@h x@y"),
+        ("'http://u:p@h' <ftp://u:q@h>b@c", "'http://u:***@h' <ftp://u:***@h>b@c"),
     ],
 )
 def test_what_is_secret_by_its_form_is_taken_out_once(text: str, clean: str) -> None:
@@ -92,6 +98,37 @@ def test_nested_values_are_cleaned_in_keys_and_leaves(monkeypatch: pytest.Monkey
     given = {"correct horse/9": [1, ("battery-staple", None)], 3: {"a": f"with {HF}", "b": 0.5}}
     wanted = {"***": [1, ["***", None]], "3": {"a": "with ***", "b": 0.5}}
     assert redacted_tree(given) == wanted
+
+
+def test_names_of_a_plan_stay_and_what_stands_beside_them_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "self_attn.q_proj")
+    units = {"model.layers.0.self_attn.q_proj": [{"method": "rtn"}]}
+    write_json(tmp_path / "plan.json", {"units": units, "why": "of self_attn.q_proj"})
+    cli._print_json({"plan": {"units": units}, "why": ["self_attn.q_proj"]})
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"units": units, "why": "of ***"}
+    assert json.loads(capsys.readouterr().out) == {"plan": {"units": units}, "why": ["***"]}
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["a", "a://", "a://b:", "a://b:1/", "a://b@", "://", "a:", "@", "?", "?token", "bearer ", "sk-"]
+    + ["authorization:", "hf_", "x" * 40 + "://a:", "eyJ.a-b+c/"],
+)
+@pytest.mark.parametrize("around", ["{}", "x://{}", "{}://", "{}@", "?{}", "authorization: {}"])
+def test_time_grows_as_texts_do(around: str, part: str) -> None:
+    """Squared, eight times the text would take 64 times as long."""
+
+    def seconds(count: int) -> float:
+        text, best = around.format(part * (count // len(part))), math.inf
+        for _ in range(3):
+            begun = time.process_time()
+            redacted(text)
+            best = min(best, time.process_time() - begun)
+        return best
+
+    assert seconds(32_000) < 24 * seconds(4_000) + 0.005
 
 
 @pytest.mark.parametrize(
