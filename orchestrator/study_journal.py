@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import parse_json
+from moesaic.orchestrator.foreign import parse_json, shown
 from moesaic.orchestrator.store import disk_errors, make_folder
 
 if TYPE_CHECKING:
@@ -39,6 +39,20 @@ _DIFFER = {
 _ADDED = frozenset({CALIBRATION, VERSION})
 # Candidates that are named, and characters of each.
 _NAMED, _CHARACTERS = 3, 80
+
+
+def journal_file(storage: str) -> Path:
+    """The journal that ``--storage`` names.
+
+    Raises:
+        UserError: it names a database or an object store.
+    """
+    if "://" in storage:
+        raise UserError(
+            f"--storage: {shown(storage)} is no file: give the path of one, which the study's"
+            " journal is kept in (study.log); databases and object stores cannot hold it"
+        )
+    return Path(storage)
 
 
 @contextmanager
