@@ -292,6 +292,39 @@ def test_baselines_are_judged_once_on_the_text_of_the_trials_and_are_no_trials(m
     assert calls[EVALUATE] == 0 and project.json("study.json")["baselines"] == study["baselines"]
 
 
+def test_a_baseline_that_fails_is_told_and_nothing_of_the_study_is_lost(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    project = make(
+        baselines={name: {**BITS, "bits": bits} for name, bits in (("a", 4), ("b", 2), ("c", 8))},
+        tune={"objectives": ["bytes", "kl"], "sequences": 2},
+    )
+    judged, finished = resident.evaluate_plan, Trials.run
+    study: dict[str, Any] = {}
+    calls = 0
+
+    def finish(self: Trials) -> None:
+        finished(self)
+        monkeypatch.setattr(resident, "evaluate_plan", broken)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        study.update(project.json("study.json"))  # is there before any of them is judged
+        calls += 1
+        if calls == 1:
+            raise MemoryError("no room for 3 GB")
+        found = judged(*arguments, **named)
+        return {**found, "kl": [math.nan] * len(found["kl"])} if calls == 2 else found
+
+    monkeypatch.setattr(Trials, "run", finish)
+    project.tune(4)
+    assert study["trials"]["all"] == 4 and study["baselines"] == {}
+    assert project.json("study.json")["baselines"].keys() == {"c"}
+    told = capfd.readouterr().err
+    assert "baseline a cannot be judged: MemoryError: no room for 3 GB" in told
+    assert "baseline b cannot be compared: its KL is nan" in told
+
+
 def as_long_as_large(
     state: Any, judge: Any, pieces: dict[str, str], mixtures: Mixtures
 ) -> dict[str, Any]:
