@@ -40,7 +40,7 @@ from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
-from tests.orchestrator.inline import Killed, Project, measured_store
+from tests.orchestrator.inline import InlinePool, Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
 BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
@@ -229,6 +229,36 @@ def test_equal_plans_are_judged_once(make: Make) -> None:
     assert calls[EVALUATE] == table["plan"].nunique() == 1
     assert len(table) == 6 and table["kl"].nunique() == 1
     assert table["same_as"].notna().sum() >= 1
+
+
+@pytest.mark.parametrize(("jobs", "most"), [(None, 3), (2, 2)])
+def test_workers_that_join_a_study_get_trials(
+    jobs: int | None, most: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {0}
+    monkeypatch.setattr(InlinePool, "workers", property(lambda pool: set(there)))
+    asked: list[tuple[int, int]] = []  # worker, trials in flight
+    more: list[bool] = []
+    task = Trials._task
+
+    def asking(self: Trials, job: Any, rows: Any, slot: int) -> Any:
+        asked.append((slot, len(self.slots | {slot})))
+        more.append(self._more())
+        if len(asked) == 4:
+            there.update((1, 2))
+        if len(asked) == 12:
+            there.discard(0)  # it died, and no other has come yet
+        return task(self, job, rows, slot)
+
+    monkeypatch.setattr(Trials, "_task", asking)
+    project = make(tune={"prune": True})
+    project.tune(7, size=3, jobs=jobs)
+    assert len(trials(project)) == 7
+    assert {worker for worker, _ in asked[:4]} == {0}
+    assert {worker for worker, _ in asked} == {0, 1, 2}
+    assert max(count for _, count in asked[:4]) == 1
+    assert max(count for _, count in asked) == most
+    assert more[0] and not more[-1]
 
 
 def test_plans_that_are_known_are_not_proposed_again_nor_after_a_resume(make: Make) -> None:
