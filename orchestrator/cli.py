@@ -179,7 +179,10 @@ def tune(
         int | None, typer.Option(min=1, help="Trials at a time; default: one per worker.")
     ] = None,
     storage: Annotated[
-        Path | None, typer.Option(help="The study's journal; default OUTPUT/journal.log.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="The study's journal, a file; default OUTPUT/journal.log."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with a study that is there, or refuse to.")
@@ -191,11 +194,14 @@ def tune(
     """As run, with a study (Optuna) of how far to trust the measurements as search."""
 
     def work() -> Mapping[str, Any]:
+        from moesaic.orchestrator.study_journal import journal_file
+
+        journal = None if storage is None else journal_file(storage)
         with _head_start(recipe, output) as pool:
             from moesaic.orchestrator.run import tune_recipe
             from moesaic.orchestrator.tune import StudyOptions
 
-            options = StudyOptions(trials, timeout, jobs, storage, resume)
+            options = StudyOptions(trials, timeout, jobs, journal, resume)
             result = tune_recipe(recipe, output, options, register, pool)
         show_scores(result["scores"])
         _print_places(result)

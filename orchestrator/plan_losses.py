@@ -75,7 +75,11 @@ class PlanRuns:
         self._finder = PlanPieces(experiment, experiment.walk)
 
     def losses(
-        self, stage: str, plans: Mapping[Any, Chosen], parts: Sequence[Rows] | None = None
+        self,
+        stage: str,
+        plans: Mapping[Any, Chosen],
+        parts: Sequence[Rows] | None = None,
+        failed: Callable[[Any, str], None] | None = None,
     ) -> dict[Any, float]:
         """KL of plans to the dense model on calibration text, in nats per token.
 
@@ -85,6 +89,8 @@ class PlanRuns:
             stage: name of the progress bar.
             plans: name → its choices; units without one stay dense.
             parts: of the text, that results are kept for one by one; by default there is one.
+            failed: told the name of a plan that cannot be run, and why; it is left out then.
+                Without it that ends all.
         """
         experiment, judge = self.experiment, self.experiment.calibration_judge
         store, spans = experiment.store, parts or [judged_rows(experiment)]
@@ -104,6 +110,7 @@ class PlanRuns:
             for key, rows in zip(own, spans, strict=True)
             if key not in known
         }
+        given_up: dict[str, str] = {}  # key → why
         self.view.stage(stage, len(known) + len(todo), len(known))
 
         def task(key: str, name: Any, rows: Rows) -> Task:
@@ -113,17 +120,27 @@ class PlanRuns:
                 self.view.advance(stage, 1, result["peak_bytes"])
                 return ()
 
+            def give_up(kind: str, reason: str) -> Iterable[Task]:
+                given_up[key] = f"{kind}: {reason}"
+                self.view.advance(stage)
+                return ()
+
             arguments = {"rows": rows, "total": spans[-1][1], **self._arguments(*made[name])}
-            return Task("resident:evaluate_plan", arguments, stage, done=done)
+            ended = None if failed is None else give_up
+            return Task("resident:evaluate_plan", arguments, stage, done=done, failed=ended)
 
         if todo:
             remember_dense(self.pool, self.view, judge, spans)
             self._run([task(key, *about) for key, about in todo.items()])
         tokens = sum(high - low for low, high in spans) * (experiment.calibration.ids.shape[1] - 1)
-        return {
-            name: math.fsum(kl for key in own for kl in known[key]) / tokens
-            for name, own in keys.items()
-        }
+        losses = {}
+        for name, own in keys.items():
+            why = next((given_up[key] for key in own if key in given_up), None)
+            if why is None:
+                losses[name] = math.fsum(kl for key in own for kl in known[key]) / tokens
+            elif failed is not None:
+                failed(name, why)
+        return losses
 
     def latencies(
         self,

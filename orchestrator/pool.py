@@ -87,6 +87,7 @@ class Pool:
         self.durations = Durations()
         self._local = self._awaited = False
         self._head: Watch | None = None
+        self._more: Callable[[], bool] = lambda: False  # of what is being run
 
     def __enter__(self) -> "Pool":
         return self
@@ -141,6 +142,13 @@ class Pool:
         return len(self.roster.slots)
 
     @property
+    def workers(self) -> set[int]:
+        """Numbers of the workers that can be given tasks now, those that have joined included;
+        starts them."""
+        _ = self.size
+        return self._alive()
+
+    @property
     def replaced(self) -> int:
         """How many workers were replaced."""
         return self.roster.replaced
@@ -150,6 +158,7 @@ class Pool:
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
         meanwhile: Callable[[], bool] | None = None,
+        more: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs tasks, and those that finished tasks bring, until none is left.
 
@@ -158,6 +167,8 @@ class Pool:
             tick: called about once a second with the labels of what is running.
             meanwhile: called whenever workers were given work: for what no worker should wait for.
                 It does a step of that and says whether there may be more.
+            more: whether there is work for more workers than there are although no task waits for
+                one: whoever brings as many tasks as there are :attr:`workers` knows.
 
         Raises:
             UserError, RunError: as raised by a task, when a task killed its worker repeatedly, or
@@ -165,6 +176,7 @@ class Pool:
         """
         release_pins()  # what the driver has read for them; workers fetch their own
         loop = Loop(self, tasks)
+        self._more = more
         if loop.left:
             _ = self.size
             loop.run(tick, meanwhile)
@@ -208,7 +220,7 @@ class Pool:
 
     def _tend(self, work_waits: bool) -> None:
         """Has more workers started where there is room; raises RunError where there are none."""
-        self.roster.tend(work_waits)
+        self.roster.tend(work_waits or self._more())
 
     def _replace(self, worker: int) -> None:
         """Kills a worker; it is not alive until another one has started in its place."""

@@ -159,9 +159,10 @@ class SimulatedPool(Pool):
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
         meanwhile: Callable[[], bool] | None = None,
+        more: Callable[[], bool] = lambda: False,
     ) -> None:
         """As the pool's, with a record of which task brought which."""
-        super().run([self._traced(task, 0.0) for task in tasks], tick, meanwhile)
+        super().run([self._traced(task, 0.0) for task in tasks], tick, meanwhile, more)
         self.outcome.makespan = self.clock
 
     def _traced(self, task: Task, before: float) -> Task:

@@ -25,6 +25,8 @@ import numpy as np
 from moesaic.orchestrator.study_journal import (
     KNOBS,
     MADE_OF,
+    START,
+    check_own,
     check_same,
     journal_errors,
     locked,
@@ -46,7 +48,7 @@ _UNPRUNED = 5
 TELLING = 10
 # A KL below that is none, nats per token.
 _LEAST = 1e-12
-_REASON, _AGAIN, _START, _WANTED = "reason", "again", "start", "wanted"
+_REASON, _AGAIN, _WANTED = "reason", "again", "wanted"
 _INTERRUPTED = "interrupted"
 
 
@@ -180,8 +182,10 @@ class Study:
         import optuna
 
         with journal_errors(self.journal):
+            storage = open_storage(self.journal)
+            check_own(self.journal, self.name, storage, len(self.objectives))
             study = optuna.create_study(
-                storage=open_storage(self.journal),
+                storage=storage,
                 study_name=self.name,
                 directions=["minimize"] * len(self.objectives),
                 load_if_exists=True,
@@ -189,11 +193,11 @@ class Study:
         known = study.user_attrs.get(MADE_OF)
         if known is None:
             # Some may be there: of a process that died here.
-            there = {trial.user_attrs.get(_START) for trial in study.get_trials(deepcopy=False)}
+            there = {trial.user_attrs.get(START) for trial in study.get_trials(deepcopy=False)}
             for name, values in self._starts.items():
                 params = start_params(self.knobs, values)
                 if name not in there:
-                    study.enqueue_trial(params, user_attrs={_START: name, _WANTED: params})
+                    study.enqueue_trial(params, user_attrs={START: name, _WANTED: params})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that this is experimental
                 study.set_metric_names(self.objectives)  # which Optuna's dashboard shows
@@ -214,7 +218,7 @@ class Study:
     def ask(self) -> Asked:
         """The next trial: one that was enqueued, or what the sampler wants to know."""
         trial = self._study.ask()
-        return Asked(trial, suggest(trial, self.knobs), trial.user_attrs.get(_START))
+        return Asked(trial, suggest(trial, self.knobs), trial.user_attrs.get(START))
 
     def note(self, asked: Asked, notes: Mapping[str, Any]) -> None:
         """Keeps something about a trial."""
@@ -405,8 +409,8 @@ def _give_back(study: "OptunaStudy", unfinished: "FrozenTrial", enqueue: bool = 
         # One that died early may lack values that were wanted of it.
         params = {**unfinished.user_attrs.get(_WANTED, {}), **unfinished.params}
         marks = {_AGAIN: unfinished.number, _WANTED: params}
-        if _START in unfinished.user_attrs:
-            marks[_START] = unfinished.user_attrs[_START]
+        if START in unfinished.user_attrs:
+            marks[START] = unfinished.user_attrs[START]
         study.enqueue_trial(params, user_attrs=marks)
     Trial(study, unfinished._trial_id).set_user_attr(_REASON, _INTERRUPTED)
     study.tell(unfinished.number, state=TrialState.FAIL)

@@ -14,7 +14,8 @@ _STAGE = "baselines"
 
 def judged_baselines(pipeline: "TunedPipeline") -> dict[str, dict[str, float]]:
     """Name → ``bytes`` of the checkpoint, ``kl`` in nats per token and, where trials are timed,
-    ``latency`` in milliseconds per token, of those that have a finite KL.
+    ``latency`` in milliseconds per token, of those that have a finite KL. Those that cannot be run
+    or timed are told in a line each.
 
     They are no trials: the sampler does not know them. What was judged is in the store, so that a
     study that goes on judges none again. As many are timed at once as trials were.
@@ -25,8 +26,14 @@ def judged_baselines(pipeline: "TunedPipeline") -> dict[str, dict[str, float]]:
     experiment, view = pipeline.experiment, pipeline.view
     runs = PlanRuns(experiment, pipeline.pool, view)
     units = {name: plan.units for name, plan in plans.items()}
-    kl = runs.losses(_STAGE, units)
-    finite = {name: chosen for name, chosen in units.items() if math.isfinite(kl[name])}
+    kl = runs.losses(
+        _STAGE,
+        units,
+        failed=lambda name, reason: view.line(f"baseline {name} cannot be judged: {reason}"),
+    )
+    finite = {name: units[name] for name, loss in kl.items() if math.isfinite(loss)}
+    for name in (name for name in kl if name not in finite):
+        view.line(f"baseline {name} cannot be compared: its KL is {kl[name]}")
     latency: dict[str, float] = {}
     if section(experiment).timed:
         latency = runs.latencies(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.foreign import parse_json
+from moesaic.orchestrator.foreign import parse_json, shown
 from moesaic.orchestrator.store import disk_errors, make_folder
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ MADE_OF = "made_of"
 MODEL, TEXT, CANDIDATES, MEASUREMENTS = "model", "calibration text", "candidates", "measurements"
 CALIBRATION, VERSION = "calibration", "version"
 KNOBS = "knobs"
+# Attribute of a trial whose values are among those tried first: their name.
+START = "start"
 _JOURNAL_BYTES = 1 << 30
 # Seconds after which a lock within the journal is that of a dead process (Optuna waits for 30).
 _GRACE_SECONDS = 5
@@ -37,6 +39,20 @@ _DIFFER = {
 _ADDED = frozenset({CALIBRATION, VERSION})
 # Candidates that are named, and characters of each.
 _NAMED, _CHARACTERS = 3, 80
+
+
+def journal_file(storage: str) -> Path:
+    """The journal that ``--storage`` names.
+
+    Raises:
+        UserError: it names a database or an object store.
+    """
+    if "://" in storage:
+        raise UserError(
+            f"--storage: {shown(storage)} is no file: give the path of one, which the study's"
+            " journal is kept in (study.log); databases and object stores cannot hold it"
+        )
+    return Path(storage)
 
 
 @contextmanager
@@ -159,7 +175,9 @@ def check_journal(
             _take(lock, journal)
     with journal_errors(journal):
         _checked(journal)
-        for study in open_storage(journal).get_all_studies():
+        storage = open_storage(journal)
+        check_own(journal, name, storage, len(wanted["objectives"]))
+        for study in storage.get_all_studies():
             known = study.user_attrs.get(MADE_OF)
             if study.study_name == name and known is not None:
                 before, now = (_comparable(facts, unknown) for facts in (known, wanted))
@@ -170,6 +188,32 @@ def check_journal(
                         " whether that measures the same is known when it is measured anew"
                     )
     return None
+
+
+def check_own(journal: Path, name: str, storage: "JournalStorage", objectives: int) -> None:
+    """Refuses a study that does not say what it was made of, unless it is one of ours that has only
+    just been begun: all that it has is values to try first.
+
+    Args:
+        storage: the journal as Optuna has it.
+        objectives: that the study is to have.
+
+    Raises:
+        UserError: it was made by something else.
+    """
+    from optuna.study import StudyDirection
+    from optuna.trial import TrialState
+
+    for study in storage.get_all_studies():
+        if study.study_name != name or MADE_OF in study.user_attrs:
+            continue
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        ours = all(t.state == TrialState.WAITING and START in t.user_attrs for t in trials)
+        if not ours or list(study.directions) != [StudyDirection.MINIMIZE] * objectives:
+            raise UserError(
+                f"{journal}: the study {name!r} there was not made by moesaic: take another"
+                " --storage, or another name for the run"
+            )
 
 
 def _comparable(facts: Mapping[str, Any], unknown: Collection[str]) -> dict[str, Any]:

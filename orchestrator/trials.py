@@ -1,8 +1,9 @@
 """The loop of a study: asks for values, has workers judge the plans that come of them, tells.
 
-As many trials are in flight as there are workers; each sees more and more of the text, and one that
-has fallen behind the others is given up before it has seen all (not with several objectives). While
-workers are busy the next plan is made, and what was told is put on record.
+As many trials are in flight as there are workers, also where some join later; each sees more and
+more of the text, and one that has fallen behind the others is given up before it has seen all (not
+with several objectives). While workers are busy the next plan is made, and what was told is put on
+record.
 
 Different values often lead to the same plan. It is judged once: its KL is in the store under what
 it consists of, and a trial whose plan another one is just being judged with waits for that.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
 from moesaic.orchestrator.store import digest
@@ -55,7 +57,7 @@ def is_plan_of(told: Told, plan: Plan) -> bool:
     judged = str(told.attributes["plan"])
     if judged.startswith(_CHOICES):
         return judged == plan_key(plan)
-    return plan.loss == told.attributes["predicted_loss"]
+    return plan.loss == float(told.attributes["predicted_loss"])
 
 
 def _shown(told: Told) -> str:
@@ -107,6 +109,8 @@ class Trials:
         self.rungs = rungs(self.experiment)
         self.tokens = self.experiment.calibration.ids.shape[1] - 1
         self.flying: dict[str, _Job] = {}
+        # Workers that trials in flight belong to.
+        self.slots: set[int] = set()
         # The trial that the next idle worker takes.
         self.prepared: _Job | None = None
         self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
@@ -142,12 +146,11 @@ class Trials:
             return
         pool, judge = self.pipeline.pool, self.experiment.calibration_judge
         remember_dense(pool, self.view, judge, self.rungs)
-        slots = range(min(self.options.jobs or pool.size, pool.size))
         self.started = time.monotonic()
         try:
-            tasks = [task for slot in slots for task in self._next(slot)]
+            tasks = self._begin()
             self.study.get_ready()
-            pool.run(tasks, self._tick, self._meanwhile)
+            pool.run(tasks, self._tick, self._meanwhile, self._more)
         except (Exception, KeyboardInterrupt):
             for finish in (self._settle, self.record.write):
                 with suppress(RunError):  # of the record: what came first is what is told
@@ -159,7 +162,7 @@ class Trials:
             self.prepared = None
         self.record.write()
         self.view.finish("trials", self._state())
-        pool.run(Task("resident:release", {}, "release", affinity=slot) for slot in slots)
+        release(pool)
         shown = "" if self.best is None else f", best {_shown(self.best)}"
         self.view.line(f"trials: {self._pace()}{shown}")
         for reason, count in self.failures.reasons.most_common():
@@ -191,8 +194,40 @@ class Trials:
 
     # From trial to trial
 
-    def _next(self, slot: int) -> Iterable[Task]:
-        """The first task of the next trial that needs one; nothing when there are enough."""
+    def _begin(self, done: int | None = None) -> list[Task]:
+        """The first tasks of as many trials as can begin now.
+
+        There are as many in flight as workers, or as ``--jobs`` says. Workers that have joined get
+        theirs when one of the others is done with something.
+
+        Args:
+            done: the worker whose trial has come to its end.
+        """
+        if done is not None:
+            self.slots.discard(done)
+        workers = self.pipeline.pool.workers
+        # Whoever is just done is idle; and where there is none at the moment, one is to come.
+        idle = sorted(workers - self.slots, key=lambda worker: (worker != done, worker))
+        most = max(1, min(self.options.jobs or len(workers), len(workers)))
+        tasks: list[Task] = []
+        for slot in idle or [done or 0]:
+            if len(self.slots) >= most:
+                break
+            task = self._next(slot)
+            if task is None:
+                break
+            self.slots.add(slot)
+            tasks.append(task)
+        return tasks
+
+    def _more(self) -> bool:
+        """Whether further workers would get a trial."""
+        jobs, left = self.options.jobs, self.begun < self.options.trials
+        wanted = jobs is None or len(self.slots) < jobs
+        return wanted and (left or self.prepared is not None) and not self._late()
+
+    def _next(self, slot: int) -> Task | None:
+        """The first task of the next trial that needs one; None when there are enough."""
         while (job := self._prepared()) is not None:
             self.prepared = None
             job.started = time.monotonic()
@@ -204,8 +239,8 @@ class Trials:
             self.flying[job.key] = job
             task = self._go_on(job, slot)
             if task is not None:
-                return [task]
-        return ()
+                return task
+        return None
 
     def _prepared(self) -> _Job | None:
         """The next trial, asked and with its plan; None when there are enough, or time is up."""
@@ -288,7 +323,7 @@ class Trials:
             self.view.advance("trials", 0, result["peak_bytes"])
             job.latency = self.latencies[job.key] = result["milliseconds"]
             self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
-            return self._next(slot)
+            return self._begin(done=slot)
 
         arguments = {
             "judge": plain(self.experiment.calibration_judge),
@@ -314,7 +349,7 @@ class Trials:
                 partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"])
             )
             task = None if self._seen(job, rows, result["kl"]) else self._go_on(job, slot)
-            return self._next(slot) if task is None else [task]
+            return self._begin(done=slot) if task is None else [task, *self._begin()]
 
         arguments = {
             "judge": plain(judge),
@@ -340,7 +375,7 @@ class Trials:
     def _failed(self, job: _Job, slot: int, kind: str, reason: str) -> Iterable[Task]:
         del self.flying[job.key]
         self._fail(job.members, kind, reason)
-        return self._next(slot)
+        return self._begin(done=slot)
 
     def _mean(self, job: _Job) -> float:
         """KL in nats per token, of what was seen."""

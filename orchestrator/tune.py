@@ -142,7 +142,12 @@ class TunedPipeline(Pipeline):
                     f" judged: remove {study.journal} to begin anew"
                 )
             self.study = self._summary(study, best)
-            self._write(study)
+            self._write()
+            table = study.table()
+            write_atomically(self.output / STUDY_FILES[1], lambda path: table.to_parquet(path))
+            if len(study.objectives) > 1:
+                self.study = replace(self.study, baselines=judged_baselines(self))
+                self._write()
             numbers = dict.fromkeys([*self.study.front, best.number])
             figures = {trial_name(number): self.study.trial(number).figures for number in numbers}
             self.tracker.log_trial_models(figures, trial_name(best.number))
@@ -206,14 +211,11 @@ class TunedPipeline(Pipeline):
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
             importances=study.importances(BITS),
             constraints=limits(self.experiment).limits,
-            baselines=judged_baselines(self) if len(study.objectives) > 1 else {},
         )
 
-    def _write(self, study: Study) -> None:
+    def _write(self) -> None:
         assert self.study is not None, "made before"
         write_json(self.output / STUDY_FILES[0], self.study.to_json())
-        table = study.table()
-        write_atomically(self.output / STUDY_FILES[1], lambda path: table.to_parquet(path))
 
     def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
         return replace(super().summary(scores), study=self.study)

@@ -44,6 +44,10 @@ class InlinePool:
         self.calls: Counter[str] = Counter()
         self.judged: list[dict[str, Any]] = []
 
+    @property
+    def workers(self) -> set[int]:
+        return set(range(self.size))
+
     def __enter__(self) -> "InlinePool":
         return self
 
@@ -58,6 +62,7 @@ class InlinePool:
         tasks: Iterable[Task],
         tick: Callable[[list[str]], None] | None = None,
         meanwhile: Callable[[], bool] | None = None,
+        more: Callable[[], bool] = lambda: False,
     ) -> None:
         """As :meth:`Pool.run`; tasks without affinity go round."""
         order = itertools.count()

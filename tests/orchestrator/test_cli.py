@@ -22,6 +22,7 @@ from moesaic.orchestrator import cluster, headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.store import Store
 from tests.orchestrator.projects import byte_tokenizer, make_model_folder, make_recipe
 
@@ -86,6 +87,18 @@ def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
         assert "tune.knobs.mix: 2 is not within 0 to 1" in text
         assert "tune.knobs.weight.head: no such knob here (there are: score_exponent" in text
     assert ask("tune", wrong).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:///study.db", "s3://bucket/study.log", "postgresql://me:word@host/db"]
+)
+def test_a_storage_that_is_no_file_is_refused_before_any_work(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = refusal("tune", tmp_path / "recipe.yaml", "--trials", "2", "--storage", storage)
+    assert found.startswith(f"--storage: {redacted(storage)} is no file: give the path of one")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,37 @@ def tasks(labels: Iterable[str], told: list[Any], **options: Any) -> list[Task]:
         return lambda result: told.append((label, result)) or ()
 
     return [Task("module:work", {}, label, done=done(label), **options) for label in labels]
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_whoever_brings_work_for_each_worker_says_whether_there_is_more(most: int) -> None:
+    """No task waits, and yet a worker that joined would get one."""
+
+    class Growing(Scripted):
+        _tend = Pool._tend
+
+    def tend(work_waits: bool) -> None:
+        asked.append((work_waits, more()))
+        if more():
+            pool.nodes.append("b")
+
+    def more() -> bool:
+        return len(pool.nodes) < most
+
+    def begin(done: int | None = None) -> list[Task]:
+        busy.discard(-1 if done is None else done)
+        new = sorted(pool.workers - busy) if len(pool.calls) < 20 else []
+        busy.update(new)
+        return [Task("module:work", {}, "trial", affinity=n, done=begin) for n in new]
+
+    asked: list[tuple[bool, bool]] = []
+    busy: set[int] = set()
+    pool = Growing(["a"], lambda label, worker, times: (10.0, worker))
+    pool.roster = SimpleNamespace(tend=tend)  # type: ignore[assignment]
+    pool.run(begin(), more=more)
+    assert pool.workers == {call.worker for call in pool.calls} == set(range(most))
+    assert [wanted for _, wanted in asked].count(True) == most - 1
+    assert all(waits for waits, wanted in asked if wanted) and (False, False) in asked
 
 
 def failed(cause: Exception) -> RayTaskError:

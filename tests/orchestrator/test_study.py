@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from moesaic.orchestrator import study_journal
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.study_journal import open_storage
 from moesaic.search.knobs import Knob
 
 KNOBS = [
@@ -145,6 +147,47 @@ def test_a_study_of_something_else_is_refused_saying_what(change: str, tmp_path:
     assert text in str(error.value)
     with study(tmp_path, sampler="random", seed=9):
         pass  # how knobs are drawn changes nothing that was found
+
+
+def foreign(folder: Path, directions: list[str], trials: int) -> bytes:
+    """A journal with a study of the same name that somebody else has made."""
+    made = optuna.create_study(
+        storage=open_storage(folder / "journal.log"), study_name="small", directions=directions
+    )
+    for number in range(trials):
+        asked = made.ask()
+        asked.suggest_float("lr", 0, 1)
+        made.tell(asked, [float(number)] * len(directions))
+    return (folder / "journal.log").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("directions", "trials"),
+    [(["minimize", "minimize"], 0), (["maximize"], 0), (["minimize"], 1), (["minimize"] * 2, 3)],
+)
+def test_somebody_else_s_study_of_the_same_name_is_refused(
+    directions: list[str], trials: int, tmp_path: Path
+) -> None:
+    before = foreign(tmp_path, directions, trials)
+    told = r"journal.log: the study 'small' there was not made by moesaic: take another --storage"
+    with pytest.raises(UserError, match=told), study(tmp_path):
+        pass
+    wanted = {"objectives": ["kl"]}
+    with pytest.raises(UserError, match=told):
+        study_journal.check_journal(tmp_path / "journal.log", "small", wanted, True)
+    assert (tmp_path / "journal.log").read_bytes() == before
+
+
+def test_a_study_whose_maker_died_before_it_said_of_what_is_gone_on_with(tmp_path: Path) -> None:
+    made = optuna.create_study(
+        storage=open_storage(tmp_path / "journal.log"), study_name="small", directions=["minimize"]
+    )
+    values = {"slope": 0.0, "order": "any"}
+    made.enqueue_trial(values, user_attrs={"start": "as predicted", "wanted": values})
+    wanted = {"objectives": ["kl"]}
+    assert study_journal.check_journal(tmp_path / "journal.log", "small", wanted, True) is None
+    with study(tmp_path) as opened:
+        assert [opened.ask().start for _ in range(3)] == [*STARTS, None]
 
 
 def test_another_study_may_lie_in_the_same_journal(tmp_path: Path) -> None:

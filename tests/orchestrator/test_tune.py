@@ -40,7 +40,7 @@ from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
-from tests.orchestrator.inline import Killed, Project, measured_store
+from tests.orchestrator.inline import InlinePool, Killed, Project, measured_store
 from tests.orchestrator.projects import make_model_folder
 
 BITS = {"method": "rtn", "bits": [2, 4, 8], "group_size": -1}
@@ -231,6 +231,36 @@ def test_equal_plans_are_judged_once(make: Make) -> None:
     assert table["same_as"].notna().sum() >= 1
 
 
+@pytest.mark.parametrize(("jobs", "most"), [(None, 3), (2, 2)])
+def test_workers_that_join_a_study_get_trials(
+    jobs: int | None, most: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {0}
+    monkeypatch.setattr(InlinePool, "workers", property(lambda pool: set(there)))
+    asked: list[tuple[int, int]] = []  # worker, trials in flight
+    more: list[bool] = []
+    task = Trials._task
+
+    def asking(self: Trials, job: Any, rows: Any, slot: int) -> Any:
+        asked.append((slot, len(self.slots | {slot})))
+        more.append(self._more())
+        if len(asked) == 4:
+            there.update((1, 2))
+        if len(asked) == 12:
+            there.discard(0)  # it died, and no other has come yet
+        return task(self, job, rows, slot)
+
+    monkeypatch.setattr(Trials, "_task", asking)
+    project = make(tune={"prune": True})
+    project.tune(7, size=3, jobs=jobs)
+    assert len(trials(project)) == 7
+    assert {worker for worker, _ in asked[:4]} == {0}
+    assert {worker for worker, _ in asked} == {0, 1, 2}
+    assert max(count for _, count in asked[:4]) == 1
+    assert max(count for _, count in asked) == most
+    assert more[0] and not more[-1]
+
+
 def test_plans_that_are_known_are_not_proposed_again_nor_after_a_resume(make: Make) -> None:
     project = make(tune={"prune": False, "sequences": 2})
     project.tune(12)
@@ -290,6 +320,39 @@ def test_baselines_are_judged_once_on_the_text_of_the_trials_and_are_no_trials(m
     assert found["kl"] == pytest.approx(math.fsum(kl) / (8 * 23), rel=1e-9)
     _, calls = project.tune(5)
     assert calls[EVALUATE] == 0 and project.json("study.json")["baselines"] == study["baselines"]
+
+
+def test_a_baseline_that_fails_is_told_and_nothing_of_the_study_is_lost(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    project = make(
+        baselines={name: {**BITS, "bits": bits} for name, bits in (("a", 4), ("b", 2), ("c", 8))},
+        tune={"objectives": ["bytes", "kl"], "sequences": 2},
+    )
+    judged, finished = resident.evaluate_plan, Trials.run
+    study: dict[str, Any] = {}
+    calls = 0
+
+    def finish(self: Trials) -> None:
+        finished(self)
+        monkeypatch.setattr(resident, "evaluate_plan", broken)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        study.update(project.json("study.json"))  # is there before any of them is judged
+        calls += 1
+        if calls == 1:
+            raise MemoryError("no room for 3 GB")
+        found = judged(*arguments, **named)
+        return {**found, "kl": [math.nan] * len(found["kl"])} if calls == 2 else found
+
+    monkeypatch.setattr(Trials, "run", finish)
+    project.tune(4)
+    assert study["trials"]["all"] == 4 and study["baselines"] == {}
+    assert project.json("study.json")["baselines"].keys() == {"c"}
+    told = capfd.readouterr().err
+    assert "baseline a cannot be judged: MemoryError: no room for 3 GB" in told
+    assert "baseline b cannot be compared: its KL is nan" in told
 
 
 def as_long_as_large(
