@@ -1,5 +1,6 @@
 """What was finished is not done again, whatever killed a run or damaged its store."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,69 +31,98 @@ def project(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyP
     return made
 
 
+@pytest.fixture(scope="module")
+def complete(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Counter[str]]:
+    """Folder of a project whose run nobody disturbed, and how often it called what."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Project(tmp_path_factory.mktemp("complete"), models["qwen3_moe"], patch)
+        made.write()
+        _, calls = made.run()
+    return made.folder, calls
+
+
+def others(one: dict[str, bytes], two: dict[str, bytes]) -> set[str]:
+    """Files that differ. The card holds the recipe as resolved, and so the folder that it lies
+    in."""
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)} - {
+        "README.md"
+    }
+
+
+@pytest.fixture
+def finished(
+    tmp_path: Path,
+    models: dict[str, Path],
+    complete: tuple[Path, Counter[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Project:
+    """A copy of it."""
+    folder, calls = complete
+    made = Project(tmp_path / "one", models["qwen3_moe"], monkeypatch)
+    shutil.copytree(folder, made.folder)
+    made.write()
+    made.calls = calls
+    return made
+
+
 def test_several_workers_leave_the_bytes_of_one(
-    project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    finished: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project.run(size=1)
     other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
     other.write()
     other.run(size=3)
-    one, two = project.left(), other.left()
-    assert one.keys() == two.keys() >= {"plan.json", "model.safetensors", "config.json"}
-    different = {name for name in one if one[name] != two[name]}
-    # The card holds the recipe as resolved, and so the folder that it lies in.
-    assert different <= {"README.md"}
+    one, two = finished.left(), other.left()
+    assert one.keys() >= {"plan.json", "model.safetensors", "config.json", "README.md"}
+    assert not others(one, two)
 
 
-def test_nothing_is_done_again(project: Project) -> None:
-    _, calls = project.run()
-    assert {name.partition(":")[2] for name in calls} == {
+def test_nothing_is_done_again(finished: Project) -> None:
+    assert {name.partition(":")[2] for name in finished.calls} == {
         "forward",
         "reverse",
         "compress_job",
         "evaluate_rows",
     }
-    left, scores = project.left(), project.json("scores.json")
-    _, calls = project.run(size=2)
+    left, scores = finished.left(), finished.json("scores.json")
+    _, calls = finished.run(size=2)
     assert calls.total() == 0
-    assert project.left() == left
-    assert project.json("scores.json") == scores
+    assert not others(finished.left(), left)
+    assert finished.json("scores.json") == scores
 
 
-def test_another_budget_is_only_a_choice_among_finished_pieces(project: Project) -> None:
-    project.run()
-    before = project.json("plan.json")
-    project.write(budget={"bits_per_weight": 6.5})
-    _, calls = project.run()
+def test_another_budget_is_only_a_choice_among_finished_pieces(finished: Project) -> None:
+    before = finished.json("plan.json")
+    finished.write(budget={"bits_per_weight": 6.5})
+    _, calls = finished.run()
     assert calls.keys() <= {"evaluate:evaluate_rows"}
-    after = project.json("plan.json")
+    after = finished.json("plan.json")
     assert before["bytes"] < after["bytes"] <= after["budget_bytes"]
     assert after["loss"] < before["loss"]
 
 
-def test_another_candidate_is_measured_alone(project: Project) -> None:
-    project.run()
+def test_another_candidate_is_measured_alone(finished: Project) -> None:
     candidates = [
         {"method": "rtn", "bits": [3, 8, 5], "group_size": 16},
         {"method": "gptq", "bits": 4, "group_size": 16},
     ]
-    before = set((project.folder / "store").glob("pieces/*/*.safetensors"))
-    project.write(candidates=candidates)
-    _, calls = project.run(stages=("measure",))
+    before = set((finished.folder / "store").glob("pieces/*/*.safetensors"))
+    finished.write(candidates=candidates)
+    _, calls = finished.run(stages=("measure",))
     assert calls.keys() == {"measure:compress_job"}
-    added = set((project.folder / "store").glob("pieces/*/*.safetensors")) - before
-    experiment = Experiment(load_recipe(project.folder / "recipe.yaml"), project.output)
+    added = set((finished.folder / "store").glob("pieces/*/*.safetensors")) - before
+    experiment = Experiment(load_recipe(finished.folder / "recipe.yaml"), finished.output)
     assert len(added) == len(experiment.units)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "errors", "stats", "gradients"])
-def test_a_damaged_entry_is_made_again_and_changes_nothing(project: Project, kind: str) -> None:
-    project.run()
-    left = project.left()
-    path = sorted((project.folder / "store").glob(f"{kind}/*/*.safetensors"))[0]
+def test_a_damaged_entry_is_made_again_and_changes_nothing(finished: Project, kind: str) -> None:
+    left = finished.left()
+    path = sorted((finished.folder / "store").glob(f"{kind}/*/*.safetensors"))[0]
     good = path.read_bytes()
     path.write_bytes(good[:-2] + bytes(byte ^ 0xFF for byte in good[-2:]))
-    _, calls = project.run()
+    _, calls = finished.run()
     needed = {
         "pieces": {"compress_job"},
         "errors": {"compress_job"},
@@ -101,7 +131,7 @@ def test_a_damaged_entry_is_made_again_and_changes_nothing(project: Project, kin
     }
     assert {name.partition(":")[2] for name in calls} == needed[kind]
     assert path.read_bytes() == good
-    assert project.left() == left
+    assert not others(finished.left(), left)
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(
@@ -124,8 +154,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(
             done += other.calls
     assert kills == (whole.total() - 1) // 3  # not one call was made twice
     assert done == whole
-    one, two = project.left(), other.left()
-    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not others(project.left(), other.left())
     scores = project.json("scores.json")
     for name, score in other.json("scores.json").items():
         assert (score["kl"], score["perplexity"]) == (
@@ -169,21 +198,19 @@ def test_a_run_killed_amid_its_writing_ends_with_the_same_bytes(
         else:
             break
     assert kills > 3
-    one, two = project.left(), other.left()
-    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not others(project.left(), other.left())
     assert not [p for p in (other.folder / "store").rglob("*") if ".tmp-" in p.name]
 
 
 @pytest.mark.parametrize("calls", [4, 9])
 def test_damaged_unfinished_work_is_made_anew(
-    project: Project,
+    finished: Project,
     tmp_path: Path,
     models: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     calls: int,
 ) -> None:
     """Every file of it is cut off; a run may stop once for each, but must not stop for ever."""
-    project.run(size=2)
     other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
     other.write()
     with pytest.raises(Killed):
@@ -199,15 +226,14 @@ def test_damaged_unfinished_work_is_made_anew(
             assert "run the same command again" in str(error) or "missing" in str(error)
         else:
             break
-    one, two = project.left(), other.left()
-    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not others(finished.left(), other.left())
 
 
 def test_a_run_killed_between_two_stages_ends_with_the_same_bytes(
-    project: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    finished: Project, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when the search, then when the evaluation, has just put its result in place."""
-    _, whole = project.run()
+    whole = finished.calls
     other = Project(tmp_path / "two", models["qwen3_moe"], monkeypatch)
     other.write()
     rename, done = Path.replace, Counter[str]()
@@ -226,8 +252,7 @@ def test_a_run_killed_between_two_stages_ends_with_the_same_bytes(
         assert (other.output / name).exists() and not (other.output / "model").exists()
     other.run()
     assert done + other.calls == whole
-    one, two = project.left(), other.left()
-    assert {name for name in one if one[name] != two.get(name)} <= {"README.md"}
+    assert not others(finished.left(), other.left())
 
 
 def test_the_checkpoint_assembled_alone_is_that_of_the_run(project: Project) -> None:
@@ -240,11 +265,10 @@ def test_the_checkpoint_assembled_alone_is_that_of_the_run(project: Project) -> 
 
 
 def test_a_wrong_checkpoint_does_not_take_the_place_of_a_good_one(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+    finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project.run()
-    model = {name: data for name, data in project.left().items() if name != "plan.json"}
-    project.write(budget={"bits_per_weight": 6.5})
+    model = {name: data for name, data in finished.left().items() if name != "plan.json"}
+    finished.write(budget={"bits_per_weight": 6.5})
     write = assemble_module._write_shards
 
     def break_last_tensor(folder: Path, *rest: Any) -> None:
@@ -254,18 +278,18 @@ def test_a_wrong_checkpoint_does_not_take_the_place_of_a_good_one(
 
     monkeypatch.setattr(assemble_module, "_write_shards", break_last_tensor)
     with pytest.raises(RunError) as error:
-        project.run()
+        finished.run()
     message = str(error.value)
     assert message.startswith(
-        f"{project.output / 'model'}: read by transformers, its logits differ"
+        f"{finished.output / 'model'}: read by transformers, its logits differ"
     )
     assert message.endswith("what was written is removed; the earlier one is still there")
-    left = project.left()
+    left = finished.left()
     assert left.pop("plan.json") and left == model
-    assert not list(project.output.glob(".*"))
+    assert not list(finished.output.glob(".*"))
     monkeypatch.undo()
-    project.run()
-    assert project.left()["model.safetensors"] != model["model.safetensors"]
+    finished.run()
+    assert finished.left()["model.safetensors"] != model["model.safetensors"]
 
 
 @pytest.mark.parametrize("propagate", [False, True])
