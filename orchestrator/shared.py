@@ -32,6 +32,7 @@ from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
 from moesaic.orchestrator.seals import (
+    MOST_BYTES,
     UnfitError,
     check_metadata,
     parse_seal,
@@ -108,7 +109,7 @@ class Mirror:
             if attempt:
                 time.sleep(objects.PAUSE_SECONDS)
             try:
-                return self.know(name, self.objects.read(_seal_name(name)))
+                return self.know(name, self.objects.read(_seal_name(name), MOST_BYTES))
             except FileNotFoundError:
                 return None
             except ValueError:  # cut off, altered, or being written at this moment
@@ -362,7 +363,10 @@ class RemoteStore(Store):
         there = {k: n for k, n in names.items() if n in listed and _seal_name(n) in listed}
         versions = {name: version_of(listed[_seal_name(name)]) for name in there.values()}
         new = [n for n, v in versions.items() if self._seals.get(n, ("",))[0] != v]
-        read = self.mirror.objects.read_many(map(_seal_name, new))
+        sizes = {seal: listed[seal]["size"] for seal in map(_seal_name, new)}
+        # Others are looked at one by one, and removed.
+        seals = {seal: size for seal, size in sizes.items() if 0 < size <= MOST_BYTES}
+        read = self.mirror.objects.read_many(seals)
         for name in new:
             with contextlib.suppress(KeyError, ValueError):
                 known = self.mirror.know(name, read[_seal_name(name)])

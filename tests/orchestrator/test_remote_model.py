@@ -237,6 +237,9 @@ def test_a_published_folder_is_complete_only_with_its_mark(
     assert set(json.loads(there.pop(MARK))) == set(there)
     assert there == {file.name: file.read_bytes() for file in model.iterdir()}
     assert not publish(model, url)
+    for mark in (b"[" * 100_000, b"", b"{}"):
+        system.pipe_file(f"/out/model/{MARK}", mark)
+        assert publish(model, url) and not publish(model, url)
     place = CachePlace(tmp_path / "cache", MANY)
     assert open_checkpoint(copies_folder(url, place)).fingerprint == Checkpoint(model).fingerprint
 

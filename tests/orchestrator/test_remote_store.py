@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from moesaic.orchestrator import cache as cache_module
-from moesaic.orchestrator import objects, run, shared, worker
+from moesaic.orchestrator import objects, run, seals, shared, worker
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.measure import Job
@@ -414,6 +414,33 @@ def test_gc_keeps_what_is_used_or_young_and_touches_nothing_else(store: Store) -
     assert store.get("mosaics", KEY) and shared.exists(kept)
 
 
+@pytest.mark.parametrize("size", [0, 3 << 20])
+def test_a_seal_that_is_none_is_not_read_beyond_its_bound(
+    store: Store, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    keys = [digest(number) for number in range(12)]
+    for key in keys:
+        store.put("mosaics", key, writing(b"some bytes"))
+    there, read = fsspec.filesystem("faulty"), []
+    for key in keys[:2]:
+        seal = f"/bucket/folder/mosaics/{key[:2]}/{key}.seal.json"
+        there.pipe_file(seal, there.cat_file(seal).ljust(size) if size else b"")
+    cat_file = Faulty.cat_file
+
+    def counted(self: Faulty, path: str, *part: Any, **more: Any) -> bytes:
+        found = cat_file(self, path, *part, **more)
+        if not found:  # as S3 does, whatever part is asked for
+            raise OSError(22, "InvalidRange")
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Faulty, "cat_file", counted)
+    assert store.get("mosaics", keys[0]) is None
+    assert store.get_many("mosaics", keys).keys() == set(keys[2:])
+    assert max(read) <= seals.MOST_BYTES + 1 and len(read) >= 10
+    assert not [name for name in Faulty.store if keys[0] in name or keys[1] in name]
+
+
 # The cache of a node
 
 
@@ -650,6 +677,18 @@ def test_a_sliced_model_lives_at_a_url_too(
     run.collect_garbage(url, [], 0)
     there.invalidate_cache()
     assert not there.find(f"{url}/models") and not there.find(f"{url}/sliced")
+
+
+def test_small_files_on_s3_are_read_within_their_bound(bucket: str) -> None:
+    place = objects.Objects(f"{bucket}/small")
+    for name, content in (("empty", b""), ("one", b"1"), ("ten", b"0123456789")):
+        place.write(name, content)
+        assert place.read(name, 10) == content
+    assert place.read_many({"one": 1, "ten": 4, "gone": 3}) == {"one": b"1", "ten": b"0123"}
+    with pytest.raises(ValueError, match="has more than 9 bytes"):
+        place.read("ten", 9)
+    with pytest.raises(FileNotFoundError):
+        place.read("gone", 9)
 
 
 def test_what_s3_refuses_is_one_line(
