@@ -72,6 +72,10 @@ def longest_silence(size: int) -> float:
     return ATTEMPTS * (ANSWER_SECONDS + longest_pause) + size / BYTES_PER_SECOND
 
 
+class OtherSizeError(RunError):
+    """A file has not the size that it had."""
+
+
 class Refusal(RunError):
     """The place says no, and would say so again."""
 
@@ -286,18 +290,29 @@ class Objects:
 
         Raises:
             FileNotFoundError: there is none.
+            OtherSizeError: it has become another one; no more than ``size`` bytes are written.
             OSError: the disk of ``path`` does not take it.
         """
+        from fsspec.callbacks import Callback
+
+        def check(found: int | None, done: int) -> None:
+            if max(found or 0, done) > size:
+                raise OtherSizeError(f"{self.url}/{name}: has more than {size:,} bytes")
+
         parts: list[Path] = []
         ended = threading.Event()
 
         def work() -> Path | OSError:
             begins()
+            if (found := self.fs.info(self._at(name))["size"]) != size:
+                raise OtherSizeError(f"{self.url}/{name}: has {found:,} bytes, not {size:,}")
             # Of its own: an attempt that was given up may still be writing.
             part = path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}")
             parts.append(part)
             try:
-                self.fs.get_file(self._at(name), str(part))
+                # Told before the first byte comes, and with every part of it.
+                told = Callback(hooks={"size": check})
+                self.fs.get_file(self._at(name), str(part), callback=told)
             except BaseException as error:
                 part.unlink(missing_ok=True)
                 # Reading fills no disk but ours; no permission may be meant of either.

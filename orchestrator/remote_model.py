@@ -27,7 +27,7 @@ from moesaic.orchestrator.companions import COMPANIONS
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.model_source import CONFIG, DriverFiles, ModelSource
-from moesaic.orchestrator.objects import Objects, Refusal, version_of
+from moesaic.orchestrator.objects import Objects, OtherSizeError, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
 from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_stored
@@ -214,6 +214,8 @@ class RemoteCheckpoint(Checkpoint):
             except FileNotFoundError:
                 text = f"{self.url}/{name}: was removed while the model was read"
                 raise RunError(text) from None
+            except OtherSizeError:
+                raise RunError(f"{self.url}/{name}: changed while the model was read") from None
             begins()  # as much as an attempt may take
             after = self.objects.info(name)
             if after is None or version_of(after) != version_of(info):

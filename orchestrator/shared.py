@@ -30,7 +30,7 @@ from urllib.parse import quote, unquote
 from moesaic.orchestrator import objects
 from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
-from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
+from moesaic.orchestrator.objects import Objects, OtherSizeError, Refusal, is_url, version_of
 from moesaic.orchestrator.seals import (
     MOST_BYTES,
     UnfitError,
@@ -170,7 +170,7 @@ class Mirror:
         with self.cache.writing(path) as temporary:
             try:
                 self.objects.download(name, temporary, sealed["size"], begins)
-            except FileNotFoundError:
+            except (FileNotFoundError, OtherSizeError):
                 return False
             if temporary.stat().st_size != sealed["size"]:
                 return False

@@ -1,5 +1,6 @@
 """A store at a URL: a server of S3's kind over the loopback interface, and places that fail."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -178,6 +179,34 @@ def test_what_stays_truncated_is_missing_and_can_be_made_again(
     assert not list(other.root.rglob("*.safetensors*"))
     store.put("mosaics", KEY, writing(b"some bytes"))
     assert shared.fetched(other.path("mosaics", KEY)).read_bytes() == b"some bytes"
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_file_that_became_larger_than_its_seal_says_does_not_fill_the_disk(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    path = on_another_node(store, tmp_path / "other").path("mosaics", KEY)
+    system, name = fsspec.filesystem("faulty"), f"/bucket/folder/mosaics/ab/{KEY}.safetensors"
+    system.pipe_file(name, bytes(5 << 20))
+    real, most = type(system).info, []
+    monkeypatch.setattr(Faulty, "get_file", fsspec.AbstractFileSystem.get_file)
+    monkeypatch.setattr(Faulty, "blocksize", 1 << 10, raising=False)
+    if when == "between":  # the last moment, after its size was asked for
+        monkeypatch.setattr(
+            Faulty, "info", lambda *of, **more: {**real(*of, **more), "size": 10, "type": "file"}
+        )
+    unlink = Path.unlink
+
+    def watched(file: Path, missing_ok: bool = False) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            most.append(file.stat().st_size)
+        unlink(file, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with pytest.raises(RunError, match="does not match its seal, read 3 times"):
+        shared.fetched(path)
+    assert max(most, default=0) <= 1 << 10 and not path.exists()
 
 
 def test_a_seal_that_is_read_half_is_read_again(
