@@ -20,7 +20,7 @@ from typing import Any
 from moesaic.methods.base import Unit
 from moesaic.orchestrator.bank import is_reduced
 from moesaic.orchestrator.checkpoint import INDEX, SINGLE
-from moesaic.orchestrator.companions import COMPANIONS
+from moesaic.orchestrator.companions import COMPANIONS, PARTS
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.export import (
     Piece,
@@ -48,8 +48,6 @@ _STAND_IN_BYTES = 2 * 128
 _METADATA = {"format": "pt"}
 # Length, metadata and padding.
 _SHARD_HEADER_BYTES = 64
-# How sentence-transformers pools: each part of a model has a folder of its own.
-_PARTS = "[0-9]*_*/config.json"
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _REWRITTEN = {"config.json", INDEX, "README.md"}
 
@@ -262,7 +260,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         weights = path.name in _REWRITTEN or path.name.endswith(".index.json")
         if path.is_file() and belongs and not weights:
             shutil.copyfile(path, folder / path.name)
-    for part in sorted(source.glob(_PARTS)):
+    for part in sorted(source.glob(PARTS)):
         (folder / part.parent.name).mkdir()
         shutil.copyfile(part, folder / part.parent.name / part.name)
 

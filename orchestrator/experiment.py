@@ -80,7 +80,10 @@ class Experiment:
         where = recipe.store_beside(output)
         store = mistakes.attempt(lambda: make_store(where, recipe.cache.place))
         self.folder = (
-            mistakes.attempt(lambda: find_model(recipe.model, recipe.cache.place), "model")
+            mistakes.attempt(
+                lambda: find_model(recipe.model, recipe.cache.place, recipe.trust_remote_code),
+                "model",
+            )
             or Path()
         )
         model = mistakes.attempt(self._open, "model") if self.folder != Path() else None

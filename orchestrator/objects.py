@@ -16,7 +16,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
@@ -70,6 +70,10 @@ def longest_silence(size: int) -> float:
     most, or to the end of what is asked of the place about it afterwards."""
     longest_pause = 1.5 * PAUSE_SECONDS * 2.0 ** (ATTEMPTS - 2)
     return ATTEMPTS * (ANSWER_SECONDS + longest_pause) + size / BYTES_PER_SECOND
+
+
+class OtherSizeError(RunError):
+    """A file has not the size that it had."""
 
 
 class Refusal(RunError):
@@ -191,14 +195,29 @@ class Objects:
             pause *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    def read(self, name: str) -> bytes:
-        """A small file. Raises FileNotFoundError."""
+    def read(self, name: str, limit: int) -> bytes:
+        """A small file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it has more than ``limit`` bytes, which are not read.
+        """
 
         def work() -> bytes:
-            found: bytes = self.fs.cat_file(self._at(name))
+            try:
+                found: bytes = self.fs.cat_file(self._at(name), start=0, end=limit + 1)
+            except FileNotFoundError:
+                raise
+            except Exception:  # servers refuse any part of a file that is empty
+                if self.fs.info(self._at(name))["size"]:
+                    raise
+                return b""
             return found
 
-        return self._tried(work, name, "read")
+        found = self._tried(work, name, "read")
+        if len(found) > limit:
+            raise ValueError(f"has more than {limit} bytes")
+        return found
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` … ``stop - 1`` of a file, fewer where it ends. Raises
@@ -210,28 +229,27 @@ class Objects:
 
         return self._tried(work, name, "read")
 
-    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Small files, many at a time; those that are not there are left out."""
-        wanted = {self._at(name): name for name in names}
-        if not wanted:
+    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        """Small files, many at a time; those that are not there are left out.
+
+        Args:
+            sizes: name → bytes, none of which is 0; of a file that has become longer meanwhile no
+                more is read.
+        """
+        if not sizes:
             return {}
 
         def work() -> dict[str, bytes]:
-            found = self.fs.cat(list(wanted), on_error="return")
-            if isinstance(found, bytes):
-                found = dict.fromkeys(wanted, found)
-            for value in found.values():
+            found = self.fs.cat_ranges(
+                [self._at(name) for name in sizes], [0] * len(sizes), list(sizes.values())
+            )
+            for value in found:
                 if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
                     raise value
-            # What it calls a file may begin with a protocol, or a slash, that we left out.
-            ends = {self._stripped(path): value for path, value in found.items()}
-            return {
-                name: ends[self._stripped(path)]
-                for path, name in wanted.items()
-                if isinstance(ends.get(self._stripped(path)), bytes)
-            }
+            both = zip(sizes, found, strict=True)
+            return {name: value for name, value in both if isinstance(value, bytes)}
 
-        return self._tried(work, "", "read", len(wanted) / FILES_PER_SECOND)
+        return self._tried(work, "", "read", len(sizes) / FILES_PER_SECOND)
 
     def _stripped(self, path: str) -> str:
         stripped: str = self.fs._strip_protocol(path)
@@ -272,18 +290,29 @@ class Objects:
 
         Raises:
             FileNotFoundError: there is none.
+            OtherSizeError: it has become another one; no more than ``size`` bytes are written.
             OSError: the disk of ``path`` does not take it.
         """
+        from fsspec.callbacks import Callback
+
+        def check(found: int | None, done: int) -> None:
+            if max(found or 0, done) > size:
+                raise OtherSizeError(f"{self.url}/{name}: has more than {size:,} bytes")
+
         parts: list[Path] = []
         ended = threading.Event()
 
         def work() -> Path | OSError:
             begins()
+            if (found := self.fs.info(self._at(name))["size"]) != size:
+                raise OtherSizeError(f"{self.url}/{name}: has {found:,} bytes, not {size:,}")
             # Of its own: an attempt that was given up may still be writing.
             part = path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}")
             parts.append(part)
             try:
-                self.fs.get_file(self._at(name), str(part))
+                # Told before the first byte comes, and with every part of it.
+                told = Callback(hooks={"size": check})
+                self.fs.get_file(self._at(name), str(part), callback=told)
             except BaseException as error:
                 part.unlink(missing_ok=True)
                 # Reading fills no disk but ours; no permission may be meant of either.

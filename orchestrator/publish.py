@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.foreign import MAX_JSON_BYTES, parse_json
 from moesaic.orchestrator.objects import Objects
 from moesaic.orchestrator.store import file_digest
 
@@ -48,6 +49,6 @@ def publish(folder: Path, url: str) -> bool:
 def _published(place: Objects) -> object:
     """What the mark says that is there; None where nothing is complete."""
     try:
-        return json.loads(place.read(MARK))
+        return parse_json(place.read(MARK, MAX_JSON_BYTES))
     except (FileNotFoundError, ValueError):
         return None

@@ -17,25 +17,26 @@ import json
 import re
 from collections.abc import Callable, Container, Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from moesaic.orchestrator.cache import cache_at
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
-from moesaic.orchestrator.companions import COMPANIONS
+from moesaic.orchestrator.companions import COMPANIONS, is_companion
 from moesaic.orchestrator.digests import file_digest
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.foreign import shown
 from moesaic.orchestrator.model_source import CONFIG, DriverFiles, ModelSource
-from moesaic.orchestrator.objects import Objects, Refusal, version_of
+from moesaic.orchestrator.objects import Objects, OtherSizeError, Refusal, version_of
 from moesaic.orchestrator.shared import LONGEST_NAME, READS, CachePlace
 from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.stored_model import StoredCheckpoint, header_at, is_stored
 
 _COPIES = "moesaic-model@"
 _PATTERN = re.compile(rf"(/.*?)/{_COPIES}(\d+)/([^/]+)")
-# Of what a model consists of besides weights.
-_SMALL_BYTES = 200_000_000
+# What a model consists of besides weights: one file, larger ones are others'; and all of them.
+_SMALL_BYTES, _ALL_SMALL_BYTES = 200_000_000, 1_000_000_000
 # Beside a copy: what is known of it.
 _NOTE = ".copy"
 # Characters of a long name that are left of it.
@@ -125,10 +126,29 @@ class RemoteCheckpoint(Checkpoint):
         self.remote = {name: info for name, info in found.items() if _is_inside(name)}
         if "config.json" not in self.remote:
             raise UserError(f"{self.url}: no model folder: there is no config.json")
-        for name, info in self.remote.items():
-            if PurePosixPath(name).suffix in self.small and info["size"] <= _SMALL_BYTES:
-                self._copied(name, lasting=True)
+        for name in self._companions():
+            self._copied(name, lasting=True)
         super().__init__(path)
+
+    def _companions(self) -> list[str]:
+        """Names of the files that every node has a copy of.
+
+        Raises:
+            UserError: they would fill it.
+        """
+        sizes = {
+            name: int(info["size"])
+            for name, info in self.remote.items()
+            if is_companion(name, self.small) and info["size"] <= _SMALL_BYTES
+        }
+        if (total := sum(sizes.values())) > _ALL_SMALL_BYTES:
+            largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+            raise UserError(
+                f"{self.url}: the files beside the weights have {total:,} bytes, limit"
+                f" {_ALL_SMALL_BYTES:,} bytes: keep what is not the model's elsewhere (largest:"
+                f" {shown(', '.join(largest))})"
+            )
+        return list(sizes)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
@@ -214,6 +234,8 @@ class RemoteCheckpoint(Checkpoint):
             except FileNotFoundError:
                 text = f"{self.url}/{name}: was removed while the model was read"
                 raise RunError(text) from None
+            except OtherSizeError:
+                raise RunError(f"{self.url}/{name}: changed while the model was read") from None
             begins()  # as much as an attempt may take
             after = self.objects.info(name)
             if after is None or version_of(after) != version_of(info):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from moesaic.methods.base import Chain, Event, Unit, reducing
 from moesaic.orchestrator.choices import choices
+from moesaic.orchestrator.entry_metadata import expert_counts, told_by
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.measure import to_measurements
@@ -69,6 +70,8 @@ def measurements(experiment: Experiment) -> Table:
                     left = reduced[owner, prefix]
                     own = left.shaped(unit.name)
                     slopes = None if gradients is None else left.gradients(gradients, unit.name)
+                with told_by(pieces[key]) as told:
+                    _ = [told["bytes"][member] for member in own.shapes]
                 found += to_measurements(own, chain, pieces[key], errors[key], slopes, tokens)
             found += _dense(experiment, unit, None if gradients is None else 0.0)
         for (owner, prefix), left in reduced.items():
@@ -98,6 +101,9 @@ def _reduced(experiment: Experiment, unit: Unit, prefix: Chain, walk: Walk) -> R
     )
     if found is None:
         raise RunError(f"{unit.name}: its reduction is gone; run the same command again")
+    if part is not None:
+        with told_by(found.entry) as told:
+            _ = told["tokens"]
     return found
 
 
@@ -146,9 +152,14 @@ def expert_load(experiment: Experiment, walk: Walk) -> tuple[dict[int, list[int]
         entry = experiment.store.get("stats", walk.stats_key(unit.block))
         if entry is None:
             continue
-        load[unit.block] = entry.metadata["routed"][unit.sites["gate"]]
-        for member in ("gate", "down"):
-            counts = entry.metadata["tokens"][unit.sites[member]]
+        experts = unit.shapes["gate"][0]
+        with told_by(entry) as told:
+            load[unit.block] = expert_counts(told, "routed", unit.sites["gate"], experts)
+            seen = {
+                member: expert_counts(told, "tokens", unit.sites[member], experts)
+                for member in ("gate", "down")
+            }
+        for member, counts in seen.items():
             width = unit.shapes[member][-1]
             starved = [index for index, count in enumerate(counts) if count < width]
             if starved:

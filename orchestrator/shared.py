@@ -15,7 +15,6 @@ too: written after the data, read first, compared with every download.
 """
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -31,7 +30,16 @@ from urllib.parse import quote, unquote
 from moesaic.orchestrator import objects
 from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
-from moesaic.orchestrator.objects import Objects, Refusal, is_url, version_of
+from moesaic.orchestrator.objects import Objects, OtherSizeError, Refusal, is_url, version_of
+from moesaic.orchestrator.seals import (
+    MOST_BYTES,
+    UnfitError,
+    check_metadata,
+    parse_seal,
+    read_seal,
+    seal_text,
+    tell_unfit,
+)
 from moesaic.orchestrator.store import (
     MIRRORS,
     SEAL,
@@ -101,7 +109,7 @@ class Mirror:
             if attempt:
                 time.sleep(objects.PAUSE_SECONDS)
             try:
-                return self.know(name, self.objects.read(_seal_name(name)))
+                return self.know(name, self.objects.read(_seal_name(name), MOST_BYTES))
             except FileNotFoundError:
                 return None
             except ValueError:  # cut off, altered, or being written at this moment
@@ -110,7 +118,7 @@ class Mirror:
 
     def know(self, name: str, content: bytes) -> dict[str, Any]:
         """Remembers a seal that was read among others; raises ValueError for what is none."""
-        self._known[name] = _parsed(content)
+        self._known[name] = parse_seal(content)
         return self._known[name]
 
     def fetched(self, name: str, lasting: bool = False) -> Path:
@@ -148,28 +156,28 @@ class Mirror:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            sealed = _parsed(seal_path(path).read_bytes())
+            sealed = read_seal(seal_path(path))
             size = path.stat().st_size
             return bool(size == sealed["size"] and checked_digest(path) == sealed["digest"])
         except (FileNotFoundError, ValueError):
             return False
 
     def _downloaded(
-        self, name: str, path: Path, sealed: Mapping[str, Any], begins: Callable[[], None]
+        self, name: str, path: Path, sealed: dict[str, Any], begins: Callable[[], None]
     ) -> bool:
         """Whether a file came as its seal describes it; only then is it kept."""
         self.cache.make_room(sealed["size"])
         with self.cache.writing(path) as temporary:
             try:
                 self.objects.download(name, temporary, sealed["size"], begins)
-            except FileNotFoundError:
+            except (FileNotFoundError, OtherSizeError):
                 return False
             if temporary.stat().st_size != sealed["size"]:
                 return False
             if file_digest(temporary) != sealed["digest"]:
                 return False
             temporary.replace(path)
-        self._keep_seal(path, json.dumps(dict(sealed), sort_keys=True))
+        self._keep_seal(path, seal_text(**sealed))
         return True
 
     def _keep_seal(self, path: Path, text: str) -> None:
@@ -197,7 +205,7 @@ class Mirror:
             "metadata": dict(metadata or {}),
         }
         self.cache.make_room(0 if sealed["size"] > self.cache.limit_bytes else sealed["size"])
-        text = json.dumps(sealed, sort_keys=True)
+        text = seal_text(**sealed)
         self.objects.upload(path, name)
         self.objects.write(_seal_name(name), text.encode())
         self._keep_seal(path, text)
@@ -220,18 +228,6 @@ def _seal_name(name: str) -> str:
     return str(seal_path(Path(name)))
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-    """A seal; raises ValueError for what is none."""
-    try:
-        found = json.loads(content)
-        if isinstance(found["size"], int) and isinstance(found["digest"], str):
-            _ = found["metadata"]
-            return dict(found)
-    except (TypeError, KeyError, UnicodeDecodeError, RecursionError):
-        pass
-    raise ValueError("no seal")
-
-
 @cache
 def _mirror(folder: str) -> Mirror:
     match = _PATTERN.fullmatch(folder)
@@ -251,6 +247,12 @@ def _inside(path: Path) -> tuple[Mirror, str] | None:
 def is_mirrored(path: Path) -> bool:
     """Whether a path stands for one at a URL."""
     return _inside(path) is not None
+
+
+def told_name(path: Path) -> str:
+    """What people call a file: its path, or its URL."""
+    found = _inside(path)
+    return str(path) if found is None else f"{found[0].url}/{found[1]}"
 
 
 def fetched(path: Path | str, lasting: bool = False) -> Path:
@@ -337,12 +339,17 @@ class RemoteStore(Store):
         it must be (re)made."""
         name = self._name(kind, key, suffix)
         sealed = self.mirror.seal(name)
-        info = None if sealed is None else self.mirror.objects.info(name)
-        if sealed is None or info is None or info["size"] != sealed["size"]:
-            if sealed is not None or self.mirror.exists(name):
-                self.mirror.remove(name)
-            return None
-        return Entry(self.root / name, sealed["size"], sealed["metadata"])
+        if sealed is not None:
+            info = self.mirror.objects.info(name)
+            try:
+                check_metadata(kind, sealed["metadata"])
+                if info is not None and info["size"] == sealed["size"]:
+                    return Entry(self.root / name, sealed["size"], sealed["metadata"])
+            except UnfitError as error:
+                tell_unfit(f"{self.where}/{_seal_name(name)}", error)
+        if sealed is not None or self.mirror.exists(name):
+            self.mirror.remove(name)
+        return None
 
     def get_many(
         self, kind: str, keys: Iterable[str], suffix: str = "safetensors"
@@ -356,10 +363,14 @@ class RemoteStore(Store):
         there = {k: n for k, n in names.items() if n in listed and _seal_name(n) in listed}
         versions = {name: version_of(listed[_seal_name(name)]) for name in there.values()}
         new = [n for n, v in versions.items() if self._seals.get(n, ("",))[0] != v]
-        read = self.mirror.objects.read_many(map(_seal_name, new))
+        sizes = {seal: listed[seal]["size"] for seal in map(_seal_name, new)}
+        # Others are looked at one by one, and removed.
+        seals = {seal: size for seal, size in sizes.items() if 0 < size <= MOST_BYTES}
+        read = self.mirror.objects.read_many(seals)
         for name in new:
             with contextlib.suppress(KeyError, ValueError):
                 known = self.mirror.know(name, read[_seal_name(name)])
+                check_metadata(kind, known["metadata"])
                 self._seals[name] = versions[name], known
         entries = {}
         for key, name in there.items():

@@ -39,6 +39,13 @@ from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.own_folders import own_folder
 from moesaic.orchestrator.redaction import redacted, redacted_tree
+from moesaic.orchestrator.seals import (
+    UnfitError,
+    check_metadata,
+    read_seal,
+    seal_text,
+    tell_unfit,
+)
 
 _CHUNK = 1 << 20
 SEAL = ".seal.json"
@@ -307,7 +314,8 @@ class Store:
     def get(self, kind: str, key: str, suffix: str = "safetensors") -> Entry | None:
         """The entry, its bytes checked against the seal; None where it must be (re)made.
 
-        A truncated or altered entry is removed. Bytes are read once by a store that is kept, as
+        A truncated or altered entry is removed; so is one whose metadata is not that of its kind,
+        which is told. Bytes are read once by a store that is kept, as
         long as size and time of modification of file and seal stay what they were.
 
         Raises:
@@ -325,17 +333,18 @@ class Store:
             own_folder(self.root, *folder)
             self._own.add(folder)
         try:
-            sealed = read_json(seal)
-            size, metadata = os.stat(file).st_size, sealed["metadata"]
-            same = size == sealed["size"] and file_digest(file) == sealed["digest"]
-            if same and isinstance(metadata, dict):
-                entry = Entry(Path(file), size, metadata)
+            sealed, size = read_seal(seal), os.stat(file).st_size
+            check_metadata(kind, sealed["metadata"])
+            if size == sealed["size"] and file_digest(file) == sealed["digest"]:
+                entry = Entry(Path(file), size, sealed["metadata"])
                 if _are_settled(*versions):
                     self._checked[file] = versions, entry
                 return entry
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except UnfitError as error:
+            tell_unfit(seal, error)
+        except ValueError:
             pass  # the seal itself was altered
         for altered in (seal, file):
             Path(altered).unlink(missing_ok=True)
@@ -383,17 +392,18 @@ class Store:
         self.check_kind(kind)
         own_folder(self.root, kind, key[:2])
         path = self.path(kind, key, suffix)
-        sealed: dict[str, Any] = {}
+        size, own = 0, ""
 
         def write_and_measure(temporary: Path) -> None:
+            nonlocal size, own
             write(temporary)
-            sealed.update(size=temporary.stat().st_size, digest=file_digest(temporary))
+            size, own = temporary.stat().st_size, file_digest(temporary)
 
         write_atomically(path, write_and_measure, flush=False)
-        sealed["metadata"] = dict(metadata or {})
-        text = json.dumps(sealed, sort_keys=True)
+        metadata = dict(metadata or {})
+        text = seal_text(size, own, metadata)
         write_atomically(seal_path(path), lambda p: _fill(p, text), flush=False)
-        return Entry(path, sealed["size"], sealed["metadata"])
+        return Entry(path, size, metadata)
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
         """An entry that holds JSON; read back by :meth:`get_json`."""

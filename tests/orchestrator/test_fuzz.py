@@ -9,12 +9,14 @@ would fill it.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moesaic.kernels import dense, lowrank
+from moesaic.methods.base import Event
 from moesaic.orchestrator import objects
 from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
@@ -439,6 +442,20 @@ def test_a_seal_is_believed_or_the_entry_is_missing(store: Store, data: st.DataO
     found = store.get("scores", KEY, "json")
     assert found is None or (found.size == entry.size and isinstance(found.metadata, dict))
     assert entry.path.exists() == (found is not None)
+
+    told = {"unit": "u", "bytes": {"w": 1}, "seconds": 0.5, "events": [asdict(Event("a", "b"))]}
+    piece = "ab" + "2" * 38
+    entry = store.put("pieces", piece, lambda path: path.write_bytes(b"x") and None, told)
+    seal = entry.path.with_name(f"{piece}.seal.json")
+    sealed = json.loads(seal.read_text())
+    sealed["metadata"] = data.draw(altered(told))
+    seal.write_text(json.dumps(sealed))
+    found = store.get("pieces", piece)
+    if found is not None:
+        assert all(n >= 0 for n in found.metadata["bytes"].values())
+        assert math.isfinite(float(found.metadata["seconds"]))
+        events = [Event(**event) for event in found.metadata["events"]]
+        assert all(isinstance(event.kind, str) for event in events)
 
     raw = data.draw(texts(value))
     store.put("scores", KEY, lambda path: path.write_bytes(raw) and None, suffix="json")

@@ -15,17 +15,17 @@ from tests.orchestrator.test_store import KEY, OTHER, files, writing
 
 # A folder of the store → what would read, write or remove files in it.
 LINKS: dict[str, list[Callable[[Store], object]]] = {
-    "pieces": [
+    "mosaics": [
         lambda store: store.gc([], -1),
-        lambda store: store.get("pieces", KEY),
-        lambda store: store.put("pieces", KEY, writing(b"x")),
+        lambda store: store.get("mosaics", KEY),
+        lambda store: store.put("mosaics", KEY, writing(b"x")),
     ],
-    "pieces/ab": [
+    "mosaics/ab": [
         lambda store: store.gc([], -1),
-        lambda store: store.get("pieces", KEY),
-        lambda store: store.get_many("pieces", [KEY]),
-        lambda store: store.put("pieces", KEY, writing(b"x")),
-        lambda store: store.put_json("pieces", KEY, {}),
+        lambda store: store.get("mosaics", KEY),
+        lambda store: store.get_many("mosaics", [KEY]),
+        lambda store: store.put("mosaics", KEY, writing(b"x")),
+        lambda store: store.put_json("mosaics", KEY, {}),
     ],
     "scratch": [
         lambda store: store.gc([], -1),
@@ -52,9 +52,9 @@ def test_a_folder_that_is_a_link_is_refused_and_nothing_is_touched_behind_it(
     for kind in ("errors", "stats"):
         store.put(kind, OTHER, writing(b"its own"))
     outside = Store(tmp_path / "outside")
-    outside.put("pieces", KEY, writing(b"mine"))
+    outside.put("mosaics", KEY, writing(b"mine"))
     # A damaged entry would be removed.
-    outside.path("pieces", KEY).write_bytes(b"altered")
+    outside.path("mosaics", KEY).write_bytes(b"altered")
     for folder in (scratch_folder(outside.root, KEY), model_folder(outside.root, KEY)):
         folder.mkdir(parents=True)
         (folder / "hidden-0001-0002.safetensors").write_bytes(b"mine")
@@ -72,12 +72,12 @@ def test_the_store_itself_may_be_reached_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "store").symlink_to("disk")
     store = Store(tmp_path / "store")
-    used = store.put("pieces", KEY, writing(b"used")).path
-    store.put("pieces", OTHER, writing(b"unused"))
+    used = store.put("mosaics", KEY, writing(b"used")).path
+    store.put("mosaics", OTHER, writing(b"unused"))
     shared.write_shared(scratch_folder(store.root, KEY) / "a.safetensors", writing(b"x"))
-    assert store.get("pieces", KEY) is not None
+    assert store.get("mosaics", KEY) is not None
     assert store.gc([Path(os.path.realpath(used))], -1)[0] == 3
     assert files(tmp_path / "disk") == [
-        f"pieces/ab/{KEY}.safetensors",
-        f"pieces/ab/{KEY}.seal.json",
+        f"mosaics/ab/{KEY}.safetensors",
+        f"mosaics/ab/{KEY}.seal.json",
     ]

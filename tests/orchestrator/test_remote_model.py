@@ -10,7 +10,7 @@ import fsspec
 import pytest
 import torch
 
-from moesaic.orchestrator import objects
+from moesaic.orchestrator import objects, remote_model
 from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
@@ -187,6 +187,30 @@ def test_a_listing_that_leads_elsewhere_writes_nothing_there(
     assert not list(tmp_path.rglob("evil*")) and not Path("/evil.json").exists()
 
 
+def test_of_other_folders_nothing_is_copied_but_an_encoder_s_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = fsspec.filesystem("faulty")
+    others = ["checkpoint-500/config.json", "runs/1_a/config.json", "data/texts.txt", "onnx/v.json"]
+    for name in ("1_Pooling/config.json", "1_Pooling/notes.json", "large.txt", *others):
+        system.pipe_file(f"/models/llama/{name}", b"{}" if name != "large.txt" else bytes(500_000))
+    monkeypatch.setattr(remote_model, "_SMALL_BYTES", 400_000)
+    found = opened(tmp_path)
+    copies = {str(path.relative_to(found.folder)) for path in found.folder.glob("**/*.*")}
+    kept = {name for name in copies if not name.endswith(".copy")}
+    assert {name for name in kept if "/" in name} == {"1_Pooling/config.json"}
+    assert {"config.json", "tokenizer.json"} <= kept and "large.txt" not in kept
+
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(remote_model, "_ALL_SMALL_BYTES", 1000)
+    with pytest.raises(
+        UserError, match=f"^{URL}: the files beside the weights have .* bytes, limit 1,000 bytes"
+    ) as error:
+        opened(tmp_path)
+    assert "largest: tokenizer.json, " in str(error.value)
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
 def test_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^faulty://models/none: no model folder: there is no con"):
         open_checkpoint(copies_folder("faulty://models/none", CachePlace(tmp_path, MANY)))
@@ -237,6 +261,9 @@ def test_a_published_folder_is_complete_only_with_its_mark(
     assert set(json.loads(there.pop(MARK))) == set(there)
     assert there == {file.name: file.read_bytes() for file in model.iterdir()}
     assert not publish(model, url)
+    for mark in (b"[" * 100_000, b"", b"{}"):
+        system.pipe_file(f"/out/model/{MARK}", mark)
+        assert publish(model, url) and not publish(model, url)
     place = CachePlace(tmp_path / "cache", MANY)
     assert open_checkpoint(copies_folder(url, place)).fingerprint == Checkpoint(model).fingerprint
 

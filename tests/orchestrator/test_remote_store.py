@@ -1,5 +1,6 @@
 """A store at a URL: a server of S3's kind over the loopback interface, and places that fail."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import fsspec
 import pytest
 
 from moesaic.orchestrator import cache as cache_module
-from moesaic.orchestrator import objects, run, shared, worker
+from moesaic.orchestrator import objects, run, seals, shared, worker
 from moesaic.orchestrator.cache import Cache, release_pins
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.measure import Job
@@ -73,9 +74,9 @@ def writing(content: bytes) -> Callable[[Path], None]:
 
 
 def test_an_entry_written_on_one_node_is_read_on_another(store: Store, tmp_path: Path) -> None:
-    made = store.put("pieces", KEY, writing(b"some bytes"), {"unit": "größe"})
+    made = store.put("mosaics", KEY, writing(b"some bytes"), {"unit": "größe"})
     other = on_another_node(store, tmp_path / "other")
-    found = other.get("pieces", KEY)
+    found = other.get("mosaics", KEY)
     assert found is not None and (found.size, found.metadata) == (10, {"unit": "größe"})
     assert found.path != made.path and not found.path.exists()
     assert shared.fetched(found.path).read_bytes() == b"some bytes"
@@ -84,17 +85,17 @@ def test_an_entry_written_on_one_node_is_read_on_another(store: Store, tmp_path:
         "kl": 1.5
     }
     with pytest.raises(FileNotFoundError):
-        shared.fetched(other.path("pieces", OTHER))
+        shared.fetched(other.path("mosaics", OTHER))
     with pytest.raises(ValueError, match="no kind of entry 'piece'"):
         store.put("piece", KEY, writing(b""))
 
 
 def test_a_root_is_all_that_another_process_is_told(store: Store) -> None:
-    store.put("pieces", KEY, writing(b"x"))
+    store.put("mosaics", KEY, writing(b"x"))
     forget()
     again = open_store(str(store.root))
     assert isinstance(again, RemoteStore) and again.where == "faulty://bucket/folder"
-    assert again.get("pieces", KEY) is not None
+    assert again.get("mosaics", KEY) is not None
     with pytest.raises(ValueError, match=r"stands for a URL"):
         Store(store.root)
 
@@ -102,8 +103,8 @@ def test_a_root_is_all_that_another_process_is_told(store: Store) -> None:
 def test_a_copy_on_the_node_is_not_fetched_again_and_altered_ones_are(
     store: Store, tmp_path: Path
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
-    path = on_another_node(store, tmp_path / "other").path("pieces", KEY)
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    path = on_another_node(store, tmp_path / "other").path("mosaics", KEY)
     shared.fetched(path)
     Faulty.calls.clear()
     assert shared.fetched(path) == path and Faulty.calls == []
@@ -114,15 +115,15 @@ def test_a_copy_on_the_node_is_not_fetched_again_and_altered_ones_are(
 def test_many_entries_are_looked_up_with_one_listing(store: Store) -> None:
     keys = [digest(number) for number in range(40)]
     for number, key in enumerate(keys[:30]):
-        store.put("pieces", key, writing(bytes(number)), {"number": number})
-    damaged = Faulty.store[f"/bucket/folder/pieces/{keys[3][:2]}/{keys[3]}.safetensors"]
+        store.put("mosaics", key, writing(bytes(number)), {"number": number})
+    damaged = Faulty.store[f"/bucket/folder/mosaics/{keys[3][:2]}/{keys[3]}.safetensors"]
     damaged.seek(0, os.SEEK_END)
     damaged.write(b"more")
-    found = store.get_many("pieces", keys)
+    found = store.get_many("mosaics", keys)
     assert list(found) == [*keys[:3], *keys[4:30]]
     assert [entry.metadata["number"] for entry in found.values()] == [*range(3), *range(4, 30)]
     Faulty.calls.clear()
-    assert store.get_many("pieces", keys) == found
+    assert store.get_many("mosaics", keys) == found
     assert [call for call in Faulty.calls if call[0] == "read"] == []  # seals that stayed
 
 
@@ -136,18 +137,18 @@ def test_an_entry_does_not_exist_before_its_seal(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Faulty, "faults", staticmethod(killed))
-        store.put("pieces", KEY, writing(b"some bytes"))
-    assert f"/bucket/folder/pieces/ab/{KEY}.safetensors" in Faulty.store
-    assert store.get("pieces", KEY) is None
+        store.put("mosaics", KEY, writing(b"some bytes"))
+    assert f"/bucket/folder/mosaics/ab/{KEY}.safetensors" in Faulty.store
+    assert store.get("mosaics", KEY) is None
     with pytest.raises(FileNotFoundError):
-        shared.fetched(store.path("pieces", KEY))
+        shared.fetched(store.path("mosaics", KEY))
 
 
 @pytest.mark.parametrize("wrong", [1, 2])
 def test_a_truncated_read_is_repeated(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     other = on_another_node(store, tmp_path / "other")
     left = [wrong] * wrong
 
@@ -155,14 +156,14 @@ def test_a_truncated_read_is_repeated(
         return left.pop() if operation == "read" and path.endswith("tensors") and left else 0
 
     monkeypatch.setattr(Faulty, "faults", staticmethod(cut))
-    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+    assert shared.fetched(other.path("mosaics", KEY)).read_bytes() == b"some bytes"
     assert not left
 
 
 def test_what_stays_truncated_is_missing_and_can_be_made_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     other = on_another_node(store, tmp_path / "other")
 
     def cut(operation: str, path: str) -> int:
@@ -171,29 +172,57 @@ def test_what_stays_truncated_is_missing_and_can_be_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(Faulty, "faults", staticmethod(cut))
         with pytest.raises(RunError, match="does not match its seal, read 3 times") as error:
-            shared.fetched(other.path("pieces", KEY))
-    assert f"faulty://bucket/folder/pieces/ab/{KEY}.safetensors" in str(error.value)
+            shared.fetched(other.path("mosaics", KEY))
+    assert f"faulty://bucket/folder/mosaics/ab/{KEY}.safetensors" in str(error.value)
     assert "\n" not in str(error.value)
-    assert other.get("pieces", KEY) is None and store.get("pieces", KEY) is None
+    assert other.get("mosaics", KEY) is None and store.get("mosaics", KEY) is None
     assert not list(other.root.rglob("*.safetensors*"))
-    store.put("pieces", KEY, writing(b"some bytes"))
-    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    assert shared.fetched(other.path("mosaics", KEY)).read_bytes() == b"some bytes"
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_file_that_became_larger_than_its_seal_says_does_not_fill_the_disk(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    path = on_another_node(store, tmp_path / "other").path("mosaics", KEY)
+    system, name = fsspec.filesystem("faulty"), f"/bucket/folder/mosaics/ab/{KEY}.safetensors"
+    system.pipe_file(name, bytes(5 << 20))
+    real, most = type(system).info, []
+    monkeypatch.setattr(Faulty, "get_file", fsspec.AbstractFileSystem.get_file)
+    monkeypatch.setattr(Faulty, "blocksize", 1 << 10, raising=False)
+    if when == "between":  # the last moment, after its size was asked for
+        monkeypatch.setattr(
+            Faulty, "info", lambda *of, **more: {**real(*of, **more), "size": 10, "type": "file"}
+        )
+    unlink = Path.unlink
+
+    def watched(file: Path, missing_ok: bool = False) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            most.append(file.stat().st_size)
+        unlink(file, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with pytest.raises(RunError, match="does not match its seal, read 3 times"):
+        shared.fetched(path)
+    assert max(most, default=0) <= 1 << 10 and not path.exists()
 
 
 def test_a_seal_that_is_read_half_is_read_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     left = [5, 7]
     monkeypatch.setattr(Faulty, "faults", staticmethod(lambda *call: left.pop() if left else 0))
-    assert store.get("pieces", KEY) is not None and not left
+    assert store.get("mosaics", KEY) is not None and not left
 
 
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_what_fails_for_a_moment_is_tried_again_with_growing_pauses(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     left, pauses = [ConnectionError("reset by peer"), TimeoutError("no answer")], []
 
     def fail(asked: str, path: str) -> int:
@@ -205,9 +234,9 @@ def test_what_fails_for_a_moment_is_tried_again_with_growing_pauses(
     monkeypatch.setattr(objects.time, "sleep", pauses.append)
     monkeypatch.setattr(objects.random, "random", lambda: 0.5)
     if operation == "read":
-        assert store.get("pieces", KEY) is not None
+        assert store.get("mosaics", KEY) is not None
     else:
-        store.put("pieces", OTHER, writing(b"other"))
+        store.put("mosaics", OTHER, writing(b"other"))
     assert not left and pauses == [0.001, 0.002]
 
 
@@ -215,7 +244,7 @@ def test_what_fails_for_a_moment_is_tried_again_with_growing_pauses(
 def test_what_keeps_failing_is_one_line(
     store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     Faulty.calls.clear()
 
     def fail(asked: str, path: str) -> int:
@@ -226,21 +255,21 @@ def test_what_keeps_failing_is_one_line(
     monkeypatch.setattr(Faulty, "faults", staticmethod(fail))
     with pytest.raises(RunError) as error:
         if operation == "read":
-            store.get("pieces", KEY)
+            store.get("mosaics", KEY)
         else:
-            store.put("pieces", OTHER, writing(b"other"))
+            store.put("mosaics", OTHER, writing(b"other"))
     text = str(error.value)
-    assert text.startswith("faulty://bucket/folder/pieces/") and "\n" not in text
+    assert text.startswith("faulty://bucket/folder/mosaics/") and "\n" not in text
     assert "tried 6 times" in text and "the server is on fire" in text
     assert len(Faulty.calls) == objects.ATTEMPTS
     monkeypatch.undo()
-    assert store.get("pieces", OTHER) is None
+    assert store.get("mosaics", OTHER) is None
 
 
 HANGS = {
-    "read": lambda store: store.get("pieces", KEY),
-    "fetch": lambda store: shared.fetched(store.path("pieces", KEY)),
-    "write": lambda store: store.put("pieces", OTHER, writing(b"other")),
+    "read": lambda store: store.get("mosaics", KEY),
+    "fetch": lambda store: shared.fetched(store.path("mosaics", KEY)),
+    "write": lambda store: store.put("mosaics", OTHER, writing(b"other")),
 }
 
 
@@ -248,7 +277,7 @@ HANGS = {
 def test_a_place_that_never_answers_is_one_line(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
     other, ended = on_another_node(store, tmp_path / "other"), threading.Event()
     monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(objects, "ATTEMPTS", 2)
@@ -269,13 +298,13 @@ def test_a_place_that_never_answers_is_one_line(
     finally:
         ended.set()
     monkeypatch.undo()
-    assert shared.fetched(other.path("pieces", KEY)).read_bytes() == b"some bytes"
+    assert shared.fetched(other.path("mosaics", KEY)).read_bytes() == b"some bytes"
 
 
 def test_bytes_may_take_their_time(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("pieces", KEY, writing(bytes(2000)))
+    store.put("mosaics", KEY, writing(bytes(2000)))
     other = on_another_node(store, tmp_path / "other")
     monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(objects, "BYTES_PER_SECOND", 100.0)
@@ -286,14 +315,14 @@ def test_bytes_may_take_their_time(
 
     monkeypatch.setattr(Faulty, "faults", staticmethod(slow))
     Faulty.calls.clear()
-    assert shared.fetched(other.path("pieces", KEY)).stat().st_size == 2000
+    assert shared.fetched(other.path("mosaics", KEY)).stat().st_size == 2000
     assert len(Faulty.calls) == 2
 
 
 def test_a_full_place_is_one_line_at_once_and_everything_finished_is_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
+    store.put("mosaics", KEY, writing(b"some bytes"))
 
     def full(operation: str, path: str) -> int:
         if operation == "write":
@@ -303,9 +332,9 @@ def test_a_full_place_is_one_line_at_once_and_everything_finished_is_kept(
     monkeypatch.setattr(Faulty, "faults", staticmethod(full))
     Faulty.calls.clear()
     with pytest.raises(RunError, match=r"faulty://.*no space is left there") as error:
-        store.put("pieces", OTHER, writing(b"other"))
+        store.put("mosaics", OTHER, writing(b"other"))
     assert "\n" not in str(error.value) and len(Faulty.calls) == 1
-    assert store.get("pieces", KEY) is not None and store.get("pieces", OTHER) is None
+    assert store.get("mosaics", KEY) is not None and store.get("mosaics", OTHER) is None
 
 
 def test_a_place_that_refuses_is_the_users_to_mend(
@@ -375,12 +404,12 @@ def test_a_file_url_is_its_folder(tmp_path: Path) -> None:
 
 def test_a_store_in_memory_is_refused_in_another_process(place: CachePlace) -> None:
     root = shared.mirror_folder("memory://never/made", place)
-    for use in (lambda: open_store(root).get("pieces", KEY), lambda: shared.fetched(root / "x")):
+    for use in (lambda: open_store(root).get("mosaics", KEY), lambda: shared.fetched(root / "x")):
         with pytest.raises(RecipeError, match="lives in the memory of one process"):
             use()
     made = make_store("memory://made/here", place)
-    made.put("pieces", KEY, writing(b"x"))
-    assert open_store(made.root).get("pieces", KEY) is not None
+    made.put("mosaics", KEY, writing(b"x"))
+    assert open_store(made.root).get("mosaics", KEY) is not None
 
 
 def test_unfinished_work_goes_from_node_to_node(store: Store, tmp_path: Path) -> None:
@@ -397,13 +426,13 @@ def test_unfinished_work_goes_from_node_to_node(store: Store, tmp_path: Path) ->
 
 
 def test_gc_keeps_what_is_used_or_young_and_touches_nothing_else(store: Store) -> None:
-    used = store.put("pieces", KEY, writing(b"used")).path
-    store.put("pieces", OTHER, writing(b"unused"))
+    used = store.put("mosaics", KEY, writing(b"used")).path
+    store.put("mosaics", OTHER, writing(b"unused"))
     store.put_json("scores", OTHER, {"kl": 2})
     kept, gone = (store.root / "scratch" / key / "x.safetensors" for key in (KEY, OTHER))
     for path in (kept, gone):
         shared.write_shared(path, writing(b"work"))
-    fsspec.filesystem("faulty").pipe_file("/bucket/folder/pieces/notes.txt", b"mine")
+    fsspec.filesystem("faulty").pipe_file("/bucket/folder/mosaics/notes.txt", b"mine")
     assert store.gc([used, kept.parent], minimum_age_seconds=3600) == (0, 0)
     before = set(Faulty.store)
     sizes = {name: file.getbuffer().nbytes for name, file in Faulty.store.items()}
@@ -411,7 +440,34 @@ def test_gc_keeps_what_is_used_or_young_and_touches_nothing_else(store: Store) -
     lost = before - set(Faulty.store)
     assert {name for name in before if OTHER in name} == lost
     assert (removed, freed) == (len(lost), sum(sizes[name] for name in lost)) and removed == 6
-    assert store.get("pieces", KEY) and shared.exists(kept)
+    assert store.get("mosaics", KEY) and shared.exists(kept)
+
+
+@pytest.mark.parametrize("size", [0, 3 << 20])
+def test_a_seal_that_is_none_is_not_read_beyond_its_bound(
+    store: Store, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    keys = [digest(number) for number in range(12)]
+    for key in keys:
+        store.put("mosaics", key, writing(b"some bytes"))
+    there, read = fsspec.filesystem("faulty"), []
+    for key in keys[:2]:
+        seal = f"/bucket/folder/mosaics/{key[:2]}/{key}.seal.json"
+        there.pipe_file(seal, there.cat_file(seal).ljust(size) if size else b"")
+    cat_file = Faulty.cat_file
+
+    def counted(self: Faulty, path: str, *part: Any, **more: Any) -> bytes:
+        found = cat_file(self, path, *part, **more)
+        if not found:  # as S3 does, whatever part is asked for
+            raise OSError(22, "InvalidRange")
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Faulty, "cat_file", counted)
+    assert store.get("mosaics", keys[0]) is None
+    assert store.get_many("mosaics", keys).keys() == set(keys[2:])
+    assert max(read) <= seals.MOST_BYTES + 1 and len(read) >= 10
+    assert not [name for name in Faulty.store if keys[0] in name or keys[1] in name]
 
 
 # The cache of a node
@@ -422,11 +478,11 @@ def test_the_cache_stays_below_its_bound_and_drops_what_was_used_longest_ago(
 ) -> None:
     keys = [digest(number) for number in range(12)]
     for key in keys:
-        store.put("pieces", key, writing(key.encode() * 25))  # 1000 bytes
+        store.put("mosaics", key, writing(key.encode() * 25))  # 1000 bytes
     root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 8000))
     other = RemoteStore(root)
     for key in [*keys[:4], keys[0], *keys[4:]]:
-        shared.fetched(other.path("pieces", key))
+        shared.fetched(other.path("mosaics", key))
         release_pins()
         kept = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in kept) <= 8000
@@ -438,15 +494,15 @@ def test_the_cache_stays_below_its_bound_and_drops_what_was_used_longest_ago(
 def test_what_is_in_use_stays_whoever_uses_it(store: Store, tmp_path: Path) -> None:
     keys = [digest(number) for number in range(12)]
     for key in keys:
-        store.put("pieces", key, writing(key.encode() * 25))
+        store.put("mosaics", key, writing(key.encode() * 25))
     root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
     other = RemoteStore(root)
-    path = shared.fetched(other.path("pieces", keys[0]))
+    path = shared.fetched(other.path("mosaics", keys[0]))
     neighbour = Cache(tmp_path / "small", 4000)  # as another process of the node has it
-    second = other.path("pieces", keys[1])
+    second = other.path("mosaics", keys[1])
     neighbour.pin(second)
     for key in keys[1:]:
-        shared.fetched(other.path("pieces", key))
+        shared.fetched(other.path("mosaics", key))
         used = pinned(other.mirror.cache)
         release_pins()
         other.mirror.cache.pin(path)
@@ -508,7 +564,7 @@ def test_a_worker_uses_nothing_after_its_task(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "clean_streams", lambda: None)  # those of the tests stay theirs
-    path = store.put("pieces", KEY, writing(b"x")).path
+    path = store.put("mosaics", KEY, writing(b"x")).path
     release_pins()
     used = Worker(1).call("tests.orchestrator.remote:pinning", {"path": str(path)})
     assert isinstance(store, RemoteStore) and used == [str(path.relative_to(path.parents[4]))]
@@ -516,7 +572,7 @@ def test_a_worker_uses_nothing_after_its_task(
 
 
 def test_a_driver_uses_nothing_while_its_workers_work(store: Store) -> None:
-    path = store.put("pieces", KEY, writing(b"x")).path
+    path = store.put("mosaics", KEY, writing(b"x")).path
     assert isinstance(store, RemoteStore)
     folder = store.mirror.cache.folder
     store.mirror.cache.pin(path.with_name("config.json"), lasting=True)
@@ -536,17 +592,17 @@ def test_what_nodes_copy_or_have_in_their_page_cache_is_read_by_few_of_them(
     experiment: Any = SimpleNamespace(
         recipe=SimpleNamespace(model=model),
         store=RemoteStore(root) if remote else Store(tmp_path / "store"),
-        by_name={"up": SimpleNamespace(kind="linear")},
+        space=SimpleNamespace(by_name={"up": SimpleNamespace(kind="linear")}),
     )
     job = Job(model, "float32", False, 3, ("up",), {}, {}, "stats", "store")
     assert measure_task(experiment, job, (4, 3), None).near == "block 3"
 
 
 def test_a_file_larger_than_the_cache_is_refused(store: Store, tmp_path: Path) -> None:
-    store.put("pieces", KEY, writing(bytes(5000)))
+    store.put("mosaics", KEY, writing(bytes(5000)))
     root = shared.mirror_folder(store.where, CachePlace(tmp_path / "small", 4000))
     with pytest.raises(RunError, match=r"cache.size: 4,000 bytes are less than one file of 5,000"):
-        shared.fetched(RemoteStore(root).path("pieces", KEY))
+        shared.fetched(RemoteStore(root).path("mosaics", KEY))
 
 
 # A server of S3's kind
@@ -650,6 +706,18 @@ def test_a_sliced_model_lives_at_a_url_too(
     run.collect_garbage(url, [], 0)
     there.invalidate_cache()
     assert not there.find(f"{url}/models") and not there.find(f"{url}/sliced")
+
+
+def test_small_files_on_s3_are_read_within_their_bound(bucket: str) -> None:
+    place = objects.Objects(f"{bucket}/small")
+    for name, content in (("empty", b""), ("one", b"1"), ("ten", b"0123456789")):
+        place.write(name, content)
+        assert place.read(name, 10) == content
+    assert place.read_many({"one": 1, "ten": 4, "gone": 3}) == {"one": b"1", "ten": b"0123"}
+    with pytest.raises(ValueError, match="has more than 9 bytes"):
+        place.read("ten", 9)
+    with pytest.raises(FileNotFoundError):
+        place.read("gone", 9)
 
 
 def test_what_s3_refuses_is_one_line(

@@ -46,13 +46,13 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_an_entry_is_there_after_put_with_its_metadata(store: Store) -> None:
-    assert store.get("pieces", KEY) is None
-    made = store.put("pieces", KEY, writing(b"some bytes"), {"unit": "größe"})
-    found = store.get("pieces", KEY)
+    assert store.get("mosaics", KEY) is None
+    made = store.put("mosaics", KEY, writing(b"some bytes"), {"unit": "größe"})
+    found = store.get("mosaics", KEY)
     assert found == made and found is not None
-    assert found.path == store.path("pieces", KEY)
+    assert found.path == store.path("mosaics", KEY)
     assert (found.size, found.metadata) == (10, {"unit": "größe"})
-    assert files(store.root) == [f"pieces/ab/{KEY}.safetensors", f"pieces/ab/{KEY}.seal.json"]
+    assert files(store.root) == [f"mosaics/ab/{KEY}.safetensors", f"mosaics/ab/{KEY}.seal.json"]
     assert store.get("errors", KEY) is None
 
 
@@ -64,7 +64,7 @@ def test_json_comes_back_as_it_went_in(store: Store) -> None:
 
 
 def test_a_kind_that_gc_would_not_know_is_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match="no kind of entry 'piece': there are .*pieces"):
+    with pytest.raises(ValueError, match="no kind of entry 'piece': there are .*mosaics"):
         store.put("piece", KEY, writing(b""))
 
 
@@ -81,39 +81,39 @@ def test_a_kind_that_gc_would_not_know_is_refused(store: Store) -> None:
 def test_a_damaged_entry_is_removed_and_can_be_made_again(
     store: Store, damage: Callable[[Path], None]
 ) -> None:
-    store.put("pieces", KEY, writing(b"some bytes"))
-    store.put("pieces", OTHER, writing(b"other bytes"))
-    damage(store.path("pieces", KEY))
-    assert store.get("pieces", KEY) is None
-    assert files(store.root) == [f"pieces/cd/{OTHER}.safetensors", f"pieces/cd/{OTHER}.seal.json"]
-    store.put("pieces", KEY, writing(b"some bytes"))
-    assert store.get("pieces", KEY) is not None
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    store.put("mosaics", OTHER, writing(b"other bytes"))
+    damage(store.path("mosaics", KEY))
+    assert store.get("mosaics", KEY) is None
+    assert files(store.root) == [f"mosaics/cd/{OTHER}.safetensors", f"mosaics/cd/{OTHER}.seal.json"]
+    store.put("mosaics", KEY, writing(b"some bytes"))
+    assert store.get("mosaics", KEY) is not None
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"{}", b"null", b'{"size": 10}', b"\xff\xfe", b'"text"']
 )
 def test_an_altered_seal_is_no_entry(store: Store, content: bytes) -> None:
-    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    path = store.put("mosaics", KEY, writing(b"some bytes")).path
     (path.parent / f"{KEY}.seal.json").write_bytes(content)
-    assert store.get("pieces", KEY) is None
+    assert store.get("mosaics", KEY) is None
     assert files(store.root) == []
 
 
 def test_a_seal_without_metadata_is_no_entry(store: Store) -> None:
-    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    path = store.put("mosaics", KEY, writing(b"some bytes")).path
     seal = path.parent / f"{KEY}.seal.json"
     sealed = json.loads(seal.read_text())
     del sealed["metadata"]
     seal.write_text(json.dumps(sealed))
-    assert store.get("pieces", KEY) is None
+    assert store.get("mosaics", KEY) is None
 
 
 @pytest.mark.parametrize("lost", ["safetensors", "seal.json"])
 def test_half_an_entry_is_no_entry(store: Store, lost: str) -> None:
-    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    path = store.put("mosaics", KEY, writing(b"some bytes")).path
     (path.parent / f"{KEY}.{lost}").unlink()
-    assert store.get("pieces", KEY) is None
+    assert store.get("mosaics", KEY) is None
 
 
 @pytest.mark.parametrize("moment", ["before", "amid"])
@@ -124,9 +124,9 @@ def test_a_writer_that_fails_leaves_nothing(store: Store, moment: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.put("pieces", KEY, write)
+        store.put("mosaics", KEY, write)
     assert files(store.root) == []
-    assert store.get("pieces", KEY) is None
+    assert store.get("mosaics", KEY) is None
 
 
 def test_an_entry_does_not_exist_before_its_seal(
@@ -137,9 +137,9 @@ def test_an_entry_does_not_exist_before_its_seal(
 
     monkeypatch.setattr(module, "_fill", killed)
     with pytest.raises(KeyboardInterrupt):
-        store.put("pieces", KEY, writing(b"some bytes"))
-    assert files(store.root) == [f"pieces/ab/{KEY}.safetensors"]
-    assert store.get("pieces", KEY) is None
+        store.put("mosaics", KEY, writing(b"some bytes"))
+    assert files(store.root) == [f"mosaics/ab/{KEY}.safetensors"]
+    assert store.get("mosaics", KEY) is None
 
 
 def test_a_failed_rewrite_leaves_the_old_file(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def _write_many(root: Path, seed: int, wrong: multiprocessing.Queue) -> None:  #
     for turn in range(40):
         key = digest((turn * 7 + seed) % 5)
         content = key.encode() * 2000
-        store.put("pieces", key, writing(content), {"writer": seed})
-        found = store.get("pieces", key)
+        store.put("mosaics", key, writing(content), {"writer": seed})
+        found = store.get("mosaics", key)
         if found is None or found.path.read_bytes() != content:
             wrong.put(key)
 
@@ -178,7 +178,7 @@ def test_many_writers_of_the_same_keys_leave_valid_entries(store: Store) -> None
     assert wrong.empty()
     for number in range(5):
         key = digest(number)
-        found = store.get("pieces", key)
+        found = store.get("mosaics", key)
         assert found is not None and found.path.read_bytes() == key.encode() * 2000
     assert len(files(store.root)) == 10  # no temporary is left
 
@@ -189,15 +189,15 @@ def _full(path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_temporary(store: Store) -> None:
-    store.put("pieces", OTHER, writing(b"finished"))
+    store.put("mosaics", OTHER, writing(b"finished"))
     before = files(store.root)
     with pytest.raises(RunError) as error:
-        store.put("pieces", KEY, _full)
+        store.put("mosaics", KEY, _full)
     assert "moesaic store gc STORE --keep RUN" in str(error.value)
     assert "the disk is full" in str(error.value) and "\n" not in str(error.value)
-    assert str(store.path("pieces", KEY)) in str(error.value)
+    assert str(store.path("mosaics", KEY)) in str(error.value)
     assert files(store.root) == before
-    assert store.get("pieces", OTHER) is not None
+    assert store.get("mosaics", OTHER) is not None
 
 
 def test_a_full_disk_is_recognised_when_safetensors_meets_it(
@@ -249,26 +249,26 @@ def _age(path: Path, seconds: float = 7200) -> None:
 def test_an_entry_is_read_once_and_again_when_file_or_seal_changed(
     store: Store, monkeypatch: pytest.MonkeyPatch, altered: str
 ) -> None:
-    path = store.put("pieces", KEY, writing(b"some bytes")).path
+    path = store.put("mosaics", KEY, writing(b"some bytes")).path
     files = [path, path.with_name(f"{KEY}.seal.json")]
     digest_of, read = module.file_digest, []
     monkeypatch.setattr(module, "file_digest", lambda p: read.append(p) or digest_of(p))
     for _ in range(2):  # just written: its time might not show a change
-        assert store.get("pieces", KEY) is not None
+        assert store.get("mosaics", KEY) is not None
     assert len(read) == 2
     for file in files:
         _age(file)
-    assert all(store.get_many("pieces", [KEY, OTHER]).keys() == {KEY} for _ in range(3))
+    assert all(store.get_many("mosaics", [KEY, OTHER]).keys() == {KEY} for _ in range(3))
     assert len(read) == 3
     file = path.with_name(f"{KEY}.{altered}")
     content = file.read_bytes()
     file.write_bytes(content.replace(b"bytes", b"bytez").replace(b"digest", b"digezt"))
-    assert store.get("pieces", KEY) is None and not path.exists()
+    assert store.get("mosaics", KEY) is None and not path.exists()
 
 
 def test_gc_keeps_what_is_used_or_young_and_removes_the_rest(store: Store) -> None:
-    used = store.put("pieces", KEY, writing(b"used")).path
-    unused = store.put("pieces", OTHER, writing(b"unused")).path
+    used = store.put("mosaics", KEY, writing(b"used")).path
+    unused = store.put("mosaics", OTHER, writing(b"unused")).path
     used_json = store.put_json("scores", KEY, {"kl": 1}).path
     unused_json = store.put_json("scores", OTHER, {"kl": 2}).path
     leftover = unused.with_name(f"{unused.name}.tmp-123")
@@ -285,16 +285,16 @@ def test_gc_keeps_what_is_used_or_young_and_removes_the_rest(store: Store) -> No
     assert removed == (5, expected)
     assert files(store.root) == sorted(
         [
-            f"pieces/ab/{KEY}.safetensors",
-            f"pieces/ab/{KEY}.seal.json",
+            f"mosaics/ab/{KEY}.safetensors",
+            f"mosaics/ab/{KEY}.seal.json",
             f"scores/ab/{KEY}.json",
             f"scores/ab/{KEY}.seal.json",
             f"errors/cd/{OTHER}.safetensors",
             f"errors/cd/{OTHER}.seal.json",
         ]
     )
-    assert store.get("pieces", KEY) and store.get_json("scores", KEY) and young.exists()
-    assert not (store.root / "pieces" / "cd").exists()
+    assert store.get("mosaics", KEY) and store.get_json("scores", KEY) and young.exists()
+    assert not (store.root / "mosaics" / "cd").exists()
     assert store.gc([], minimum_age_seconds=0)[0] == 6
     assert files(store.root) == []
 
@@ -311,7 +311,7 @@ def test_gc_keeps_unfinished_work_that_is_named(store: Store) -> None:
 
 def test_gc_touches_nothing_that_is_not_the_stores(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.put("pieces", KEY, writing(b"x"))
+    store.put("mosaics", KEY, writing(b"x"))
     mine = [
         ".tmp-notes",
         "mlflow.db",
@@ -319,11 +319,11 @@ def test_gc_touches_nothing_that_is_not_the_stores(tmp_path: Path) -> None:
         f"models/{KEY}/README.md",
         "models/deepseek/config.json",
         "models/deepseek/model.safetensors",
-        "pieces/ab/config.json",
-        f"pieces/ab/{KEY}.safetensors.bak",
-        f"pieces/ab/{OTHER}.safetensors",  # it would lie in cd
-        "pieces/abc/notes.json",
-        "pieces/notes.txt",
+        "mosaics/ab/config.json",
+        f"mosaics/ab/{KEY}.safetensors.bak",
+        f"mosaics/ab/{OTHER}.safetensors",  # it would lie in cd
+        "mosaics/abc/notes.json",
+        "mosaics/notes.txt",
         "scratch/cafe/model.safetensors",
         "stats.csv",
     ]
@@ -378,9 +378,9 @@ def test_many_entries_are_found_in_whatever_way_they_are_read(
     monkeypatch.setattr(module, "_TURN_SECONDS", turn)
     keys = [f"{number:040x}" for number in range(40)]
     for key in keys[:30]:
-        store.put("pieces", key, writing(key.encode()), {"own": key})
-    store.path("pieces", keys[7]).write_bytes(b"altered")
-    found = store.get_many("pieces", keys)
+        store.put("mosaics", key, writing(key.encode()), {"own": key})
+    store.path("mosaics", keys[7]).write_bytes(b"altered")
+    found = store.get_many("mosaics", keys)
     assert list(found) == [key for key in keys[:30] if key != keys[7]]
     assert all(entry.metadata == {"own": key} for key, entry in found.items())
-    assert not store.path("pieces", keys[7]).exists()
+    assert not store.path("mosaics", keys[7]).exists()
