@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -461,9 +462,19 @@ def main() -> NoReturn:
     leave(0)
 
 
+# Schedulers send a signal to a process and to its group: what comes so soon is the same order.
+_AGAIN_SECONDS = 10.0
+_stopped_at = -math.inf
+
+
 def _stop(number: int, frame: object) -> None:
-    # A second one must not disturb what the first one made us put in order.
-    signal.signal(number, signal.SIG_IGN)
+    # Another one must not disturb what the first one made us put in order; but where that does not
+    # end, or the first one got lost (Python drops what is raised while an object is taken apart),
+    # a later one must be able to.
+    global _stopped_at
+    if time.monotonic() - _stopped_at < _AGAIN_SECONDS:
+        return
+    _stopped_at = time.monotonic()
     # At once: who sent it (Ray after 3 s) may not wait until everything is in order.
     runlog.urgent(f"stopping, {signal.Signals(number).name}; finished work is kept")
     raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moesaic.orchestrator import cluster, headstart, reach
+from moesaic.orchestrator import cli, cluster, headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
@@ -682,3 +683,19 @@ def test_check_names_what_would_grow(model: Path, tmp_path: Path) -> None:
     large = [event for event in events if event["kind"] == "larger_than_dense"]
     assert large and all("svd(rank=30) takes" in event["message"] for event in large)
     assert all(event["value"] > 1 for event in large)
+
+
+def test_a_second_signal_stops_again_unless_it_is_the_same_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one may get lost in a place where Python drops exceptions."""
+    now = [100.0]
+    monkeypatch.setattr(cli, "_stopped_at", -math.inf)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt):
+        cli._stop(signal.SIGTERM, None)
+    for now[0] in (100.1, 109.0):
+        cli._stop(signal.SIGTERM, None)
+    now[0] = 111.0
+    with pytest.raises(KeyboardInterrupt):
+        cli._stop(signal.SIGTERM, None)
