@@ -31,6 +31,18 @@ def collect_rarely() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def open_streams() -> None:
+    """Has the standard streams lead nowhere that whoever started the process has closed: the next
+    file to be opened would take the number, and get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+
+
 def answered(call: Callable[[], T], seconds: float) -> T:
     """``call()`` on a thread of its own, so that signals get through, for so many seconds.
 

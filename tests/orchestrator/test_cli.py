@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -699,3 +701,22 @@ def test_a_second_signal_stops_again_unless_it_is_the_same_order(
     now[0] = 111.0
     with pytest.raises(KeyboardInterrupt):
         cli._stop(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("| true", 1, ""),
+        ("> /dev/full", 1, "failed: the JSON cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_json_that_nobody_takes_is_no_traceback(redirection: str, status: int, said: str) -> None:
+    command = (
+        f"{sys.executable} -m moesaic.orchestrator.cli list families --json {redirection};"
+        " exit ${PIPESTATUS[0]}"
+    )
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert found.returncode == status
+    assert "Traceback" not in found.stderr and "llama" in found.stderr
+    assert found.stderr.endswith(said)
