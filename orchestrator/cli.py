@@ -115,7 +115,7 @@ def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> No
 
 
 def _print_json(value: Mapping[str, Any]) -> bool:
-    """Whether it was written; who has closed a pipe (``| head``) knows that, and is told nothing."""
+    """Whether it was written; who has closed a pipe (``| head``) is told nothing."""
     text = json.dumps(redacted_tree(_finite(value)), ensure_ascii=False, allow_nan=False)
     try:
         sys.stdout.write(text + "\n")
