@@ -252,7 +252,9 @@ STANDINS = {
     "srun": """
         echo "srun $*" >> "$LOG"
         while [[ $1 == --* ]]; do shift; done
+        if [[ -n ${SRUN_FAILS_AT:-} && $1 == "$SRUN_FAILS_AT" ]]; then exit 9; fi
         "$@"
+        if [[ -n ${NODE_FAILS:-} && $1 == ray ]]; then exit 143; fi
         """,
     "scontrol": 'echo "scontrol $*" >> "$LOG"; printf "node7\\nnode8\\n"',
     "hostname": 'echo "192.0.2.7 198.51.100.7 "',
@@ -265,8 +267,13 @@ STANDINS = {
         shift
         "$@"
         """,
-    "moesaic": 'printf "moesaic[%s]" "$@" >> "$LOG"; echo " at $RAY_ADDRESS" >> "$LOG"; '
-    "exit ${MOESAIC_STATUS:-0}",
+    "moesaic": """
+        printf "moesaic[%s]" "$@" >> "$LOG"
+        echo " at $RAY_ADDRESS" >> "$LOG"
+        if [[ -n ${SHELL_ENDS:-} ]]; then kill -KILL $PPID; fi
+        if [[ -n ${TERMINATED:-} ]]; then kill -TERM $PPID; sleep 0.2; fi
+        exit ${MOESAIC_STATUS:-0}
+        """,
 }
 
 
@@ -310,13 +317,16 @@ def test_slurm_script_runs_the_recipe_on_the_head_of_all_nodes(submit: Any, tmp_
     assert done.returncode == 0, done.stderr
     assert "scontrol show hostnames node[7-8]" in log
     assert "srun --nodes=1 --ntasks=1 --nodelist=node7 hostname --all-ip-addresses" in log
-    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 ray symmetric" in log
+    assert (
+        "srun --no-kill --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 ray symm" in log
+    )
     assert (
         "ray symmetric-run --address 192.0.2.7:23456 --min-nodes 2 --num-cpus 16 --num-gpus 8 -- "
         in log
     )
     assert "token 64 token /tmp/ray-123456" in log
-    assert log.endswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 rm -rf /tmp/ray-123456\n")
+    last = "srun --no-kill --nodes=2 --ntasks=2 --ntasks-per-node=1 rm -rf /tmp/ray-123456\n"
+    assert log.endswith(last)
     arguments = "moesaic[run]moesaic[my recipe.yaml]moesaic[--output]moesaic[runs/x]"
     assert f"{arguments} at 192.0.2.7:23456" in log
     assert leftovers(tmp_path) == []
@@ -348,6 +358,34 @@ def test_slurm_script_fails_when_ray_does_not_start_but_says_nothing(
     assert done.returncode == 1
     assert "Ray did not start on node7 (192.0.2.7:23456)" in done.stderr
     assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_succeeds_when_only_a_node_failed(submit: Any, tmp_path: Path) -> None:
+    """srun fails then, and cannot have as many nodes for the tidying up."""
+    done, _ = submit("recipe.yaml", NODE_FAILS="1", SRUN_FAILS_AT="rm")
+    assert done.returncode == 0
+    assert "the run is done" in done.stderr and "/tmp/ray-123456 stays on the nodes" in done.stderr
+    done, _ = submit("recipe.yaml", NODE_FAILS="1", MOESAIC_STATUS="2")
+    assert done.returncode == 2
+    assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_fails_when_the_run_does_not_end_by_itself(
+    submit: Any, tmp_path: Path
+) -> None:
+    done, log = submit("recipe.yaml", SHELL_ENDS="1")
+    assert done.returncode == 137 and "rm -rf" not in log
+    assert "the run on node7 was ended from outside; finished work is kept" in done.stderr
+    assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_passes_on_how_a_run_that_was_told_to_stop_ended(submit: Any) -> None:
+    done, _ = submit("recipe.yaml", TERMINATED="1", MOESAIC_STATUS="1")
+    assert done.returncode == 1 and "outside" not in done.stderr
+
+
+def test_slurm_job_outlives_a_node_that_fails() -> None:
+    assert "\n#SBATCH --no-kill\n" in (CLUSTERS / "slurm.sh").read_text()
 
 
 def test_slurm_script_exits_2_when_called_wrongly(submit: Any, tmp_path: Path) -> None:
