@@ -102,6 +102,7 @@ def test_rayjob_matches_the_schema() -> None:
         (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplicas"), "2"),
         (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers"), []),
+        (("spec", "submitterPodTemplate", "spec", "restartPolicy"), "never"),
     ],
 )
 def test_rayjob_schema_rejects_a_mistake(path: tuple[str | int, ...], value: Any) -> None:
@@ -130,6 +131,26 @@ def test_rayjob_is_authenticated_and_unprivileged() -> None:
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_all_pods_of_a_rayjob_are_taken_where_only_restricted_ones_are() -> None:
+    """What the Pod Security Standard "restricted" of Kubernetes asks of what the file has."""
+    submitter = load("kuberay-rayjob.yaml")["spec"]["submitterPodTemplate"]["spec"]
+    # A Kubernetes Job takes no pod that is started again for ever; the command is KubeRay's.
+    assert submitter["restartPolicy"] == "Never"
+    assert not {"command", "args", "env", "envFrom"} & submitter["containers"][0].keys()
+    for pod in [*rayjob_pods(), submitter]:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+        kinds = {kind for volume in pod.get("volumes", ()) for kind in volume.keys() - {"name"}}
+        assert kinds <= {"persistentVolumeClaim", "emptyDir"}
 
 
 def test_rayjob_takes_secrets_from_a_secret_alone() -> None:
