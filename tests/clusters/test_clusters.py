@@ -2,6 +2,7 @@
 KubeRay's resource, by running the Slurm script against stand-ins for Slurm and Ray."""
 
 import copy
+import fnmatch
 import json
 import os
 import re
@@ -65,6 +66,23 @@ def test_ray_up_file_starts_ray_with_token_and_private_dashboard(name: str) -> N
     assert [local for remote, local in mounts.items() if remote.endswith(".ray/auth_token")] == [
         "~/.ray/auth_token"
     ]
+
+
+def test_the_containers_user_may_read_the_token_whatever_number_the_machines_has() -> None:
+    """`ray up` copies files onto the machine as its user, and mounts them as they are there."""
+    from ray.autoscaler.sdk import get_docker_host_mount_location
+
+    config = load("gcp.yaml")
+    (user,) = re.findall(r"--uid (\d+)", (CLUSTERS / "Dockerfile").read_text())
+    (remote,) = config["file_mounts"]
+    place = get_docker_host_mount_location(config["cluster_name"]) + remote
+    (command,) = [c for c in config["initialization_commands"] if "auth_token" in c]
+    group, mode = command.split(" && ")
+    assert group.split()[:3] == ["sudo", "chgrp", user]
+    assert mode.split()[:2] == ["chmod", "640"]
+    for pattern in (group.split()[-1], mode.split()[-1]):
+        assert fnmatch.fnmatchcase(place, pattern)
+    assert f"sudo chown {user} /shared" in config["initialization_commands"]
 
 
 def test_own_machines_worker_count_is_that_of_the_addresses() -> None:
