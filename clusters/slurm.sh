@@ -7,7 +7,11 @@
 # Submit from a checkout on a file system that all nodes share, after `make install` there. Recipe,
 # texts, store and --output must lie on shared file systems too; the model should (nodes that do not
 # have it fetch it from the first). A job that was killed or ran out of time goes on where it stopped
-# when the same command is submitted again.
+# when the same command is submitted again. One that ended by SIGKILL leaves a file
+# .moesaic-job-ID-* in the checkout; remove it.
+#
+# A node that fails is survived, except for the first: Ray and the run end with that one, but Slurm
+# keeps the others for the job until its time is over. Then: scancel JOBID, and submit again.
 #
 #SBATCH --job-name=moesaic
 #SBATCH --nodes=2
@@ -18,6 +22,8 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Without it one node that fails ends the whole job.
+#SBATCH --no-kill
 # Whole nodes: Ray takes a node for its own and stops when another Ray runs there.
 #SBATCH --exclusive
 # With GPUs: add `#SBATCH --gpus-per-node=N` here or on the command line.
@@ -52,22 +58,41 @@ read -r head_ip _ <<<"$addresses"
 # Below the ports that Linux hands out by itself, above those of Ray's workers.
 address=$head_ip:$((20000 + SLURM_JOB_ID % 10000))
 
-# `ray symmetric-run` exits 0 even where its head node did not start. This file tells: the command
-# on the head removes it.
-waiting=$(mktemp "$checkout/.moesaic-job-$SLURM_JOB_ID-XXXXXX")
-trap 'rm -f "$waiting"' EXIT
+# `ray symmetric-run` exits 0 even where its head node did not start, and srun fails where any node
+# did. This file tells how the run went: empty, `begun`, or its exit status.
+status=$(mktemp "$checkout/.moesaic-job-$SLURM_JOB_ID-XXXXXX")
+trap 'rm -f "$status"' EXIT
 
-everywhere=(srun "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+everywhere=(srun --no-kill "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+step=0
 "${everywhere[@]}" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" \
-  -- bash -c 'rm "$1"; export RAY_ADDRESS=$2; shift 2; exec moesaic run "$@"' \
-  moesaic "$waiting" "$address" "$@"
+  -- bash -c '
+    trap : TERM  # who is told to stop is moesaic; this shell waits for what it says
+    file=$1 RAY_ADDRESS=$2
+    export RAY_ADDRESS
+    shift 2
+    echo begun > "$file"
+    ended=0
+    moesaic run "$@" || ended=$?
+    echo "$ended" > "$file"
+    exit "$ended"
+  ' moesaic "$status" "$address" "$@" || step=$?
 
-if [[ -e $waiting ]]; then
+ended=$(<"$status")
+if [[ -z $ended ]]; then
   echo "Ray did not start on $head ($address): see the messages above" >&2
-  exit 1
+  exit $((step ? step : 1))
+elif [[ $ended == begun ]]; then
+  echo "the run on $head was ended from outside; finished work is kept: submit the same command again" >&2
+  exit $((step ? step : 1))
+elif ((ended)); then
+  exit "$ended" # Ray's logs stay where they are
 fi
 
-# After a failure Ray's logs stay where they are.
-"${everywhere[@]}" rm -rf "$RAY_TMPDIR"
+if ((step)); then
+  echo "the run is done; on a node that failed $RAY_TMPDIR stays" >&2
+fi
+# Where the job has lost a node, srun cannot have as many as there were.
+timeout 120 "${everywhere[@]}" rm -rf "$RAY_TMPDIR" || echo "$RAY_TMPDIR stays on the nodes" >&2

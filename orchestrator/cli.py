@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
-from moesaic.orchestrator.process import collect_rarely, leave
+from moesaic.orchestrator.process import collect_rarely, leave, open_streams
 from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
 
@@ -100,8 +101,8 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
         hint = "" if debug else " (--debug shows the traceback)"
         _fail("failed", reason + hint, 1, as_json, debug)
     else:
-        if as_json:
-            _print_json(result)
+        if as_json and not _print_json(result):
+            raise typer.Exit(1)
 
 
 def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> NoReturn:
@@ -113,9 +114,20 @@ def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> No
     raise typer.Exit(status) from None
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
+def _print_json(value: Mapping[str, Any]) -> bool:
+    """Whether it was written; who has closed a pipe (``| head``) is told nothing."""
     text = json.dumps(redacted_tree(_finite(value)), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            reason = f"the JSON cannot be written: {error.strerror}"
+            stderr.print(f"failed: {reason}", markup=False)
+        with open(os.devnull, "wb") as nothing:  # what the stream still holds goes there
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:
@@ -459,6 +471,7 @@ def store_gc(
 def main() -> NoReturn:
     """Entry point. SIGTERM (Slurm, Kubernetes, timeout) ends a run in order, as Ctrl-C does."""
     collect_rarely()
+    open_streams()
     signal.signal(signal.SIGTERM, _stop)
     try:
         app()
@@ -467,9 +480,19 @@ def main() -> NoReturn:
     leave(0)
 
 
+# Schedulers send a signal to a process and to its group: what comes so soon is the same order.
+_AGAIN_SECONDS = 10.0
+_stopped_at = -math.inf
+
+
 def _stop(number: int, frame: object) -> None:
-    # A second one must not disturb what the first one made us put in order.
-    signal.signal(number, signal.SIG_IGN)
+    # Another one must not disturb what the first one made us put in order; but where that does not
+    # end, or the first one got lost (Python drops what is raised while an object is taken apart),
+    # a later one must be able to.
+    global _stopped_at
+    if time.monotonic() - _stopped_at < _AGAIN_SECONDS:
+        return
+    _stopped_at = time.monotonic()
     # At once: who sent it (Ray after 3 s) may not wait until everything is in order.
     runlog.urgent(f"stopping, {signal.Signals(number).name}; finished work is kept")
     raise KeyboardInterrupt

@@ -27,6 +27,8 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from moesaic.orchestrator.console import stderr
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.process import NoAnswer, answered
 
 T = TypeVar("T")
 
@@ -36,6 +38,8 @@ _SILENT_SECONDS, _JOIN_SECONDS = 3.0, 15.0
 _RAY_SECONDS, _RAY_VARIABLE = 60.0, "RAY_gcs_rpc_server_reconnect_timeout_s"
 # Shares of that after which the run is told to stop, and after which it is ended if it did not.
 _STOP, _END = 0.6, 0.85
+# That any call of Ray's may take, at least.
+_CALL_SECONDS = 120.0
 _ASK_SECONDS, _BETWEEN_SECONDS, _TELL_SECONDS = 5.0, 2.0, 10.0
 # By default this signal does nothing, and nothing else in a run has a use for it.
 _SIGNAL = signal.SIGURG
@@ -85,22 +89,24 @@ def _asked(channel: Any, seconds: float) -> Any:
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """``call()``, on a thread: where it waits for a head that is gone, no signal gets through."""
-    results: list[T] = []
-    failures: list[BaseException] = []
+    """``call()`` of Ray's, on a thread: where it waits for a head that is gone, no signal gets
+    through.
 
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            failures.append(error)
+    Raises:
+        RunError: the watch, if there is one, should have ended the run long ago.
+    """
+    seconds = max(_CALL_SECONDS, 2 * _ray_seconds())
+    try:
+        return answered(call, seconds)
+    except NoAnswer as error:
+        raise RunError(
+            f"Ray gave no answer within {seconds:.0f} s; finished work is kept: see whether its"
+            " head is there, and run the same command again"
+        ) from error
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+
+def _ray_seconds() -> float:
+    return float(os.environ.get(_RAY_VARIABLE) or _RAY_SECONDS)
 
 
 class Watch:
@@ -120,7 +126,7 @@ class Watch:
     def __init__(self, address: str, place: str) -> None:
         self.lost = False
         self._address, self._place = address, place
-        limit = float(os.environ.get(_RAY_VARIABLE) or _RAY_SECONDS)
+        limit = _ray_seconds()
         self._stop_after, self._end_after = _STOP * limit, _END * limit
         self._within = min(_ASK_SECONDS, limit / 10)
         self._between = min(_BETWEEN_SECONDS, limit / 10)

@@ -5,7 +5,17 @@ import contextlib
 import gc
 import os
 import sys
-from typing import NoReturn
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+class NoAnswer(TimeoutError):
+    """What was asked for took longer than it may."""
+
 
 # Threads that sleep instead of spinning: with another process busy, spinning threads make a
 # process several times slower.
@@ -19,6 +29,41 @@ def collect_rarely() -> None:
     700 takes a fifth of the time. Large things in cycles are collected by name where they end.
     """
     gc.set_threshold(20_000, 20, 20)
+
+
+def open_streams() -> None:
+    """Has the standard streams lead nowhere that whoever started the process has closed: the next
+    file to be opened would take the number, and get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+
+
+def answered(call: Callable[[], T], seconds: float) -> T:
+    """``call()`` on a thread of its own, so that signals get through, for so many seconds.
+
+    Raises:
+        NoAnswer: it takes longer; the thread goes on, and does not keep the process from ending.
+    """
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # also who interrupts, for the one that waits
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():  # just so, or the call's own
+            return answer.result()
+        raise NoAnswer(f"no answer within {seconds:g} s") from None
 
 
 def leave(status: int) -> NoReturn:

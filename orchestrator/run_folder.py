@@ -33,7 +33,7 @@ from moesaic.orchestrator.yamlfile import read_yaml
 LOCK = ".running.json"
 # Of another machine's lock: not touched for so long, its owner is dead.
 _TOUCH_SECONDS, _STALE_SECONDS = 10.0, 60.0
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS, _JOIN_SECONDS = 1.0, 10.0
 _MOST_BYTES = 1 << 16
 _SHOWN_KEYS, _SHOWN_CHARACTERS, _NAME_CHARACTERS = 12, 60, 300
 _NONE = "(not set)"
@@ -132,7 +132,14 @@ class _Lock:
 
     def __exit__(self, *failure: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_JOIN_SECONDS)
+        if self._thread.is_alive():  # the storage does not answer, and would not answer us either
+            stderr.print(
+                f"{self.folder}: does not answer; {LOCK} stays there, and the next run here waits"
+                f" {_STALE_SECONDS:.0f} s for nobody",
+                markup=False,
+            )
+            return
         owner = self._owner()
         if owner is not None and owner.get("token") == self.token:
             self.path.unlink(missing_ok=True)

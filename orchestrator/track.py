@@ -24,8 +24,14 @@ from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.foreign import read_json
-from moesaic.orchestrator.mlflow_database import make_database, try_database
+from moesaic.orchestrator.mlflow_database import (
+    ANSWER_SECONDS,
+    make_database,
+    open_client,
+    try_database,
+)
 from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, one_line
+from moesaic.orchestrator.process import answered
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.refinement import Refinement
@@ -102,13 +108,12 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         # A server that is down is found out at once; one that fails later may come back.
         with self._talk(retries=0, timeout_seconds=8):
-            from mlflow import MlflowClient
-
             if self.place.file is not None:
                 make_database(self.place.file)
             elif self.place.database:
                 try_database(self.place.uri)
-            self._client = MlflowClient(self.place.uri)
+            server = self.place.database and self.place.file is None
+            self._client = open_client(self.place.uri, server)
             self._experiment_id = self._experiment()
         with self._talk():
             self.run_id = self._earlier() or self._new_run()
@@ -359,7 +364,8 @@ class Tracker:
         )
         model = next((m for m in found if m.tags.items() >= tags.items()), None)
         if model is None:
-            model = mlflow.create_external_model(
+            make = partial(
+                mlflow.create_external_model,
                 # A dot is legal in a run's name but not in a model's.
                 name=name.replace(".", "_"),
                 source_run_id=run_id,
@@ -367,6 +373,7 @@ class Tracker:
                 tags=dict(tags),
                 experiment_id=self._experiment_id,
             )
+            model = answered(make, ANSWER_SECONDS)
             outputs = [LoggedModelOutput(model.model_id, step=0)]
             self._client.log_outputs(run_id, models=outputs)
         return str(model.model_id)

@@ -2,6 +2,7 @@
 KubeRay's resource, by running the Slurm script against stand-ins for Slurm and Ray."""
 
 import copy
+import fnmatch
 import json
 import os
 import re
@@ -67,6 +68,23 @@ def test_ray_up_file_starts_ray_with_token_and_private_dashboard(name: str) -> N
     ]
 
 
+def test_the_containers_user_may_read_the_token_whatever_number_the_machines_has() -> None:
+    """`ray up` copies files onto the machine as its user, and mounts them as they are there."""
+    from ray.autoscaler.sdk import get_docker_host_mount_location
+
+    config = load("gcp.yaml")
+    (user,) = re.findall(r"--uid (\d+)", (CLUSTERS / "Dockerfile").read_text())
+    (remote,) = config["file_mounts"]
+    place = get_docker_host_mount_location(config["cluster_name"]) + remote
+    (command,) = [c for c in config["initialization_commands"] if "auth_token" in c]
+    group, mode = command.split(" && ")
+    assert group.split()[:3] == ["sudo", "chgrp", user]
+    assert mode.split()[:2] == ["chmod", "640"]
+    for pattern in (group.split()[-1], mode.split()[-1]):
+        assert fnmatch.fnmatchcase(place, pattern)
+    assert f"sudo chown {user} /shared" in config["initialization_commands"]
+
+
 def test_own_machines_worker_count_is_that_of_the_addresses() -> None:
     config = load("own-machines.yaml")
     prepared = validate_ray_up(config)
@@ -102,6 +120,7 @@ def test_rayjob_matches_the_schema() -> None:
         (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplicas"), "2"),
         (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers"), []),
+        (("spec", "submitterPodTemplate", "spec", "restartPolicy"), "never"),
     ],
 )
 def test_rayjob_schema_rejects_a_mistake(path: tuple[str | int, ...], value: Any) -> None:
@@ -130,6 +149,26 @@ def test_rayjob_is_authenticated_and_unprivileged() -> None:
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_all_pods_of_a_rayjob_are_taken_where_only_restricted_ones_are() -> None:
+    """What the Pod Security Standard "restricted" of Kubernetes asks of what the file has."""
+    submitter = load("kuberay-rayjob.yaml")["spec"]["submitterPodTemplate"]["spec"]
+    # A Kubernetes Job takes no pod that is started again for ever; the command is KubeRay's.
+    assert submitter["restartPolicy"] == "Never"
+    assert not {"command", "args", "env", "envFrom"} & submitter["containers"][0].keys()
+    for pod in [*rayjob_pods(), submitter]:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+        kinds = {kind for volume in pod.get("volumes", ()) for kind in volume.keys() - {"name"}}
+        assert kinds <= {"persistentVolumeClaim", "emptyDir"}
 
 
 def test_rayjob_takes_secrets_from_a_secret_alone() -> None:
@@ -252,7 +291,9 @@ STANDINS = {
     "srun": """
         echo "srun $*" >> "$LOG"
         while [[ $1 == --* ]]; do shift; done
+        if [[ -n ${SRUN_FAILS_AT:-} && $1 == "$SRUN_FAILS_AT" ]]; then exit 9; fi
         "$@"
+        if [[ -n ${NODE_FAILS:-} && $1 == ray ]]; then exit 143; fi
         """,
     "scontrol": 'echo "scontrol $*" >> "$LOG"; printf "node7\\nnode8\\n"',
     "hostname": 'echo "192.0.2.7 198.51.100.7 "',
@@ -265,8 +306,13 @@ STANDINS = {
         shift
         "$@"
         """,
-    "moesaic": 'printf "moesaic[%s]" "$@" >> "$LOG"; echo " at $RAY_ADDRESS" >> "$LOG"; '
-    "exit ${MOESAIC_STATUS:-0}",
+    "moesaic": """
+        printf "moesaic[%s]" "$@" >> "$LOG"
+        echo " at $RAY_ADDRESS" >> "$LOG"
+        if [[ -n ${SHELL_ENDS:-} ]]; then kill -KILL $PPID; fi
+        if [[ -n ${TERMINATED:-} ]]; then kill -TERM $PPID; sleep 0.2; fi
+        exit ${MOESAIC_STATUS:-0}
+        """,
 }
 
 
@@ -310,13 +356,16 @@ def test_slurm_script_runs_the_recipe_on_the_head_of_all_nodes(submit: Any, tmp_
     assert done.returncode == 0, done.stderr
     assert "scontrol show hostnames node[7-8]" in log
     assert "srun --nodes=1 --ntasks=1 --nodelist=node7 hostname --all-ip-addresses" in log
-    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 ray symmetric" in log
+    assert (
+        "srun --no-kill --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 ray symm" in log
+    )
     assert (
         "ray symmetric-run --address 192.0.2.7:23456 --min-nodes 2 --num-cpus 16 --num-gpus 8 -- "
         in log
     )
     assert "token 64 token /tmp/ray-123456" in log
-    assert log.endswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 rm -rf /tmp/ray-123456\n")
+    last = "srun --no-kill --nodes=2 --ntasks=2 --ntasks-per-node=1 rm -rf /tmp/ray-123456\n"
+    assert log.endswith(last)
     arguments = "moesaic[run]moesaic[my recipe.yaml]moesaic[--output]moesaic[runs/x]"
     assert f"{arguments} at 192.0.2.7:23456" in log
     assert leftovers(tmp_path) == []
@@ -348,6 +397,34 @@ def test_slurm_script_fails_when_ray_does_not_start_but_says_nothing(
     assert done.returncode == 1
     assert "Ray did not start on node7 (192.0.2.7:23456)" in done.stderr
     assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_succeeds_when_only_a_node_failed(submit: Any, tmp_path: Path) -> None:
+    """srun fails then, and cannot have as many nodes for the tidying up."""
+    done, _ = submit("recipe.yaml", NODE_FAILS="1", SRUN_FAILS_AT="rm")
+    assert done.returncode == 0
+    assert "the run is done" in done.stderr and "/tmp/ray-123456 stays on the nodes" in done.stderr
+    done, _ = submit("recipe.yaml", NODE_FAILS="1", MOESAIC_STATUS="2")
+    assert done.returncode == 2
+    assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_fails_when_the_run_does_not_end_by_itself(
+    submit: Any, tmp_path: Path
+) -> None:
+    done, log = submit("recipe.yaml", SHELL_ENDS="1")
+    assert done.returncode == 137 and "rm -rf" not in log
+    assert "the run on node7 was ended from outside; finished work is kept" in done.stderr
+    assert leftovers(tmp_path) == []
+
+
+def test_slurm_script_passes_on_how_a_run_that_was_told_to_stop_ended(submit: Any) -> None:
+    done, _ = submit("recipe.yaml", TERMINATED="1", MOESAIC_STATUS="1")
+    assert done.returncode == 1 and "outside" not in done.stderr
+
+
+def test_slurm_job_outlives_a_node_that_fails() -> None:
+    assert "\n#SBATCH --no-kill\n" in (CLUSTERS / "slurm.sh").read_text()
 
 
 def test_slurm_script_exits_2_when_called_wrongly(submit: Any, tmp_path: Path) -> None:

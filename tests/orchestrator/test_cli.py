@@ -6,7 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,7 +21,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from moesaic.orchestrator import cluster, headstart, reach
+from moesaic.orchestrator import cli, cluster, headstart, reach
 from moesaic.orchestrator.cli import _finite, app
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
@@ -695,3 +698,38 @@ def test_check_names_what_would_grow(model: Path, tmp_path: Path) -> None:
     large = [event for event in events if event["kind"] == "larger_than_dense"]
     assert large and all("svd(rank=30) takes" in event["message"] for event in large)
     assert all(event["value"] > 1 for event in large)
+
+
+def test_a_second_signal_stops_again_unless_it_is_the_same_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one may get lost in a place where Python drops exceptions."""
+    now = [100.0]
+    monkeypatch.setattr(cli, "_stopped_at", -math.inf)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt):
+        cli._stop(signal.SIGTERM, None)
+    for now[0] in (100.1, 109.0):
+        cli._stop(signal.SIGTERM, None)
+    now[0] = 111.0
+    with pytest.raises(KeyboardInterrupt):
+        cli._stop(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("| true", 1, ""),
+        ("> /dev/full", 1, "failed: the JSON cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_json_that_nobody_takes_is_no_traceback(redirection: str, status: int, said: str) -> None:
+    command = (
+        f"{sys.executable} -m moesaic.orchestrator.cli list families --json {redirection};"
+        " exit ${PIPESTATUS[0]}"
+    )
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert found.returncode == status
+    assert "Traceback" not in found.stderr and "llama" in found.stderr
+    assert found.stderr.endswith(said)

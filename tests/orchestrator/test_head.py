@@ -172,6 +172,13 @@ def test_what_an_interruptible_call_returns_and_raises_comes_through() -> None:
         interruptible(lambda: 1 // 0)
 
 
+def test_a_call_that_ray_never_answers_ends_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CALL_SECONDS", 0.1)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "0.05")
+    with pytest.raises(RunError, match="^Ray gave no answer within 0 s; finished work is kept"):
+        interruptible(lambda: threading.Event().wait(20))
+
+
 _STUCK = """
 import os, sys, time
 from moesaic.orchestrator import head

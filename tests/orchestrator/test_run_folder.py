@@ -180,6 +180,28 @@ def test_a_full_disk_leaves_no_lock(
     assert list(tmp_path.iterdir()) == [tmp_path / "recipe"]
 
 
+def test_a_folder_that_does_not_answer_holds_up_no_end(
+    tmp_path: Path,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "_TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_JOIN_SECONDS", 0.2)
+    hanging, never = threading.Event(), threading.Event()
+
+    def utime(_: Path) -> None:
+        hanging.set()
+        never.wait(30)
+
+    monkeypatch.setattr(os, "utime", utime)
+    with run_folder(tmp_path, recipe):
+        assert hanging.wait(10)
+    never.set()
+    assert (tmp_path / LOCK).exists()
+    assert capsys.readouterr().err.startswith(f"{tmp_path}: does not answer; .running.json stays")
+
+
 def test_what_changed_since_the_last_run_is_told_by_key(
     model: Path, tmp_path: Path, recipe: Recipe
 ) -> None:

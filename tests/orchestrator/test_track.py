@@ -9,14 +9,17 @@ import os
 import re
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.db import utils as mlflow_tables
@@ -729,3 +732,43 @@ def test_full_disk_is_said_as_the_store_says_it(tmp_path: Path, exists: bool) ->
         event.remove(Engine, "connect", limit)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "mlflow.db").exists() == exists
+
+
+def hangs(seconds: float = 30.0) -> Any:
+    """What never answers, as long as a test lasts."""
+    threading.Event().wait(seconds)
+
+
+def test_a_database_server_that_never_answers_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection; a driver waits then without end."""
+    real = sqlalchemy.create_engine
+    monkeypatch.setattr(mlflow_database, "_TRY_SECONDS", 0.2)
+    monkeypatch.setattr(sqlalchemy, "create_engine", lambda uri: real("sqlite://", creator=hangs))
+    started = time.monotonic()
+    uri = "postgresql://user:secret@127.0.0.1/x"
+    with pytest.raises(RunError) as caught:
+        Tracker(Tracking(uri=uri), "small", tmp_path / "out", {}).__enter__()
+    assert str(caught.value) == (
+        "tracking: MLflow at postgresql://user:***@127.0.0.1/x: NoAnswer: no answer within 0.2 s"
+    )
+    assert time.monotonic() - started < 8
+
+
+def test_a_database_server_that_answers_no_more_does_not_hold_up_the_end(
+    track: Callable[..., Tracker],
+    client: MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tracker = track()
+    tracker.place = replace(tracker.place, file=None)  # as of a server
+    with pytest.raises(ValueError, match="the real one"), tracker:
+        tracker.log_trial("trial 0", {"a": "b"}, {"kl": 0.25}, {}, "complete", plan=dict)
+        assert children(client, client.get_run(tracker.run_id)).keys() == {"trial 0"}
+        monkeypatch.setattr(mlflow_database, "ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(MlflowClient, "set_tag", lambda *_: hangs())
+        raise ValueError("the real one")
+    said = capsys.readouterr().err
+    assert "the failure is not recorded: tracking: MLflow at" in said and "within 0.2 s" in said
