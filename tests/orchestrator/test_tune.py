@@ -37,6 +37,7 @@ from moesaic.orchestrator.study_journal import (
 )
 from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
+from moesaic.orchestrator.tune import StudyOptions, study_id
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
@@ -690,6 +691,22 @@ def test_a_study_of_something_else_is_refused_before_any_work(
         project.tune(5)
     assert "was made with something else: " in str(error.value) and text in str(error.value)
     assert project.calls.total() == 0 and contents(project.output) == before
+
+
+def test_a_study_is_on_record_by_what_it_is_made_of(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(storage: Path | None = None, **changes: Any) -> str:
+        experiment = open_experiment(make(**changes).folder / "recipe.yaml", None)
+        return study_id(experiment, StudyOptions(5, storage=storage))
+
+    first = told()
+    assert first == told(tune={"sampler": "gp", "seed": 3}, compute={"workers": 2})
+    others = [told(**OTHERS[case][0]) for case in ("budget", "candidates", "shards", "objectives")]
+    others += [told(Path("other.log")), told(name="other")]
+    assert len({first, *others}) == 7
+    monkeypatch.setattr(measure, "code_digest", lambda *modules: "other")
+    assert told() == first
 
 
 def test_another_model_is_told_in_words(make: Make, known_study: Path, tmp_path: Path) -> None:
