@@ -14,7 +14,7 @@ from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.refinement_pictures import draw_refinement
 from moesaic.orchestrator.report import number_text, render, seconds_text, write_report
 from moesaic.orchestrator.study import Told
-from moesaic.orchestrator.study_pictures import draw_study, front
+from moesaic.orchestrator.study_pictures import draw_study, front, history
 from moesaic.orchestrator.summary import RunSummary, StudySummary, module_names
 from moesaic.search.knobs import Knob
 from tests.orchestrator.summaries import summary, units
@@ -203,6 +203,21 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
         "bytes": run.budget_bytes,
         "values": {"mix": 0.5, "order": "any"},
     }
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_line_of_a_history_follows_the_best_trial(limited: bool, run: RunSummary) -> None:
+    """With a limit on the KL the smallest is the best, which here are the first of them."""
+    found = study(limited, run)
+    expected = [1.0 / (1 + min(number, 5)) for number in range(9)]
+    if limited:
+        within = [replace(t, feasible=t.kl is not None and t.kl <= 0.5) for t in found.trials]
+        found = replace(found, trials=within, constraints={"kl": 0.5})
+        expected = [0.5] * 8
+    (axes,) = history(found).axes
+    at, kl = axes.lines[0].get_data()
+    assert list(np.asarray(at)) == list(range(9 - len(expected), 9))
+    assert list(np.asarray(kl)) == expected
 
 
 def test_a_front_of_three_has_all_figures_and_importances_say_of_what(
