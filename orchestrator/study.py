@@ -20,8 +20,7 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from moesaic.orchestrator.study_importances import Importances, importances
 from moesaic.orchestrator.study_journal import (
     KNOBS,
     MADE_OF,
@@ -44,10 +43,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.log"
 # Complete trials that one is compared with, at least, before it is given up.
 _UNPRUNED = 5
-# Complete trials that importances are told from, at least.
-TELLING = 10
-# A KL below that is none, nats per token.
-_LEAST = 1e-12
 _REASON, _AGAIN, _WANTED = "reason", "again", "wanted"
 _INTERRUPTED = "interrupted"
 
@@ -320,45 +315,15 @@ class Study:
 
         Thread(target=import_module, args=("optuna.importance",), daemon=True).start()
 
-    def importances(self, budget: str) -> dict[str, float]:
-        """Knob → its share in what makes trials good (PED-ANOVA), the largest first.
-
-        Watanabe et al., 2023, 2304.10255. A good trial has little KL: with several objectives,
-        little for one that has as much of the others, which is one near the front. The knob that
-        is the budget is left out: more bytes lose less, which nobody needs to be told.
+    def importances(self, budget: str) -> Importances:
+        """What :func:`importances` tells of the knobs that are not fixed. The one that is the
+        budget is left out: more bytes lose less, which nobody needs to be told.
 
         Args:
             budget: name of that knob, where it is one.
-
-        Returns:
-            nothing where there are too few trials to tell, or no knobs.
         """
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-        from optuna.trial import TrialState
-
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         names = [knob.name for knob in self.knobs if not knob.fixed and knob.name != budget]
-        if len(complete) < TELLING or not names:
-            return {}
-        beyond = self._beyond(complete)
-        with warnings.catch_warnings():
-            # It reminds of what is so here: small values are good.
-            warnings.simplefilter("ignore", UserWarning)
-            found = get_param_importances(
-                self._study,
-                evaluator=PedAnovaImportanceEvaluator(),
-                params=names,
-                target=lambda trial: beyond[trial.number],
-            )
-        return {name: float(share) for name, share in found.items()}
-
-    def _beyond(self, complete: Sequence["FrozenTrial"]) -> dict[int, float]:
-        """Number of a trial → its KL over the least of those that have no more of anything else;
-        with one objective the least of all."""
-        values, index = np.array([t.values for t in complete]), self.objectives.index("kl")
-        others, kl = np.delete(values, index, axis=1), np.maximum(values[:, index], _LEAST)
-        least = [kl[(others <= own).all(axis=1)].min() for own in others]
-        return dict(zip((t.number for t in complete), (kl / least).tolist(), strict=True))
+        return importances(self._study, names, self.objectives)
 
     def table(self) -> "pd.DataFrame":
         """A row per trial: number, state, kl, what was noted, knobs."""

@@ -213,6 +213,7 @@ class TunedPipeline(Pipeline):
         return best
 
     def _summary(self, study: Study, best: Told) -> StudySummary:
+        found = study.importances(BITS)
         return StudySummary(
             journal=study.journal,
             objectives=tuple(study.objectives),
@@ -221,7 +222,8 @@ class TunedPipeline(Pipeline):
             trials=tuple(study.told()),
             best=best.number,
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
-            importances=study.importances(BITS),
+            importances=found.shares,
+            untold=found.untold,
             constraints=limits(self.experiment).limits,
         )
 

@@ -170,6 +170,7 @@ def study(several: bool, run: RunSummary) -> StudySummary:
         best=5,
         front=(0, 3, 8) if several else (),
         importances={"mix": 0.9, "order": 0.1} if not several else {},
+        untold="all 10 complete trials are on the front" if several else "",
     )
 
 
@@ -189,12 +190,14 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
     assert "5 of them" in drawn["study_predicted"][1] and "is 1.00" in drawn["study_predicted"][1]
     assert all(imread(path).std() > 0 for path, _ in drawn.values())
     if several:
-        missing = "Importance of the knobs: it takes 10 complete trials to tell, and there are 9."
-        assert missing in page.text
+        why = "all 10 complete trials are on the front"
+        assert f"Importance of the knobs: {why}." in page.text
+        assert found.to_json()["importances_untold"] == why
         assert page.tables["front"][0] == ["trial", "KL", "bytes", "within the budget"]
         assert [row[0] for row in page.tables["front"][1:]] == ["0 (even)", "3", "8"]
         assert page.tables["front"][3][1:] == ["0.1111", f"{run.budget_bytes + 30:,}", "no"]
     else:
+        assert "importances_untold" not in found.to_json()
         assert "Importance of the knobs" not in page.text and "front" not in page.tables
         assert "among those of the least KL" in drawn["study_importances"][1]
     assert found.to_json()["best"] == {

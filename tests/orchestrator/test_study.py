@@ -13,6 +13,7 @@ import pytest
 from moesaic.orchestrator import study_journal
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.study_importances import Importances
 from moesaic.orchestrator.study_journal import open_storage
 from moesaic.search.knobs import Knob
 
@@ -318,16 +319,17 @@ def test_two_objectives_have_a_front(tmp_path: Path) -> None:
             opened.tell(opened.ask(), {"kl": kl, "bytes": float(size)})
         assert opened.front() == [0, 1]
         assert [t.kl for t in opened.told()] == [3.0, 1.0, 2.0]
-        assert opened.importances(BUDGET) == {}
+        told = "it takes 10 complete trials to tell, and there are 3"
+        assert opened.importances(BUDGET) == Importances({}, told)
 
 
 def test_importances_need_some_trials_and_tell_what_matters(tmp_path: Path) -> None:
     with study(tmp_path, sampler="random") as opened:
         for number in range(40):
-            assert opened.importances(BUDGET) == {} or number >= 10
+            assert bool(opened.importances(BUDGET).untold) is (number < 10)
             asked = opened.ask()
             opened.tell(asked, {"kl": abs(float(asked.values["slope"]) - 0.3)})
-        found = opened.importances(BUDGET)
+        found = opened.importances(BUDGET).shares
     assert next(iter(found)) == "slope" and sum(found.values()) == pytest.approx(1)
 
 
@@ -340,8 +342,33 @@ def test_importances_are_of_what_lies_near_the_front(tmp_path: Path) -> None:
             bits = float(asked.values[BUDGET])
             kl = 0.5**bits * (1 + abs(float(asked.values["slope"]) - 0.3))
             opened.tell(asked, {"kl": kl, "bytes": 100 * bits})
-        found = opened.importances(BUDGET)
+        found = opened.importances(BUDGET).shares
         assert found.keys() == {"slope", "order"} and found["slope"] > found["order"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "told"),
+    [
+        (["kl"], "all 12 complete trials have the same KL"),
+        (["bytes", "kl"], "all 12 complete trials are on the front"),
+    ],
+)
+def test_where_all_trials_are_as_good_nothing_is_told_of_knobs(
+    objectives: list[str], told: str, tmp_path: Path
+) -> None:
+    with study(tmp_path, objectives=objectives, sampler="random") as opened:
+        for number in range(12):
+            kl = 0.5 if len(objectives) == 1 else 1.0 / (1 + number)
+            opened.tell(opened.ask(), {"kl": kl, "bytes": float(number)})
+        assert opened.importances(BUDGET) == Importances({}, told)
+
+
+def test_no_knob_left_to_vary_is_told(tmp_path: Path) -> None:
+    with study(tmp_path, knobs=[KNOBS[2]], starts={}) as opened:
+        for number in range(10):
+            opened.tell(opened.ask(), {"kl": float(number)})
+        told = "no knob but the budget's was left to vary"
+        assert opened.importances(BUDGET) == Importances({}, told)
 
 
 def test_a_trial_that_is_given_back_comes_first_with_its_values(tmp_path: Path) -> None:
