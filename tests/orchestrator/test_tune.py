@@ -891,7 +891,7 @@ def test_time_that_is_up_leaves_no_trial_that_seems_to_run(
     project = make(tune={"prune": False, "sequences": 2})
     with monkeypatch.context() as patch:
         # Time is up once a trial was asked for ahead.
-        late = lambda self: self.prepared is not None and self.finished > 0  # noqa: E731
+        late = lambda self: self.prepared is not None and self.shown.finished > 0  # noqa: E731
         patch.setattr(Trials, "_late", late)
         project.tune(6, timeout=60.0)
     study = optuna.load_study(
