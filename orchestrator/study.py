@@ -1,9 +1,9 @@
 """An Optuna study in a journal file, which outlives whoever works on it.
 
-A trial is asked for, runs, and is told. Whoever dies in between leaves trials that seem to run for
-ever. The next one to open the study enqueues their values again and tells them FAIL, in this order,
-with a mark that says whose values they are: wherever that is interrupted, no trial is lost and none
-is there twice. Such interrupted trials do not count.
+A trial is asked for, runs, and is told. Whoever stops in between enqueues the values of what runs
+again and tells it FAIL, in this order, with a mark that says whose values they are: wherever that
+is interrupted, no trial is lost and none is there twice. Such interrupted trials do not count.
+Whoever dies leaves trials that seem to run for ever, and the next one to open the study does that.
 
 A line that a dying process left unfinished at the end of the journal is cut off; it was never told.
 One driver at a time works on a journal (:mod:`moesaic.orchestrator.study_journal`).
@@ -200,7 +200,7 @@ class Study:
         else:
             with journal_errors(self.journal):
                 check_same(self.journal, self.name, known, self.made_of, self._resume)
-            _bury_zombies(study)
+            _give_back_all(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(
@@ -260,10 +260,10 @@ class Study:
         asked.trial.set_user_attr(_REASON, reason)
         self._study.tell(asked.trial, state=TrialState.FAIL)
 
-    def give_back(self, asked: Asked) -> None:
-        """A trial that nobody will work on now: its values come first when the study goes on."""
-        every = self._study.get_trials(deepcopy=False)
-        _give_back(self._study, next(t for t in every if t.number == asked.number))
+    def give_back(self) -> None:
+        """Nobody works on any trial now: values of those that were begun come first when the study
+        goes on."""
+        _give_back_all(self._study)
 
     def told(self) -> list[Told]:
         """All finished trials that count, in order of their numbers."""
@@ -356,14 +356,14 @@ def _times(frozen: "FrozenTrial") -> tuple[float, float] | None:
     return max(asked, ended - frozen.user_attrs.get("seconds", math.inf)), ended
 
 
-def _bury_zombies(study: "OptunaStudy") -> None:
-    """Gives back the trials whose driver died."""
+def _give_back_all(study: "OptunaStudy") -> None:
+    """Gives back the trials that seem to run: their driver died, or stops in order."""
     from optuna.trial import TrialState
 
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     there = {trial.user_attrs.get(_AGAIN) for trial in waiting}
-    for zombie in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        _give_back(study, zombie, enqueue=zombie.number not in there)
+    for unfinished in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        _give_back(study, unfinished, enqueue=unfinished.number not in there)
 
 
 def _give_back(study: "OptunaStudy", unfinished: "FrozenTrial", enqueue: bool = True) -> None:

@@ -141,14 +141,13 @@ class Trials:
             self.study.get_ready()
             pool.run(tasks, self.shown.tick, self._meanwhile, self._more)
         except (Exception, KeyboardInterrupt):
-            for finish in (self._settle, self.record.write):
-                with suppress(RunError):  # of the record: what came first is what is told
+            for finish in (self._settle, self.study.give_back, self.record.write):
+                with suppress(RunError, OSError):  # what came first is what is told
                     finish()
             raise
         self._settle()
-        if self.prepared is not None:  # when time was up
-            self.study.give_back(self.prepared.asked)
-            self.prepared = None
+        self.study.give_back()  # what was prepared when time was up
+        self.prepared = None
         self.record.write()
         self.shown.close()
         release(pool)

@@ -376,7 +376,7 @@ def test_a_trial_that_is_given_back_comes_first_with_its_values(tmp_path: Path) 
         for _ in range(2):
             opened.tell(opened.ask(), {"kl": 1.0})
         drawn = opened.ask()
-        opened.give_back(drawn)
+        opened.give_back()
         assert len(opened.told()) == 2
         states = [trial.state.name for trial in opened._study.get_trials(deepcopy=False)]
         assert states == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]

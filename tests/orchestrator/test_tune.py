@@ -183,6 +183,36 @@ def test_a_killed_driver_loses_nothing_and_counts_nothing_twice(call: int, make:
     assert done == max(0, call - 1 - 4)  # four calls remember the dense model
 
 
+def test_a_study_that_is_stopped_leaves_no_trial_that_seems_to_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"sequences": 2, "prune": False})
+    judged = resident.evaluate_plan
+    count = 0
+
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return judged(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resident, "evaluate_plan", stopped)
+        project.tune(8, size=2)
+    study = optuna.load_study(
+        study_name="small", storage=open_storage(project.output / "journal.log")
+    )
+    states = Counter(trial.state.name for trial in study.trials)
+    assert states["RUNNING"] == 0 and states["FAIL"] == states["WAITING"] >= 2
+    done = len(project.tracked)
+    assert done == states["COMPLETE"] > 0
+    project.tune(8, size=2)
+    table = trials(project)
+    assert len(table) == 8 and set(table["state"]) == {"complete"}
+    assert not table.filter(regex="knob|start").duplicated().any()
+
+
 def test_the_sampler_knows_all_trials_but_the_one_in_flight(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
