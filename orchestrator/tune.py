@@ -25,7 +25,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
 from moesaic.orchestrator.study_baselines import judged_baselines
-from moesaic.orchestrator.study_journal import KNOBS, MEASUREMENTS, VERSION, check_journal
+from moesaic.orchestrator.study_journal import ASIDE, KNOBS, MEASUREMENTS, check_journal
 from moesaic.orchestrator.study_terms import (
     BITS,
     all_knobs,
@@ -91,11 +91,11 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
 def study_id(experiment: Experiment, options: StudyOptions) -> str:
     """Names a study on record: by its journal, its name there, and what it is made of.
 
-    What it measures is left out, which is not known from the start, and so is the version: both are
-    the same in a study that goes on.
+    What it measures is left out, which is not known from the start and the same where it goes on,
+    and what may then be something else.
     """
     journal = (options.storage or experiment.output / JOURNAL).resolve()
-    facts = {name: fact for name, fact in made_of(experiment).items() if name != VERSION}
+    facts = {name: fact for name, fact in made_of(experiment).items() if name not in ASIDE}
     objectives = section(experiment).objectives
     return digest([str(journal), experiment.recipe.name, facts, objectives])
 

@@ -191,6 +191,28 @@ def test_a_study_whose_maker_died_before_it_said_of_what_is_gone_on_with(tmp_pat
         assert [opened.ask().start for _ in range(3)] == [*STARTS, None]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("tiny", "small", "the model differs: tiny, now small. Undo"),
+        ("tiny", "tiny", "the model differs: files of tiny have changed. Undo"),
+        (None, "tiny", "the model differs (another one, or its files have changed). Undo"),
+    ],
+)
+def test_models_are_told_by_their_names_and_compared_by_their_contents(
+    before: str | None, now: str, told: str, tmp_path: Path
+) -> None:
+    name = study_journal.MODEL_NAME
+    known = {"model": "a", **({name: before} if before else {})}
+    with study(tmp_path, made_of=known):
+        pass
+    with study(tmp_path, made_of={"model": "a", name: now}):
+        pass  # the same model at another place
+    with pytest.raises(UserError) as error, study(tmp_path, made_of={"model": "b", name: now}):
+        pass
+    assert told in str(error.value)
+
+
 def test_another_study_may_lie_in_the_same_journal(tmp_path: Path) -> None:
     with study(tmp_path) as opened:
         opened.tell(opened.ask(), {"kl": 1.0})

@@ -31,6 +31,7 @@ from moesaic.orchestrator.study import Study, Told
 from moesaic.orchestrator.study_journal import (
     CALIBRATION,
     MADE_OF,
+    MODEL_NAME,
     VERSION,
     locked,
     open_storage,
@@ -739,11 +740,14 @@ def test_a_study_is_on_record_by_what_it_is_made_of(
     assert told() == first
 
 
-def test_another_model_is_told_in_words(make: Make, known_study: Path, tmp_path: Path) -> None:
+def test_another_model_is_told_by_its_name(
+    make: Make, model: Path, known_study: Path, tmp_path: Path
+) -> None:
     other = make_model_folder(tmp_path / "other", "qwen3_moe", tie_word_embeddings=True)
     project = make(model=str(other))
     before = copied(known_study, project.output)
-    with pytest.raises(UserError, match="made with something else: the model differs"):
+    told = f"made with something else: the model differs: {re.escape(str(model))}, now {other}[.;]"
+    with pytest.raises(UserError, match=told):
         project.tune(5)
     assert project.calls.total() == 0 and contents(project.output) == before
 
@@ -833,7 +837,7 @@ def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) ->
     for line in lines:
         known = line.get("user_attr", {}).get(MADE_OF)
         if known is not None:
-            assert known.pop(CALIBRATION) and known.pop(VERSION)
+            assert all(known.pop(fact) for fact in (CALIBRATION, VERSION, MODEL_NAME))
         if "plan" in line.get("user_attr", {}):
             line["user_attr"]["plan"] = "0" * 40
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
