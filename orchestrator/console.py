@@ -1,7 +1,9 @@
 """What a person sees on stderr while a run works: bars on a terminal, lines in a log."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress import Task as BarTask
 from rich.table import Column, Table
+from rich.text import Text
 
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.redaction import redacted
@@ -45,6 +49,17 @@ _SHOWN = 4
 _RATE_SECONDS = 120.0
 
 
+class _TimeLeft(ProgressColumn):
+    """As rich's, but for a stage that has a limit no more than what is left of that."""
+
+    max_refresh = 0.5
+
+    def render(self, task: BarTask) -> Text:
+        seconds = _left(task)
+        text = "-:--:--" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
+        return Text(text, style="progress.remaining")
+
+
 class View:
     """Progress of named stages; use as a context manager.
 
@@ -67,7 +82,7 @@ class View:
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             # A long note goes on in further lines of its column.
             TextColumn("{task.fields[note]}", style="dim", table_column=Column(ratio=1)),
             console=console,
@@ -96,7 +111,7 @@ class View:
         if name in self._bars:
             self._complete(name)
         self._bars[name] = self.progress.add_task(
-            name, total=total, completed=done, note="", rate=""
+            name, total=total, completed=done, note="", rate="", until=None
         )
         # Rates count from here: those of two steps that end together would be beyond all bounds.
         self.progress.advance(self._bars[name], 0)
@@ -104,6 +119,10 @@ class View:
         self._earlier[name] = self.seconds.setdefault(name, 0.0)
         if done:
             self.line(f"{name}: {done} of {total} were finished before")
+
+    def limit(self, name: str, seconds: float) -> None:
+        """A stage will end after that time, if it has not before."""
+        self.progress.update(self._bars[name], until=time.monotonic() + seconds)
 
     def advance(self, name: str, steps: int = 1, peak_bytes: int = 0) -> None:
         """Counts finished steps."""
@@ -146,7 +165,8 @@ class View:
         self._last_line = time.monotonic()
         for task in self.progress.tasks:
             if not task.finished and task.total:
-                left = "" if task.time_remaining is None else f"{task.time_remaining:.0f} s left"
+                seconds = _left(task)
+                left = "" if seconds is None else f"{seconds:.0f} s left"
                 self.line(
                     f"{task.description}: {task.completed:.0f}/{task.total:.0f}"
                     f"  {task.fields['rate']}  {left}  {note}"
@@ -170,6 +190,14 @@ class View:
             by_kind.setdefault(event.kind, []).append(event)
         for kind, group in by_kind.items():
             self.line(f"event {kind} ×{len(group)}: {group[0].unit}: {group[0].message}")
+
+
+def _left(task: BarTask) -> float | None:
+    """Seconds that a stage will still take, as far as that is known."""
+    until = task.fields["until"]
+    limit = None if until is None or task.finished else max(0.0, until - time.monotonic())
+    known = [seconds for seconds in (task.time_remaining, limit) if seconds is not None]
+    return min(known, default=None)
 
 
 def _rate(speed: float | None) -> str:

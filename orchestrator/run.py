@@ -231,7 +231,7 @@ def tune_recipe(
         as :func:`run_recipe`, and ``study``: what ``study.json`` has.
     """
     from moesaic.orchestrator.study import JOURNAL
-    from moesaic.orchestrator.tune import TunedPipeline, check_study
+    from moesaic.orchestrator.tune import TunedPipeline, check_study, study_id
 
     started = time.monotonic()
     recipe = _registered(load_recipe(recipe_file), register)
@@ -243,13 +243,13 @@ def tune_recipe(
     # More trials of a study belong to its run, also if that had finished.
     journal = options.storage or folder / JOURNAL
     make_folder(journal.parent, "--storage")
-    known = journal.exists()
-    experiment = None
-    if known:
+    experiment, known = None, ""
+    if journal.exists():
         # One that is refused leaves the folder, and the run on record, as they are.
         with _naming(recipe_file):
             experiment = _ready(Experiment(recipe, folder))
             check_study(experiment, options)
+            known = study_id(experiment, options)
     with (
         _started(recipe_file, recipe, folder, "tune"),
         Tracker(recipe.tracking, recipe.name, folder, run_params(recipe), "tune", known) as tracker,
@@ -263,6 +263,7 @@ def tune_recipe(
         ) as pipeline,
     ):
         result["tracking_uri"] = tracker.uri
+        tracker.belongs_to(study_id(pipeline.experiment, options))
         _run(pipeline, ("evaluate", "assemble", "report"), result)
         _track(tracker, pipeline, result)
         tracker.log_files(folder / name for name in STUDY_FILES)

@@ -1,9 +1,9 @@
 """An Optuna study in a journal file, which outlives whoever works on it.
 
-A trial is asked for, runs, and is told. Whoever dies in between leaves trials that seem to run for
-ever. The next one to open the study enqueues their values again and tells them FAIL, in this order,
-with a mark that says whose values they are: wherever that is interrupted, no trial is lost and none
-is there twice. Such interrupted trials do not count.
+A trial is asked for, runs, and is told. Whoever stops in between enqueues the values of what runs
+again and tells it FAIL, in this order, with a mark that says whose values they are: wherever that
+is interrupted, no trial is lost and none is there twice. Such interrupted trials do not count.
+Whoever dies leaves trials that seem to run for ever, and the next one to open the study does that.
 
 A line that a dying process left unfinished at the end of the journal is cut off; it was never told.
 One driver at a time works on a journal (:mod:`moesaic.orchestrator.study_journal`).
@@ -20,8 +20,7 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from moesaic.orchestrator.study_importances import Importances, importances
 from moesaic.orchestrator.study_journal import (
     KNOBS,
     MADE_OF,
@@ -44,10 +43,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.log"
 # Complete trials that one is compared with, at least, before it is given up.
 _UNPRUNED = 5
-# Complete trials that importances are told from, at least.
-TELLING = 10
-# A KL below that is none, nats per token.
-_LEAST = 1e-12
 _REASON, _AGAIN, _WANTED = "reason", "again", "wanted"
 _INTERRUPTED = "interrupted"
 
@@ -205,7 +200,7 @@ class Study:
         else:
             with journal_errors(self.journal):
                 check_same(self.journal, self.name, known, self.made_of, self._resume)
-            _bury_zombies(study)
+            _give_back_all(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(
@@ -265,10 +260,10 @@ class Study:
         asked.trial.set_user_attr(_REASON, reason)
         self._study.tell(asked.trial, state=TrialState.FAIL)
 
-    def give_back(self, asked: Asked) -> None:
-        """A trial that nobody will work on now: its values come first when the study goes on."""
-        every = self._study.get_trials(deepcopy=False)
-        _give_back(self._study, next(t for t in every if t.number == asked.number))
+    def give_back(self) -> None:
+        """Nobody works on any trial now: values of those that were begun come first when the study
+        goes on."""
+        _give_back_all(self._study)
 
     def told(self) -> list[Told]:
         """All finished trials that count, in order of their numbers."""
@@ -320,45 +315,15 @@ class Study:
 
         Thread(target=import_module, args=("optuna.importance",), daemon=True).start()
 
-    def importances(self, budget: str) -> dict[str, float]:
-        """Knob → its share in what makes trials good (PED-ANOVA), the largest first.
-
-        Watanabe et al., 2023, 2304.10255. A good trial has little KL: with several objectives,
-        little for one that has as much of the others, which is one near the front. The knob that
-        is the budget is left out: more bytes lose less, which nobody needs to be told.
+    def importances(self, budget: str) -> Importances:
+        """What :func:`importances` tells of the knobs that are not fixed. The one that is the
+        budget is left out: more bytes lose less, which nobody needs to be told.
 
         Args:
             budget: name of that knob, where it is one.
-
-        Returns:
-            nothing where there are too few trials to tell, or no knobs.
         """
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-        from optuna.trial import TrialState
-
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         names = [knob.name for knob in self.knobs if not knob.fixed and knob.name != budget]
-        if len(complete) < TELLING or not names:
-            return {}
-        beyond = self._beyond(complete)
-        with warnings.catch_warnings():
-            # It reminds of what is so here: small values are good.
-            warnings.simplefilter("ignore", UserWarning)
-            found = get_param_importances(
-                self._study,
-                evaluator=PedAnovaImportanceEvaluator(),
-                params=names,
-                target=lambda trial: beyond[trial.number],
-            )
-        return {name: float(share) for name, share in found.items()}
-
-    def _beyond(self, complete: Sequence["FrozenTrial"]) -> dict[int, float]:
-        """Number of a trial → its KL over the least of those that have no more of anything else;
-        with one objective the least of all."""
-        values, index = np.array([t.values for t in complete]), self.objectives.index("kl")
-        others, kl = np.delete(values, index, axis=1), np.maximum(values[:, index], _LEAST)
-        least = [kl[(others <= own).all(axis=1)].min() for own in others]
-        return dict(zip((t.number for t in complete), (kl / least).tolist(), strict=True))
+        return importances(self._study, names, self.objectives)
 
     def table(self) -> "pd.DataFrame":
         """A row per trial: number, state, kl, what was noted, knobs."""
@@ -391,14 +356,14 @@ def _times(frozen: "FrozenTrial") -> tuple[float, float] | None:
     return max(asked, ended - frozen.user_attrs.get("seconds", math.inf)), ended
 
 
-def _bury_zombies(study: "OptunaStudy") -> None:
-    """Gives back the trials whose driver died."""
+def _give_back_all(study: "OptunaStudy") -> None:
+    """Gives back the trials that seem to run: their driver died, or stops in order."""
     from optuna.trial import TrialState
 
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     there = {trial.user_attrs.get(_AGAIN) for trial in waiting}
-    for zombie in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        _give_back(study, zombie, enqueue=zombie.number not in there)
+    for unfinished in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        _give_back(study, unfinished, enqueue=unfinished.number not in there)
 
 
 def _give_back(study: "OptunaStudy", unfinished: "FrozenTrial", enqueue: bool = True) -> None:

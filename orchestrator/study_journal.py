@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 MADE_OF = "made_of"
 MODEL, TEXT, CANDIDATES, MEASUREMENTS = "model", "calibration text", "candidates", "measurements"
-CALIBRATION, VERSION = "calibration", "version"
+CALIBRATION, VERSION, MODEL_NAME = "calibration", "version", "model's name"
+# Facts that may be others in a study that goes on.
+ASIDE = frozenset({VERSION, MODEL_NAME})
 KNOBS = "knobs"
 # Attribute of a trial whose values are among those tried first: their name.
 START = "start"
@@ -31,12 +33,11 @@ _JOURNAL_BYTES = 1 << 30
 _GRACE_SECONDS = 5
 # Facts that are hashes, in words.
 _DIFFER = {
-    MODEL: "the model differs (another one, or its files have changed)",
     TEXT: "calibration text differs (its files, sequences, length or seed, or the tokenizer)",
     MEASUREMENTS: "measurements differ (other calibration, or another version of moesaic)",
 }
 # Facts that journals of earlier versions lack.
-_ADDED = frozenset({CALIBRATION, VERSION})
+_ADDED = frozenset({CALIBRATION})
 # Candidates that are named, and characters of each.
 _NAMED, _CHARACTERS = 3, 80
 
@@ -254,9 +255,11 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator
     """
     for fact in dict.fromkeys([*known, *wanted]):
         before, now = known.get(fact), wanted.get(fact)
-        if before == now or fact == VERSION or (fact in _ADDED and fact not in known):
+        if before == now or fact in ASIDE or (fact in _ADDED and fact not in known):
             continue
-        if fact in _DIFFER:
+        if fact == MODEL:
+            yield _other_model(known.get(MODEL_NAME), wanted.get(MODEL_NAME))
+        elif fact in _DIFFER:
             yield _DIFFER[fact]
         elif fact == CANDIDATES and isinstance(before, list) and isinstance(now, list):
             yield f"{fact}: {_changed(before, now)}"
@@ -266,6 +269,15 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator
                     yield f"{fact} {name}: {_shown(before, name)}, now {_shown(now, name)}"
         else:
             yield f"{fact}: {_text(before)}, now {_text(now)}"
+
+
+def _other_model(before: str | None, now: str | None) -> str:
+    """Contents differ, which are compared; names tell people what they are of."""
+    if before is None:
+        return "the model differs (another one, or its files have changed)"
+    if before == now:
+        return f"the model differs: files of {before} have changed"
+    return f"the model differs: {before}, now {now}"
 
 
 def _changed(before: Sequence[str], now: Sequence[str]) -> str:

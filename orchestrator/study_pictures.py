@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moesaic.orchestrator.label_places import Label, place_labels
+from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.pictures import BEHIND, GREY, KINDS, byte_scale, save
 from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.summary import RunSummary, StudySummary
@@ -17,9 +17,9 @@ from moesaic.orchestrator.summary import RunSummary, StudySummary
 _BEST, _OTHERS, _BASELINE = "#D55E00", KINDS[0], "#009E73"
 
 _CAPTIONS = {
-    "study_history": "Every trial's KL to the dense model on calibration text; the line is the best"
-    " so far within the budget. Rings: tried first. Grey crosses: given up early, with the KL on as"
-    " much text as they saw.",
+    "study_history": "Every trial's KL to the dense model on calibration text; the line is that of"
+    " the best so far within the budget and all limits. Rings: tried first. Grey crosses: given up"
+    " early, with the KL on as much text as they saw.",
     "study_front": "KL on calibration text against the other objective. Blue: the trials that no"
     " other one beats in all objectives; every one of them is a plan that can be had. Rings: tried"
     " first. Diamonds: the recipe's baselines, on the same text, timed as trials are. A thin line"
@@ -57,15 +57,15 @@ def history(study: StudySummary) -> Figure:
         axes.scatter(numbers, _losses(trials), s=22, marker=marker, color=colour, zorder=3)
     numbers = [t.number for t in first]
     axes.scatter(numbers, _losses(first), s=80, facecolors="none", edgecolors="#202124", zorder=4)
-    best, at = [], []
-    lowest = np.inf
+    limits = Limits(study.objectives, study.constraints)
+    best: list[Told] = []
     for trial in complete:
-        if trial.counts:
-            lowest = min(lowest, *_losses([trial]))
-        if lowest < np.inf:
-            best.append(lowest)
-            at.append(trial.number)
-    axes.step(at, best, where="post", color=_BEST, linewidth=1.6, zorder=2)
+        if limits.better(trial, best[-1] if best else None):
+            best.append(trial)
+        elif best:
+            best.append(best[-1])
+    at = [trial.number for trial in complete[len(complete) - len(best) :]]
+    axes.step(at, _losses(best), where="post", color=_BEST, linewidth=1.6, zorder=2)
     _log_if_wide(axes, _losses([*complete, *pruned]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")

@@ -15,10 +15,18 @@ from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.measure import piece_key
 from moesaic.orchestrator.recipe_sections import Tune
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.resident import Rows
 from moesaic.orchestrator.scoring import described, is_predicted
 from moesaic.orchestrator.store import digest
-from moesaic.orchestrator.study_journal import CALIBRATION, CANDIDATES, MODEL, TEXT, VERSION
+from moesaic.orchestrator.study_journal import (
+    CALIBRATION,
+    CANDIDATES,
+    MODEL,
+    MODEL_NAME,
+    TEXT,
+    VERSION,
+)
 from moesaic.orchestrator.widening import check_added
 from moesaic.search._sources import SOURCE
 from moesaic.search.base import Layer, Measurement, search_module
@@ -163,6 +171,7 @@ def made_of(experiment: Experiment) -> dict[str, Any]:
     size = f"{budget.bits_per_weight} bits per weight"
     return {
         MODEL: judge.fingerprint,
+        MODEL_NAME: redacted(recipe.model),
         "dtype": judge.dtype,
         TEXT: judge.ids_digest,
         "sequences": [list(rows) for rows in rungs(experiment)],

@@ -15,7 +15,7 @@ from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
 from moesaic.orchestrator.choices import choices_in
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.refinement import Refinement
-from moesaic.orchestrator.study import TELLING, Told
+from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.yardsticks import LANGUAGE, Yardstick
 from moesaic.search.base import Measurement, Plan
 from moesaic.search.knobs import Knob
@@ -97,6 +97,7 @@ class StudySummary:
         best: number of the best trial within the recipe's budget and the constraints.
         front: numbers of the trials that no other beats; empty with one objective.
         importances: knob → its share in what makes trials good, the largest first.
+        untold: why there are none; empty where there are.
         constraints: figure → the most that was allowed.
         baselines: name → ``kl`` and ``bytes`` of the recipe's baselines on the trials' text, and
             ``latency`` where trials were timed.
@@ -110,6 +111,7 @@ class StudySummary:
     best: int
     front: Sequence[int]
     importances: Mapping[str, float]
+    untold: str = ""
     constraints: Mapping[str, float] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -130,16 +132,6 @@ class StudySummary:
     def counts(self) -> dict[str, int]:
         """How many trials were ``complete``, ``pruned`` and ``failed``."""
         return dict(Counter(trial.state for trial in self.trials))
-
-    @property
-    def untold(self) -> str:
-        """Why there are no importances of knobs; empty where there are."""
-        if self.importances:
-            return ""
-        complete = self.counts.get("complete", 0)
-        if complete < TELLING:
-            return f"it takes {TELLING} complete trials to tell, and there are {complete}"
-        return "no knob but the budget's was left to vary"
 
     @property
     def plans(self) -> int:
@@ -166,6 +158,7 @@ class StudySummary:
             "front": [{"trial": n, **_figures(by_number[n])} for n in self.front],
             "baselines": {name: dict(figures) for name, figures in self.baselines.items()},
             "importances": dict(self.importances),
+            **({"importances_untold": self.untold} if self.untold else {}),
         }
 
 

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
 
 _PARENT = "mlflow.parentRunId"
-_VERB = "moesaic.verb"
+_VERB, _STUDY, _OUTPUT = "moesaic.verb", "moesaic.study", "output"
+_NOW = "now."  # before the name of a param, in a tag
 _MEMORY = "mlflow_run.json"
 # What MLflow takes in one call.
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
@@ -54,7 +55,9 @@ class Tracker:
 
     Leaving the block ends the run as FINISHED, or as KILLED (Ctrl-C, SIGTERM) or FAILED with the
     reason in the tag ``failure``. ``OUTPUT/mlflow_run.json`` remembers the run: with the same
-    verb and params, an unfinished one is continued. Every method logs one thing and is called once.
+    verb and params, an unfinished one is continued. A study's run is found by the study, whatever
+    params are others now: MLflow keeps a run's params as they were, so those stand in tags
+    ``now.PARAM``. Every method logs one thing and is called once.
 
     Args:
         tracking: where, and under which names.
@@ -63,7 +66,8 @@ class Tracker:
         params: what distinguishes this run from others; nested mappings become ``outer.inner``.
         verb: of moesaic that this is a run of, the tag ``moesaic.verb``; another one goes on with
             no run of this one.
-        finished_too: whether a run that has finished is also gone on with, as a study is.
+        study: names the study that is gone on with, whose run is gone on with also where it had
+            finished; empty where there is none yet (see :meth:`belongs_to`).
 
     Raises:
         UserError: the recipe names what MLflow cannot have.
@@ -77,7 +81,7 @@ class Tracker:
         output: Path,
         params: Mapping[str, Any],
         verb: str = "run",
-        finished_too: bool = False,
+        study: str = "",
     ) -> None:
         self.place = mlflow_text.place(tracking.uri, output.resolve().parent)
         model = tracking.register_as
@@ -89,7 +93,7 @@ class Tracker:
         self.name = name
         self.output = output
         self.verb = verb
-        self.finished_too = finished_too
+        self.study = study
         self.params, self._long_params = mlflow_text.safe_params(redacted_tree(params))
         self.run_id = ""
         self._experiment_id = ""
@@ -116,7 +120,7 @@ class Tracker:
             self._client = open_client(self.place.uri, server)
             self._experiment_id = self._experiment()
         with self._talk():
-            self.run_id = self._earlier() or self._new_run()
+            self.run_id = self._of_study() or self._earlier() or self._new_run()
         memory = json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n"
         write_text(self.output / _MEMORY, memory)
         return self
@@ -142,6 +146,11 @@ class Tracker:
                 raise
             # The error that ended the work is the one to report; this one is said beside it.
             stderr.print(f"the failure is not recorded: {unreachable}", markup=False)
+
+    def belongs_to(self, study: str) -> None:
+        """Names the study that the run is of, so that it is found by that when it goes on."""
+        with self._talk():
+            self._client.set_tag(self.run_id, _STUDY, study)
 
     def log_scores(
         self, scores: Mapping[str, Mapping[str, Any]], plans: Mapping[str, Plan]
@@ -454,6 +463,31 @@ class Tracker:
             )
         return str(found.experiment_id)
 
+    def _of_study(self) -> str | None:
+        """The last run of the study that is gone on with, running again."""
+        if not self.study:
+            return None
+        wanted = f"tags.`{_STUDY}` = '{self.study}' AND tags.`{_VERB}` = '{self.verb}'"
+        found = self._client.search_runs(
+            [self._experiment_id],
+            wanted,
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not found:
+            return None
+        before, now, tags = found[0].data.params, self.params, found[0].data.tags
+        changed = {
+            _NOW + key: now.get(key, "none")
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key)
+        }
+        for tag in (tag for tag in tags if tag.startswith(_NOW) and tag not in changed):
+            self._client.delete_tag(found[0].info.run_id, tag)
+        for tag, value in {**changed, _OUTPUT: redacted(str(self.output.resolve()))}.items():
+            self._client.set_tag(found[0].info.run_id, tag, value)
+        return self._running(found[0])
+
     def _earlier(self) -> str | None:
         """The run that an earlier attempt at the same has left, running again."""
         from mlflow.exceptions import MlflowException
@@ -477,21 +511,26 @@ class Tracker:
         info = run.info
         if info.lifecycle_stage != "active":
             return None
-        if info.status == "FINISHED" and not self.finished_too:
+        if info.status == "FINISHED" and not self.study:
             return None
         if run.data.tags.get(_VERB, "run") != self.verb:
             return None
         if info.experiment_id != self._experiment_id or run.data.params != self.params:
             return None
+        return self._running(run)
+
+    def _running(self, run: Any) -> str:
+        """Id of a run that is gone on with."""
+        run_id = str(run.info.run_id)
         self._client.update_run(run_id, status="RUNNING")
         if "failure" in run.data.tags:
             self._client.delete_tag(run_id, "failure")
-        return str(run_id)
+        return run_id
 
     def _new_run(self) -> str:
         tags = {
             "mlflow.source.name": "moesaic",
-            "output": redacted(str(self.output.resolve())),
+            _OUTPUT: redacted(str(self.output.resolve())),
             _VERB: self.verb,
         }
         run = self._client.create_run(self._experiment_id, tags=tags, run_name=self.name)

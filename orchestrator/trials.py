@@ -11,7 +11,7 @@ it consists of, and a trial whose plan another one is just being judged with wai
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,7 @@ from moesaic.orchestrator.study import Asked, Study, Told
 from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
 from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
 from moesaic.orchestrator.trial_record import Made, TrialRecord
+from moesaic.orchestrator.trial_view import TrialView
 from moesaic.orchestrator.worker import plain
 from moesaic.search._starts import is_greedy
 from moesaic.search.alternatives import solve
@@ -58,16 +59,6 @@ def is_plan_of(told: Told, plan: Plan) -> bool:
     if judged.startswith(_CHOICES):
         return judged == plan_key(plan)
     return plan.loss == float(told.attributes["predicted_loss"])
-
-
-def _shown(told: Told) -> str:
-    """A complete trial in a few words."""
-    start = told.attributes.get("start")
-    figures = told.figures
-    timed = f", {figures['latency']:.4g} ms/token" if "latency" in figures else ""
-    name = f" ({start})" if start else ""
-    size = int(figures["bytes"])
-    return f"trial {told.number}{name}: KL {told.kl:.4g}, {size:,} bytes{timed}"
 
 
 @dataclass
@@ -118,11 +109,10 @@ class Trials:
         self.known: set[str] = set()
         self.drawn: tuple[Mapping[str, Value], Plan] | None = None
         study.is_new = self._is_new
-        self.finished = self.front = 0
         self.failures = Failures()
         self.timed = section(self.experiment).timed
         self.limits = limits(self.experiment)
-        self.best: Told | None = None
+        self.shown = TrialView(self.view, self.limits, self.failures)
         # Of plans that were timed before, by their keys.
         self.latencies: dict[str, float] = {}
         # What follows from results, in their order, and is done once workers have something to do.
@@ -134,39 +124,33 @@ class Trials:
         for trial in known:
             self.known.add(str(trial.attributes.get("plan")))
             self.record.add(trial)
-            self._rank(trial)
+            self._remember(trial)
             self.failures.planned |= "plan" in trial.attributes
         self.record.write()
         self.begun = len(known)
-        self.view.stage("trials", self.options.trials, self.begun)
-        if len(self.study.objectives) > 1:
-            self.front = len(self.study.front())
+        self.shown.open(self.options.trials, known, self._front(known))
         if self.begun >= self.options.trials:
-            self.view.finish("trials", self._state())
+            self.shown.close()
             return
         pool, judge = self.pipeline.pool, self.experiment.calibration_judge
         remember_dense(pool, self.view, judge, self.rungs)
         self.started = time.monotonic()
+        self.shown.begin(self.options.timeout)
         try:
             tasks = self._begin()
             self.study.get_ready()
-            pool.run(tasks, self._tick, self._meanwhile, self._more)
+            pool.run(tasks, self.shown.tick, self._meanwhile, self._more)
         except (Exception, KeyboardInterrupt):
-            for finish in (self._settle, self.record.write):
-                with suppress(RunError):  # of the record: what came first is what is told
+            for finish in (self._settle, self.study.give_back, self.record.write):
+                with suppress(RunError, OSError):  # what came first is what is told
                     finish()
             raise
         self._settle()
-        if self.prepared is not None:  # when time was up
-            self.study.give_back(self.prepared.asked)
-            self.prepared = None
+        self.study.give_back()  # what was prepared when time was up
+        self.prepared = None
         self.record.write()
-        self.view.finish("trials", self._state())
+        self.shown.close()
         release(pool)
-        shown = "" if self.best is None else f", best {_shown(self.best)}"
-        self.view.line(f"trials: {self._pace()}{shown}")
-        for reason, count in self.failures.reasons.most_common():
-            self.view.line(f"failed ×{count}: {reason}")
 
     def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
         """The plan of some values, by the recipe's strategy unless the trial is the greedy start.
@@ -320,7 +304,7 @@ class Trials:
         """What is left to do of a plan whose KL is known."""
 
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            self.view.advance("trials", 0, result["peak_bytes"])
+            self.shown.worked(result["peak_bytes"])
             job.latency = self.latencies[job.key] = result["milliseconds"]
             self._later.append(partial(self._finish, job, self._mean(job), pruned=False))
             return self._begin(done=slot)
@@ -344,7 +328,7 @@ class Trials:
         judge = self.experiment.calibration_judge
 
         def done(result: Mapping[str, Any]) -> Iterable[Task]:
-            self.view.advance("trials", 0, result["peak_bytes"])
+            self.shown.worked(result["peak_bytes"])
             self._later.append(
                 partial(self._keep, trial_key(judge, rows, job.pieces), result["kl"])
             )
@@ -438,39 +422,23 @@ class Trials:
 
     def _count(self, asked: Asked, job: _Job | None) -> None:
         """A trial was told; one that failed without its job."""
-        self.finished += 1
         if job is not None:
             self.failures.succeeded()
-        self.view.advance("trials")
-        told = next(t for t in reversed(self.study.told()) if t.number == asked.number)
-        if told.state == "complete" and len(self.study.objectives) > 1:
-            self.front = len(self.study.front())
+        every = self.study.told()
+        told = next(trial for trial in reversed(every) if trial.number == asked.number)
         self.record.add(told, None if job is None else (job.plan, job.pieces, job.mixtures))
-        if self._rank(told):
-            self.view.line(f"{_shown(told)}, the best so far; {self._pace()}")
+        self._remember(told)
+        complete = told.state == "complete"
+        self.shown.told(told, self._front(every) if complete else self.shown.front)
 
-    def _rank(self, told: Told) -> bool:
-        """Whether a trial is the best so far, within the recipe's budget."""
+    def _front(self, told: Sequence[Told]) -> list[Told]:
+        """What none of these trials beats; nothing with one objective."""
+        if len(self.study.objectives) == 1:
+            return []
+        members = set(self.study.front())
+        return [trial for trial in told if trial.number in members]
+
+    def _remember(self, told: Told) -> None:
+        """How long a token takes under a plan, where that was measured."""
         if "latency" in told.attributes:
             self.latencies.setdefault(told.attributes["plan"], told.attributes["latency"])
-        if not self.limits.better(told, self.best):
-            return False
-        self.best = told
-        return True
-
-    # What people see
-
-    def _pace(self) -> str:
-        minutes = (time.monotonic() - self.started) / 60
-        failed = f", {self.failures.count} failed" if self.failures.count else ""
-        return f"{self.finished / max(minutes, 1e-9):.1f} trials/min{failed}"
-
-    def _tick(self, running: list[str]) -> None:
-        self.view.tick([*self._state(), self._pace()])
-
-    def _state(self) -> list[str]:
-        """What was found so far."""
-        told = [] if self.best is None else [f"best {self.best.kl:.4g} (trial {self.best.number})"]
-        if len(self.study.objectives) > 1:
-            told.append(f"front {self.front}")
-        return told

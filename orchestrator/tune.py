@@ -25,7 +25,7 @@ from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.store import digest, write_atomically, write_json
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
 from moesaic.orchestrator.study_baselines import judged_baselines
-from moesaic.orchestrator.study_journal import KNOBS, MEASUREMENTS, check_journal
+from moesaic.orchestrator.study_journal import ASIDE, KNOBS, MEASUREMENTS, check_journal
 from moesaic.orchestrator.study_terms import (
     BITS,
     all_knobs,
@@ -86,6 +86,18 @@ def check_study(experiment: Experiment, options: StudyOptions) -> None:
     doubt = check_journal(journal, name, wanted, options.resume, unknown)
     if doubt is not None:
         stderr.print(doubt, markup=False)
+
+
+def study_id(experiment: Experiment, options: StudyOptions) -> str:
+    """Names a study on record: by its journal, its name there, and what it is made of.
+
+    What it measures is left out, which is not known from the start and the same where it goes on,
+    and what may then be something else.
+    """
+    journal = (options.storage or experiment.output / JOURNAL).resolve()
+    facts = {name: fact for name, fact in made_of(experiment).items() if name not in ASIDE}
+    objectives = section(experiment).objectives
+    return digest([str(journal), experiment.recipe.name, facts, objectives])
 
 
 class TunedPipeline(Pipeline):
@@ -201,6 +213,7 @@ class TunedPipeline(Pipeline):
         return best
 
     def _summary(self, study: Study, best: Told) -> StudySummary:
+        found = study.importances(BITS)
         return StudySummary(
             journal=study.journal,
             objectives=tuple(study.objectives),
@@ -209,7 +222,8 @@ class TunedPipeline(Pipeline):
             trials=tuple(study.told()),
             best=best.number,
             front=tuple(study.front()) if len(study.objectives) > 1 else (),
-            importances=study.importances(BITS),
+            importances=found.shares,
+            untold=found.untold,
             constraints=limits(self.experiment).limits,
         )
 

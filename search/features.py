@@ -126,13 +126,15 @@ class Pairs:
         return np.array([bool(chain) for _, chain in self.names], dtype=bool)
 
     def losses(self, rule: Rule) -> Floats:
-        """What a score predicts; 0 for what is left as it is.
+        """What a score predicts; 0 for what is left as it is, which takes no part in the units that
+        a formula's inputs are in: it has none where formulas are evolved.
 
         Raises:
             ValueError: naming the first pair of which it predicts no finite loss, or one below 0.
         """
+        changed, found = self.changed, np.zeros(len(self.names))
         with np.errstate(all="ignore"):
-            found = np.where(self.changed, rule.compute(self.features), 0.0)
+            found[changed] = rule.compute({n: v[changed] for n, v in self.features.items()})
         wrong = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
         if len(wrong):
             choice, chain = self.names[wrong[0]]
@@ -140,7 +142,7 @@ class Pairs:
                 f"score {rule.name}: {choice} under {chain_text(chain)}: {found[wrong[0]]:.4g} is"
                 f" no loss ({len(wrong)} of {len(found)} like it)"
             )
-        return cast(Floats, found)
+        return found
 
 
 def scores() -> list[str]:

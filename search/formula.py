@@ -1,8 +1,8 @@
 """Formulas over features: a tree of unary and binary operators that can be printed and saved.
 
 Inputs are arrays over pairs, none below 0, each in units of its own geometric mean, so that sums
-and logarithms mean the same whatever an input is measured in. The mean is that of the pairs at
-hand: a formula is used as it was found on one model, on another one in that model's units.
+and logarithms mean the same whatever an input is measured in. The mean is that of the compressed
+pairs at hand: a formula is used as it was found on one model, on another one in that model's units.
 
     {"formula": ["mul", ["sqrt", "fisher_error"], "influence"], "text": "sqrt(fisher_error) * …"}
 

@@ -53,6 +53,29 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(clock: Clock) ->
     assert view.seconds["measure"] == 1010
 
 
+def test_a_stage_with_a_limit_takes_no_longer_than_that(clock: Clock) -> None:
+    view, stream = log()
+    with view:
+        view.stage("trials", 1000)
+        view.limit("trials", 60)
+        clock.now += 20
+        view.tick([])  # nothing is done yet
+        view.advance("trials", 1)
+        clock.now += 20
+        view.advance("trials", 1)
+        view.tick([])
+        (task,) = view.progress.tasks
+        assert str(module._TimeLeft().render(task)) == "0:00:20"
+        clock.now += 30  # what is under way is finished
+        assert str(module._TimeLeft().render(task)) == "0:00:00"
+        view.progress.update(task.id, completed=999)
+        view.finish("trials")
+    assert [line.split("  ")[2] for line in stream.getvalue().splitlines()] == [
+        "40 s left",
+        "20 s left",
+    ]
+
+
 def test_steps_that_end_together_make_no_speed(clock: Clock) -> None:
     """Two trials of two workers, after half a minute."""
     view, stream = log()

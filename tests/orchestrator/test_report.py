@@ -14,7 +14,7 @@ from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.refinement_pictures import draw_refinement
 from moesaic.orchestrator.report import number_text, render, seconds_text, write_report
 from moesaic.orchestrator.study import Told
-from moesaic.orchestrator.study_pictures import draw_study, front
+from moesaic.orchestrator.study_pictures import draw_study, front, history
 from moesaic.orchestrator.summary import RunSummary, StudySummary, module_names
 from moesaic.search.knobs import Knob
 from tests.orchestrator.summaries import summary, units
@@ -170,6 +170,7 @@ def study(several: bool, run: RunSummary) -> StudySummary:
         best=5,
         front=(0, 3, 8) if several else (),
         importances={"mix": 0.9, "order": 0.1} if not several else {},
+        untold="all 10 complete trials are on the front" if several else "",
     )
 
 
@@ -189,12 +190,14 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
     assert "5 of them" in drawn["study_predicted"][1] and "is 1.00" in drawn["study_predicted"][1]
     assert all(imread(path).std() > 0 for path, _ in drawn.values())
     if several:
-        missing = "Importance of the knobs: it takes 10 complete trials to tell, and there are 9."
-        assert missing in page.text
+        why = "all 10 complete trials are on the front"
+        assert f"Importance of the knobs: {why}." in page.text
+        assert found.to_json()["importances_untold"] == why
         assert page.tables["front"][0] == ["trial", "KL", "bytes", "within the budget"]
         assert [row[0] for row in page.tables["front"][1:]] == ["0 (even)", "3", "8"]
         assert page.tables["front"][3][1:] == ["0.1111", f"{run.budget_bytes + 30:,}", "no"]
     else:
+        assert "importances_untold" not in found.to_json()
         assert "Importance of the knobs" not in page.text and "front" not in page.tables
         assert "among those of the least KL" in drawn["study_importances"][1]
     assert found.to_json()["best"] == {
@@ -203,6 +206,21 @@ def test_a_study_has_its_own_section(several: bool, run: RunSummary, tmp_path: P
         "bytes": run.budget_bytes,
         "values": {"mix": 0.5, "order": "any"},
     }
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_line_of_a_history_follows_the_best_trial(limited: bool, run: RunSummary) -> None:
+    """With a limit on the KL the smallest is the best, which here are the first of them."""
+    found = study(limited, run)
+    expected = [1.0 / (1 + min(number, 5)) for number in range(9)]
+    if limited:
+        within = [replace(t, feasible=t.kl is not None and t.kl <= 0.5) for t in found.trials]
+        found = replace(found, trials=within, constraints={"kl": 0.5})
+        expected = [0.5] * 8
+    (axes,) = history(found).axes
+    at, kl = axes.lines[0].get_data()
+    assert list(np.asarray(at)) == list(range(9 - len(expected), 9))
+    assert list(np.asarray(kl)) == expected
 
 
 def test_a_front_of_three_has_all_figures_and_importances_say_of_what(

@@ -13,6 +13,7 @@ import pytest
 from moesaic.orchestrator import study_journal
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.study import Study
+from moesaic.orchestrator.study_importances import Importances
 from moesaic.orchestrator.study_journal import open_storage
 from moesaic.search.knobs import Knob
 
@@ -190,6 +191,28 @@ def test_a_study_whose_maker_died_before_it_said_of_what_is_gone_on_with(tmp_pat
         assert [opened.ask().start for _ in range(3)] == [*STARTS, None]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("tiny", "small", "the model differs: tiny, now small. Undo"),
+        ("tiny", "tiny", "the model differs: files of tiny have changed. Undo"),
+        (None, "tiny", "the model differs (another one, or its files have changed). Undo"),
+    ],
+)
+def test_models_are_told_by_their_names_and_compared_by_their_contents(
+    before: str | None, now: str, told: str, tmp_path: Path
+) -> None:
+    name = study_journal.MODEL_NAME
+    known = {"model": "a", **({name: before} if before else {})}
+    with study(tmp_path, made_of=known):
+        pass
+    with study(tmp_path, made_of={"model": "a", name: now}):
+        pass  # the same model at another place
+    with pytest.raises(UserError) as error, study(tmp_path, made_of={"model": "b", name: now}):
+        pass
+    assert told in str(error.value)
+
+
 def test_another_study_may_lie_in_the_same_journal(tmp_path: Path) -> None:
     with study(tmp_path) as opened:
         opened.tell(opened.ask(), {"kl": 1.0})
@@ -318,16 +341,17 @@ def test_two_objectives_have_a_front(tmp_path: Path) -> None:
             opened.tell(opened.ask(), {"kl": kl, "bytes": float(size)})
         assert opened.front() == [0, 1]
         assert [t.kl for t in opened.told()] == [3.0, 1.0, 2.0]
-        assert opened.importances(BUDGET) == {}
+        told = "it takes 10 complete trials to tell, and there are 3"
+        assert opened.importances(BUDGET) == Importances({}, told)
 
 
 def test_importances_need_some_trials_and_tell_what_matters(tmp_path: Path) -> None:
     with study(tmp_path, sampler="random") as opened:
         for number in range(40):
-            assert opened.importances(BUDGET) == {} or number >= 10
+            assert bool(opened.importances(BUDGET).untold) is (number < 10)
             asked = opened.ask()
             opened.tell(asked, {"kl": abs(float(asked.values["slope"]) - 0.3)})
-        found = opened.importances(BUDGET)
+        found = opened.importances(BUDGET).shares
     assert next(iter(found)) == "slope" and sum(found.values()) == pytest.approx(1)
 
 
@@ -340,8 +364,33 @@ def test_importances_are_of_what_lies_near_the_front(tmp_path: Path) -> None:
             bits = float(asked.values[BUDGET])
             kl = 0.5**bits * (1 + abs(float(asked.values["slope"]) - 0.3))
             opened.tell(asked, {"kl": kl, "bytes": 100 * bits})
-        found = opened.importances(BUDGET)
+        found = opened.importances(BUDGET).shares
         assert found.keys() == {"slope", "order"} and found["slope"] > found["order"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "told"),
+    [
+        (["kl"], "all 12 complete trials have the same KL"),
+        (["bytes", "kl"], "all 12 complete trials are on the front"),
+    ],
+)
+def test_where_all_trials_are_as_good_nothing_is_told_of_knobs(
+    objectives: list[str], told: str, tmp_path: Path
+) -> None:
+    with study(tmp_path, objectives=objectives, sampler="random") as opened:
+        for number in range(12):
+            kl = 0.5 if len(objectives) == 1 else 1.0 / (1 + number)
+            opened.tell(opened.ask(), {"kl": kl, "bytes": float(number)})
+        assert opened.importances(BUDGET) == Importances({}, told)
+
+
+def test_no_knob_left_to_vary_is_told(tmp_path: Path) -> None:
+    with study(tmp_path, knobs=[KNOBS[2]], starts={}) as opened:
+        for number in range(10):
+            opened.tell(opened.ask(), {"kl": float(number)})
+        told = "no knob but the budget's was left to vary"
+        assert opened.importances(BUDGET) == Importances({}, told)
 
 
 def test_a_trial_that_is_given_back_comes_first_with_its_values(tmp_path: Path) -> None:
@@ -349,7 +398,7 @@ def test_a_trial_that_is_given_back_comes_first_with_its_values(tmp_path: Path) 
         for _ in range(2):
             opened.tell(opened.ask(), {"kl": 1.0})
         drawn = opened.ask()
-        opened.give_back(drawn)
+        opened.give_back()
         assert len(opened.told()) == 2
         states = [trial.state.name for trial in opened._study.get_trials(deepcopy=False)]
         assert states == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]

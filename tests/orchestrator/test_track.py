@@ -72,11 +72,11 @@ def track(tracking: Tracking, tmp_path: Path) -> Callable[..., Tracker]:
         params: Any = PARAMS,
         output: str = "small",
         verb: str = "run",
-        finished_too: bool = False,
+        study: str = "",
         **changes: Any,
     ) -> Tracker:
         changed = tracking.model_copy(update=changes)
-        return Tracker(changed, "small-0.6b", tmp_path / output, params, verb, finished_too)
+        return Tracker(changed, "small-0.6b", tmp_path / output, params, verb, study)
 
     return make
 
@@ -159,7 +159,7 @@ def test_models_of_an_old_front_are_told_apart_however_many_there_are(
         for name in figures:
             first.log_trial(name, {"mix": name}, {}, {}, "complete", "", lambda: {"units": {}})
         models = first.log_trial_models(figures, "trial 1")
-    with track(verb="tune", finished_too=True) as second:
+    with track(verb="tune", study="ab12") as second:
         for name in figures:
             second.log_trial(name, {"mix": name}, {}, {}, "complete", "", lambda: {"units": {}})
         front = {name: figures[name] for name in ("trial 0", "trial 3")}
@@ -477,11 +477,18 @@ def test_a_study_goes_on_in_the_run_that_had_finished(
         return tracker.log_trial_models({name: told}, name)[name] if front else ""
 
     with track(verb="tune") as first:
+        first.belongs_to("ab12")
         before = trial(first, 0, "0.1")
         first.log_scores(SCORES, PLANS)
     better = {**PLANS, "plan": Plan({"a": (GPTQ,), "b": (GPTQ,), "c": (RTN,)}, 100, 0.1)}
-    with track(verb="tune", finished_too=True) as second:
+    # As it is where the folder, sampler and machine are others, which a study may go on with.
+    changed = {**PARAMS, "model": "small", "tune": {"sampler": "gp"}, "keep": ["lm_head"]}
+    with track(changed, "elsewhere", verb="tune", study="ab12") as second:
         assert second.run_id == first.run_id
+        run = client.get_run(second.run_id).data
+        assert run.params["model"] == "tiny" and run.tags["output"].endswith("elsewhere")
+        now = {tag: value for tag, value in run.tags.items() if tag.startswith("now.")}
+        assert now == {"now.model": "small", "now.tune.sampler": "gp"}
         assert client.get_run(second.run_id).info.status == "RUNNING"
         trial(second, 0, "0.1", front=False)
         after = trial(second, 1, "0.2")
@@ -497,11 +504,27 @@ def test_a_study_goes_on_in_the_run_that_had_finished(
     )
     names = [run.info.run_name for run in found]
     assert sorted(names) == ["dense", "plan", "plan", "rtn 3", "trial 0", "trial 1"]
-    with track(verb="tune", finished_too=True) as third:
+    with track(verb="tune", study="ab12") as third:
+        assert not any(t.startswith("now.") for t in client.get_run(third.run_id).data.tags)
         third.log_scores(SCORES, better)  # the same once more
         other = trial(third, 1, "0.3")  # of a study that was begun anew
         assert other != after
     assert len(client.search_runs([found[0].info.experiment_id])) == 1 + 6 + 1
+    with track(verb="tune", output="another", study="cd34") as another:
+        assert another.run_id != first.run_id
+
+
+def test_a_study_that_was_killed_goes_on_in_its_run(
+    track: Callable[..., Tracker], client: MlflowClient
+) -> None:
+    killed = track(verb="tune")
+    killed.__enter__()  # and never left
+    killed.belongs_to("ab12")
+    client.set_tag(killed.run_id, "failure", "of an earlier time")
+    with track({"model": "other"}, verb="tune", study="ab12") as again:
+        assert again.run_id == killed.run_id
+    run = client.get_run(killed.run_id)
+    assert run.info.status == "FINISHED" and "failure" not in run.data.tags
 
 
 def test_new_run_begins_when_the_last_one_was_deleted(

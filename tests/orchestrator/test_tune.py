@@ -31,12 +31,14 @@ from moesaic.orchestrator.study import Study, Told
 from moesaic.orchestrator.study_journal import (
     CALIBRATION,
     MADE_OF,
+    MODEL_NAME,
     VERSION,
     locked,
     open_storage,
 )
 from moesaic.orchestrator.trial_failures import why_none
 from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
+from moesaic.orchestrator.tune import StudyOptions, study_id
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
 from moesaic.search.knobs import Allocator
@@ -180,6 +182,36 @@ def test_a_killed_driver_loses_nothing_and_counts_nothing_twice(call: int, make:
     assert not table.filter(regex="knob|start").duplicated().any()
     assert project.json("study.json")["trials"]["all"] == 6
     assert done == max(0, call - 1 - 4)  # four calls remember the dense model
+
+
+def test_a_study_that_is_stopped_leaves_no_trial_that_seems_to_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make(tune={"sequences": 2, "prune": False})
+    judged = resident.evaluate_plan
+    count = 0
+
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return judged(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resident, "evaluate_plan", stopped)
+        project.tune(8, size=2)
+    study = optuna.load_study(
+        study_name="small", storage=open_storage(project.output / "journal.log")
+    )
+    states = Counter(trial.state.name for trial in study.trials)
+    assert states["RUNNING"] == 0 and states["FAIL"] == states["WAITING"] >= 2
+    done = len(project.tracked)
+    assert done == states["COMPLETE"] > 0
+    project.tune(8, size=2)
+    table = trials(project)
+    assert len(table) == 8 and set(table["state"]) == {"complete"}
+    assert not table.filter(regex="knob|start").duplicated().any()
 
 
 def test_the_sampler_knows_all_trials_but_the_one_in_flight(
@@ -692,11 +724,30 @@ def test_a_study_of_something_else_is_refused_before_any_work(
     assert project.calls.total() == 0 and contents(project.output) == before
 
 
-def test_another_model_is_told_in_words(make: Make, known_study: Path, tmp_path: Path) -> None:
+def test_a_study_is_on_record_by_what_it_is_made_of(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(storage: Path | None = None, **changes: Any) -> str:
+        experiment = open_experiment(make(**changes).folder / "recipe.yaml", None)
+        return study_id(experiment, StudyOptions(5, storage=storage))
+
+    first = told()
+    assert first == told(tune={"sampler": "gp", "seed": 3}, compute={"workers": 2})
+    others = [told(**OTHERS[case][0]) for case in ("budget", "candidates", "shards", "objectives")]
+    others += [told(Path("other.log")), told(name="other")]
+    assert len({first, *others}) == 7
+    monkeypatch.setattr(measure, "code_digest", lambda *modules: "other")
+    assert told() == first
+
+
+def test_another_model_is_told_by_its_name(
+    make: Make, model: Path, known_study: Path, tmp_path: Path
+) -> None:
     other = make_model_folder(tmp_path / "other", "qwen3_moe", tie_word_embeddings=True)
     project = make(model=str(other))
     before = copied(known_study, project.output)
-    with pytest.raises(UserError, match="made with something else: the model differs"):
+    told = f"made with something else: the model differs: {re.escape(str(model))}, now {other}[.;]"
+    with pytest.raises(UserError, match=told):
         project.tune(5)
     assert project.calls.total() == 0 and contents(project.output) == before
 
@@ -786,7 +837,7 @@ def test_a_study_of_an_earlier_version_goes_on(make: Make, known_study: Path) ->
     for line in lines:
         known = line.get("user_attr", {}).get(MADE_OF)
         if known is not None:
-            assert known.pop(CALIBRATION) and known.pop(VERSION)
+            assert all(known.pop(fact) for fact in (CALIBRATION, VERSION, MODEL_NAME))
         if "plan" in line.get("user_attr", {}):
             line["user_attr"]["plan"] = "0" * 40
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -874,7 +925,7 @@ def test_time_that_is_up_leaves_no_trial_that_seems_to_run(
     project = make(tune={"prune": False, "sequences": 2})
     with monkeypatch.context() as patch:
         # Time is up once a trial was asked for ahead.
-        late = lambda self: self.prepared is not None and self.finished > 0  # noqa: E731
+        late = lambda self: self.prepared is not None and self.shown.finished > 0  # noqa: E731
         patch.setattr(Trials, "_late", late)
         project.tune(6, timeout=60.0)
     study = optuna.load_study(

@@ -165,6 +165,29 @@ def test_emq_finds_the_ranking_of_a_planted_formula(seed: int) -> None:
         assert (values >= evaluate(found.formula.tree, plain)).all() if less else not values.any()
 
 
+def test_a_formula_is_used_in_the_units_in_which_it_was_evolved() -> None:
+    """Those of the compressed pairs: what is left as it is has parameters, influence … as well."""
+    features, count = some_features(360, 5), 300
+    for name in features.keys() - ERRORS:
+        features[name][count:] *= 1e6
+    for name in ERRORS:
+        features[name][count:] = 0.0
+    pairs = pairs_of(features, dense=60)
+    truth = features["error"] + 0.3 * features["fisher_error"] * features["influence"]
+    random = np.random.default_rng(5)
+    members = csr_array((random.random((80, 360)) < 0.15).astype(float))
+    plans = Observed(members, members @ np.where(pairs.changed, truth, 0.0))
+    found = evolve(features, ERRORS, pairs.changed, [plans], 5, 60, 15)
+    rule = Rule("emq", found.formula.inputs, found.formula.losses)
+    (used,) = rank_correlations(plans.predicted(pairs.losses(rule))[None], plans.losses)
+    assert used == pytest.approx(found.fitness, abs=1e-12)
+    for tree in (("mul", "error", ("log1p", "parameters")), ("max", "error", "gate")):
+        given = Formula(tree)
+        rule = Rule("some", given.inputs, given.losses)
+        alone = pairs_of({name: values[:count] for name, values in features.items()})
+        assert np.array_equal(pairs.losses(rule)[:count], alone.losses(rule))
+
+
 def test_emq_is_deterministic() -> None:
     first, again = found_in(3)[0], found_in(3)[0]
     assert first == again
