@@ -28,6 +28,7 @@ from sqlalchemy import Engine, event
 from moesaic.methods.base import Event, Spec
 from moesaic.orchestrator import mlflow_database
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.mlflow_connection import Connection
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.refinement import Moment, Refinement, Stage
 from moesaic.orchestrator.track import Tracker
@@ -343,14 +344,14 @@ def test_param_over_6000_characters_is_kept_whole_as_an_artifact(
 def test_failure_ends_the_run_and_open_children_with_the_reason(
     track: Callable[..., Tracker], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Tracker._log
+    log = Connection.log
 
-    def breaks(self: Tracker, run_id: str, metrics: dict[str, float], *rest: Any) -> None:
+    def breaks(self: Connection, run_id: str, metrics: dict[str, float], *rest: Any) -> None:
         if "predicted_loss" in metrics:
             raise RunError("layer 3:\n  the matrix is singular")
         log(self, run_id, metrics, *rest)
 
-    monkeypatch.setattr(Tracker, "_log", breaks)
+    monkeypatch.setattr(Connection, "log", breaks)
     tracker = track()
     with pytest.raises(RunError, match="singular"), tracker:
         tracker.log_scores(SCORES, PLANS)
@@ -578,7 +579,7 @@ def test_model_points_to_its_folder_and_is_registered_once(
     assert [output.model_id for output in outputs] == [model_id]
     # Scores and model of one attempt are one point each on the run's curves.
     assert len(client.get_metric_history(first.run_id, "kl")) == 2
-    kept = second.place.artifacts
+    kept = second.mlflow.place.artifacts
     assert kept is not None
     assert max(file.stat().st_size for file in kept.rglob("*") if file.is_file()) < 10_000
 
@@ -604,7 +605,7 @@ def test_name_that_the_registry_refuses_is_found_out_at_the_start(
 def test_default_place_is_beside_the_output(tmp_path: Path) -> None:
     tracker = Tracker(Tracking(), "small", tmp_path / "runs" / "small", {})
     assert tracker.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracker.place.artifacts == tmp_path / "runs" / "mlartifacts"
+    assert tracker.mlflow.place.artifacts == tmp_path / "runs" / "mlartifacts"
 
 
 def test_relative_sqlite_uri_becomes_absolute(
@@ -651,7 +652,7 @@ def test_lost_server_does_not_hide_the_error_of_the_work(
 ) -> None:
     tracker = track()
     with pytest.raises(ValueError, match="the real one"), tracker:
-        tracker._client = MlflowClient("http://127.0.0.1:9")
+        tracker.mlflow.client = MlflowClient("http://127.0.0.1:9")
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         raise ValueError("the real one")
     del os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
@@ -786,7 +787,7 @@ def test_a_database_server_that_answers_no_more_does_not_hold_up_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tracker = track()
-    tracker.place = replace(tracker.place, file=None)  # as of a server
+    tracker.mlflow.place = replace(tracker.mlflow.place, file=None)  # as of a server
     with pytest.raises(ValueError, match="the real one"), tracker:
         tracker.log_trial("trial 0", {"a": "b"}, {"kl": 0.25}, {}, "complete", plan=dict)
         assert children(client, client.get_run(tracker.run_id)).keys() == {"trial 0"}
