@@ -52,6 +52,7 @@ _LOCK_SECONDS = 300.0
 # Two files with one lock wait for each other, which costs time only.
 _LOCKS = 256
 _HANGS = "end it, or give another cache.folder, and run the same command again"
+_ELSEWHERE = "give a cache.folder on a disk of every node's own"
 
 
 class Cache:
@@ -89,10 +90,12 @@ class Cache:
 
         Raises:
             RunError: another one does not let go of it; the disk is full.
+            UserError: files cannot be locked there.
         """
         with disk_errors(self.folder, self._advice):
             (self.folder / _PINS).mkdir(parents=True, exist_ok=True)  # somebody may have cleared it
-            with turn(self.folder / _LOCK, _LOCK_SECONDS, "held the cache's lock", _HANGS):
+            what = "held the cache's lock"
+            with turn(self.folder / _LOCK, _LOCK_SECONDS, what, _HANGS, _ELSEWHERE):
                 yield
 
     @contextlib.contextmanager
@@ -112,7 +115,7 @@ class Cache:
         with disk_errors(self.folder, self._advice):
             (self.folder / _TURNS).mkdir(parents=True, exist_ok=True)
             file, what = self.folder / _TURNS / str(lock), f"fetched {name}"
-            with turn(file, seconds, what, _HANGS) as begins:
+            with turn(file, seconds, what, _HANGS, _ELSEWHERE) as begins:
                 yield begins
 
     @contextlib.contextmanager
@@ -237,7 +240,8 @@ class Cache:
         for file in (self.folder / _PINS).iterdir():
             with contextlib.suppress(FileNotFoundError), file.open(encoding="utf-8") as stream:
                 try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Not exclusively: NFS wants the file open for writing then.
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     found[file.name] = set(stream.read().split("\n"))
                 else:

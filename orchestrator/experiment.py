@@ -132,7 +132,8 @@ class Experiment:
         return budget
 
     def _open(self) -> StreamedModel:
-        return self._streamed(open_checkpoint(self.folder))
+        code = self.recipe.trust_remote_code
+        return self._streamed(open_checkpoint(self.folder, code=code))
 
     def _streamed(self, checkpoint: Checkpoint) -> StreamedModel:
         return StreamedModel(

@@ -59,17 +59,21 @@ def _copies(place: CachePlace, name: str) -> Path:
     return place.folder / f"{_COPIES}{place.limit_bytes}" / name
 
 
-def open_checkpoint(folder: Path, source: ModelSource | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, source: ModelSource | None = None, code: bool = False
+) -> Checkpoint:
     """The model in a folder, at the URL that the folder takes copies of, or in a store at one.
 
     Args:
         source: in a worker: of the driver's model, for nodes that do not have its folder.
+        code: whether what a URL has of Python beside the model is copied, too.
     """
     if is_stored(folder):
         return StoredCheckpoint(folder)
     if found := _PATTERN.fullmatch(str(folder)):
         place = CachePlace(Path(found[1]), int(found[2]))
-        return RemoteCheckpoint(folder, place, Objects(unquote(found[3]), "model"))
+        small = COMPANIONS | {".py"} if code else COMPANIONS
+        return RemoteCheckpoint(folder, place, Objects(unquote(found[3]), "model"), small)
     if source is None or folder != source.place.folder or source.is_here():
         return Checkpoint(folder)
     return FetchedCheckpoint(source) if source.is_needed() else ComparedCheckpoint(source)

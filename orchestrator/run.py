@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import propagate
+from moesaic.orchestrator.at_work import refuse_at_work
 from moesaic.orchestrator.budgets import REFINED, STUDY_FILES, Budgets, folders, remove_stale
 from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
@@ -438,7 +439,7 @@ def collect_garbage(
     """Removes what no named run uses; see :meth:`Store.gc`.
 
     Raises:
-        UserError: there is no store, or a run cannot be read.
+        UserError: there is no store, a run cannot be read, or another one is at work.
     """
     try:
         named = local_or_url(str(where)) if is_url(str(where)) else str(where)
@@ -461,4 +462,5 @@ def collect_garbage(
         used += experiment.entries()
         for place in folders(recipe, folder):
             used += propagate.entries(experiment, place / "plan.json")
+    refuse_at_work(store, runs)
     return store.gc(used, minimum_age_seconds)

@@ -65,7 +65,7 @@ class WorkerState:
         from moesaic.orchestrator.remote_model import open_checkpoint
         from moesaic.orchestrator.streaming import StreamedModel, dtype_named
 
-        checkpoint = open_checkpoint(Path(path), self.source)
+        checkpoint = open_checkpoint(Path(path), self.source, trust_remote_code)
         return StreamedModel(checkpoint, dtype_named(dtype), self.device, trust_remote_code)
 
     @property

@@ -1,6 +1,8 @@
 """A node's cache that several processes fill: each file comes once, what the dead leave goes, and a
 full disk is told as that of the cache."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -15,9 +17,9 @@ import fsspec
 import pytest
 
 from moesaic.orchestrator import cache as cache_module
-from moesaic.orchestrator import objects, shared
+from moesaic.orchestrator import objects, shared, turns
 from moesaic.orchestrator.cache import Cache
-from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.remote_model import copies_folder, open_checkpoint
 from moesaic.orchestrator.shared import CachePlace, RemoteStore, make_store, mirror_folder
 from moesaic.orchestrator.store import digest
@@ -196,8 +198,11 @@ def test_a_process_that_is_suspended_while_it_fetches_is_named_and_its_end_frees
 
     monkeypatch.setattr(Faulty, "get_file", get_file)
     monkeypatch.setattr(objects, "longest_silence", lambda size: size / 1000)
-    child = FORK.Process(target=shared.fetched, args=(path,))
-    child.start()
+    host = socket.gethostname()
+    with monkeypatch.context() as patch:  # a folder that several hosts share
+        patch.setattr(socket, "gethostname", lambda: "gpu-9")
+        child = FORK.Process(target=shared.fetched, args=(path,))
+        child.start()
     assert child.pid
     try:
         os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
@@ -205,8 +210,9 @@ def test_a_process_that_is_suspended_while_it_fetches_is_named_and_its_end_frees
         assert left.stat().st_size == 1000
         with pytest.raises(RunError) as error:
             shared.fetched(path)
-        host, name = socket.gethostname(), path.relative_to(tmp_path / "cache")
-        assert f"process {child.pid} of host {host} has fetched {name} for 1 s" in str(error.value)
+        name = path.relative_to(tmp_path / "cache")
+        assert host != "gpu-9"
+        assert f"process {child.pid} of host gpu-9 has fetched {name} for 1 s" in str(error.value)
         assert "end it, or give another cache.folder" in str(error.value)
         assert "\n" not in str(error.value)
         assert left.exists()  # of a process that lives
@@ -215,6 +221,48 @@ def test_a_process_that_is_suspended_while_it_fetches_is_named_and_its_end_frees
         child.join(60)
     assert shared.fetched(path).read_bytes() == KEYS[0].encode() * 25
     assert not left.exists() and not temporaries(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_by_name(
+    filled: RemoteStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    folder = filled.mirror.cache.folder
+    for use in (
+        lambda: filled.mirror.cache.pin(filled.path("pieces", KEYS[0])),
+        lambda: filled.mirror.cache.make_room(10**8),
+    ):
+        filled.mirror.cache._unseen = None
+        with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+            patch.setattr(turns.fcntl, "flock", refuse)
+            use()
+        assert str(error.value).startswith(f"{folder}/.lock: files cannot be locked there")
+        assert str(error.value).endswith(": give a cache.folder on a disk of every node's own")
+        assert socket.gethostname() in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lists_of_the_living_are_told_without_leave_to_write_them(tmp_path: Path) -> None:
+    """NFS gives an exclusive lock only to who has a file open for writing."""
+    cache = Cache(tmp_path, 1000)
+    cache.pin(tmp_path / "file")
+    (pins,) = (tmp_path / ".pins").iterdir()
+    shown = []
+    flock = fcntl.flock
+
+    def as_on_nfs(file: Any, operation: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        shown.append(mode)
+        if mode == os.O_RDONLY and operation & fcntl.LOCK_EX:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module.fcntl, "flock", as_on_nfs)
+        assert cache._living() == {pins.name: {"file", ""}}
+    assert shown
 
 
 def test_who_waits_is_patient_while_attempts_go_on(

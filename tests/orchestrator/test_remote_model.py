@@ -211,6 +211,15 @@ def test_of_other_folders_nothing_is_copied_but_an_encoder_s_parts(
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
+def test_a_model_s_own_code_is_copied_where_it_may_run(tmp_path: Path) -> None:
+    fsspec.filesystem("faulty").pipe_file("/models/llama/modeling_own.py", b"x = 1")
+    fsspec.filesystem("faulty").pipe_file("/models/llama/tools/other.py", b"x = 1")
+    folder = copies_folder(URL, CachePlace(tmp_path / "cache", MANY))
+    for code, copied in ((False, set()), (True, {"modeling_own.py"})):
+        open_checkpoint(folder, code=code)
+        assert {path.name for path in folder.rglob("*.py")} == copied
+
+
 def test_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^faulty://models/none: no model folder: there is no con"):
         open_checkpoint(copies_folder("faulty://models/none", CachePlace(tmp_path, MANY)))
