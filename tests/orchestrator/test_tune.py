@@ -37,7 +37,8 @@ from moesaic.orchestrator.study_journal import (
     open_storage,
 )
 from moesaic.orchestrator.trial_failures import why_none
-from moesaic.orchestrator.trials import Trials, is_plan_of, plan_key
+from moesaic.orchestrator.trial_plans import TrialPlans, is_plan_of, plan_key
+from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.tune import StudyOptions, study_id
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Infeasible, Plan
@@ -559,11 +560,11 @@ def test_values_that_the_sampler_draws_without_any_plan_stop_the_study(
 ) -> None:
     project = make(tune={"prune": False})
 
-    def none(self: Trials, values: Any, start: str | None) -> Plan:
+    def none(self: TrialPlans, values: Any, start: str | None) -> Plan:
         raise Infeasible("the smallest plan has 3 bytes, the budget is 2 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trials, "plan", none)
+        patch.setattr(TrialPlans, "of", none)
         advice = r"no plan: the smallest plan .*: allow more values of the knobs \(tune.knobs\), or"
         with pytest.raises(RunError, match=f"3 trials in a row failed: {advice}"):
             project.tune(12)
