@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,42 +23,21 @@ from moesaic.orchestrator.pool import Task
 from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
-from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.study import Asked, Study, Told
-from moesaic.orchestrator.study_terms import BITS, limits, rungs, section
+from moesaic.orchestrator.study_terms import limits, rungs, section
 from moesaic.orchestrator.trial_failures import NO_PLAN, NOT_FINITE, Failures
+from moesaic.orchestrator.trial_plans import TrialPlans, plan_key
 from moesaic.orchestrator.trial_record import Made, TrialRecord
 from moesaic.orchestrator.trial_view import TrialView
 from moesaic.orchestrator.worker import plain
-from moesaic.search._starts import is_greedy
-from moesaic.search.alternatives import solve
-from moesaic.search.base import Budget, Infeasible, Plan
-from moesaic.search.knobs import GREEDY, Allocator, Value
+from moesaic.search.base import Infeasible, Plan
+from moesaic.search.knobs import Allocator
 
 if TYPE_CHECKING:
     from moesaic.orchestrator.tune import TunedPipeline
 
 # Finished trials that may wait to be put on record while plans are made for idle workers.
 _MOST_WAITING = 16
-
-
-# What keys of plans begin with. Earlier versions named plans by files instead, which are others
-# once the code that makes them is.
-_CHOICES = "choices:"
-
-
-def plan_key(plan: Plan) -> str:
-    """Names a plan by what it chooses: the same under whatever code made its pieces."""
-    chosen = {name: [[s.method, s.options] for s in chain] for name, chain in plan.units.items()}
-    return _CHOICES + digest(chosen)
-
-
-def is_plan_of(told: Told, plan: Plan) -> bool:
-    """Whether a finished trial was judged with this plan."""
-    judged = str(told.attributes["plan"])
-    if judged.startswith(_CHOICES):
-        return judged == plan_key(plan)
-    return plan.loss == float(told.attributes["predicted_loss"])
 
 
 @dataclass
@@ -96,7 +75,7 @@ class Trials:
         self.options = pipeline.options
         self.view = pipeline.view
         self.study = study
-        self.allocator = allocator
+        self.plans = TrialPlans(pipeline, allocator)
         self.rungs = rungs(self.experiment)
         self.tokens = self.experiment.calibration.ids.shape[1] - 1
         self.flying: dict[str, _Job] = {}
@@ -105,10 +84,7 @@ class Trials:
         # The trial that the next idle worker takes.
         self.prepared: _Job | None = None
         self.record = TrialRecord(pipeline.tracker, self.experiment.store, self._made)
-        # Keys of all plans that were ever asked for; the plan of the values drawn last.
-        self.known: set[str] = set()
-        self.drawn: tuple[Mapping[str, Value], Plan] | None = None
-        study.is_new = self._is_new
+        study.is_new = self.plans.is_new
         self.failures = Failures()
         self.timed = section(self.experiment).timed
         self.limits = limits(self.experiment)
@@ -122,7 +98,7 @@ class Trials:
         """Trials until there are as many as wanted, or time is up."""
         known = self.study.told()
         for trial in known:
-            self.known.add(str(trial.attributes.get("plan")))
+            self.plans.known.add(str(trial.attributes.get("plan")))
             self.record.add(trial)
             self._remember(trial)
             self.failures.planned |= "plan" in trial.attributes
@@ -152,28 +128,8 @@ class Trials:
         self.shown.close()
         release(pool)
 
-    def plan(self, values: Mapping[str, Value], start: str | None) -> Plan:
-        """The plan of some values, by the recipe's strategy unless the trial is the greedy start.
-
-        Raises:
-            RecipeError, Infeasible, ValueError: there is none.
-        """
-        given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
-        search = GREEDY if is_greedy(start) else self.experiment.recipe.search
-        if BITS not in values:
-            return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
-        size = self.experiment.sizes.size
-        total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
-        given = replace(given, budget=Budget(total, size.fixed_bytes))
-        found = solve(given, search)
-        return self.allocator.problem.plan(found.units)
-
-    def plan_of(self, told: Told) -> Plan:
-        """The plan of a finished trial, made again."""
-        return self.plan(told.values, told.attributes.get("start"))
-
     def _made(self, told: Told) -> Made:
-        plan = self.plan_of(told)
+        plan = self.plans.of_told(told)
         return plan, *self.pipeline.planned.of(plan.units)
 
     # From trial to trial
@@ -235,7 +191,7 @@ class Trials:
             asked = self.study.ask()
             self.begun += 1
             try:
-                plan = self._plan_of(asked)
+                plan = self.plans.of_asked(asked)
             except (RecipeError, Infeasible, ValueError) as error:
                 self._fail([asked], NO_PLAN, str(error))
                 continue
@@ -244,26 +200,9 @@ class Trials:
             key, size = plan_key(plan), self.pipeline.piece_bytes(pieces, mixtures)
             notes = {"plan": key, "bytes": size, "predicted_loss": plan.loss}
             self.study.note(asked, {**notes, "fits": self.pipeline.fits(plan, size)})
-            self.known.add(key)
+            self.plans.known.add(key)
             self.prepared = _Job(asked, plan, pieces, mixtures, size, key)
         return self.prepared
-
-    def _is_new(self, values: Mapping[str, Value]) -> bool:
-        """Whether no trial has the plan of these values; where there is none, the trial will say
-        why."""
-        self.drawn = None
-        try:
-            plan = self.plan(values, None)
-        except (RecipeError, Infeasible, ValueError):
-            return True
-        self.drawn = values, plan
-        return plan_key(plan) not in self.known
-
-    def _plan_of(self, asked: Asked) -> Plan:
-        """The plan of a trial, which is there already where its values were drawn."""
-        if asked.start is None and self.drawn is not None and self.drawn[0] == asked.values:
-            return self.drawn[1]
-        return self.plan(asked.values, asked.start)
 
     def _meanwhile(self) -> bool:
         """A step of what no worker waits for: what follows from results, the next trial's plan, the

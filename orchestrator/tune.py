@@ -42,8 +42,9 @@ from moesaic.orchestrator.study_terms import (
 from moesaic.orchestrator.summary import RunSummary, StudySummary
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.trial_failures import why_none
+from moesaic.orchestrator.trial_plans import is_plan_of
 from moesaic.orchestrator.trial_record import trial_name
-from moesaic.orchestrator.trials import Trials, is_plan_of
+from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.widening import added_text
 from moesaic.search._starts import within
 from moesaic.search.base import Plan
@@ -147,7 +148,7 @@ class TunedPipeline(Pipeline):
             trials.run()
             self.best = best = self._best(study.told())
             told = results.problem(self.experiment, self.table)
-            plan = told.plan(trials.plan_of(best).units)
+            plan = told.plan(trials.plans.of_told(best).units)
             if not is_plan_of(best, plan):
                 raise RunError(
                     f"trial {best.number}: its knobs lead to another plan now than when it was"
