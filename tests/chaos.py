@@ -6,6 +6,7 @@ short form, ``tests/benchmarks/chaos.py`` the long one.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -26,12 +27,15 @@ FAULTY = Path(__file__).parent / "faulty"
 NODES = 3
 # Kind of fault → its share.
 SHARES = {
-    "worker killed": 5,
-    "worker suspended": 5,
+    "worker killed": 4,
+    "worker suspended": 3,
+    "worker slowed": 2,
+    "worker out of memory": 1,
     "node killed": 2,
     "file truncated": 2,
     "file removed": 2,
-    "writes fail": 2,
+    "writes fail": 1,
+    "store full": 1,
     "driver killed": 2,
 }
 _KINDS = ("pieces", "errors", "stats", "gradients", "hidden", "reductions", "scratch")
@@ -45,8 +49,8 @@ class Pace:
 
     Attributes:
         between: faults, at most and on average half of that.
-        suspended: how long a worker sleeps, at most.
-        unwritable: how long writes fail.
+        suspended: how long a worker sleeps, or is slow, at most.
+        unwritable: how long writes fail; a store is full until the run has stopped.
         straggler, deadline, first, grace: what takes the place of the pool's own bounds.
         slow: of every write.
         cut: how long a node is off the network, at most.
@@ -126,6 +130,7 @@ def _drive(arguments: Sequence[str], log: Path, pace: Pace, variables: Mapping[s
 
     deadlines.STRAGGLER_SECONDS, deadlines.DEADLINE_SECONDS = pace.straggler, pace.deadline
     deadlines.FIRST_SECONDS, placing._GRACE_SECONDS = pace.first, pace.grace
+    deadlines.UNKNOWN_SECONDS = pace.first / 2
     sys.argv = ["moesaic", *arguments]
     cli.main()
 
@@ -149,7 +154,8 @@ class Chaos:
         self.random = random.Random(seed)
         self.outcome = Outcome()
         self.asleep: dict[psutil.Process, float] = {}
-        self.writable_at = 0.0
+        self.slow: dict[psutil.Process, float] = {}
+        self.over_at: dict[str, float] = {}  # name of a file in the folder → when it is taken away
         self.driver: BaseProcess | None = None
 
     def __enter__(self) -> "Chaos":
@@ -194,7 +200,7 @@ class Chaos:
         return self.cluster.add_node(num_cpus=1)
 
     def _end(self) -> None:
-        for process in self.asleep:
+        for process in (*self.asleep, *self.slow):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         if self.driver is not None:
@@ -264,6 +270,9 @@ class Chaos:
     def _ended(self) -> bool:
         """Whether the driver has done its work; else it was killed, or said why not in one line."""
         assert self.driver is not None
+        if "full" in self.over_at:
+            self.over_at["full"] = 0.0
+            self._wake(time.monotonic())
         code, said = self.driver.exitcode, self._said()
         print(f"          driver ended: {code} {said.splitlines()[-1:]}", flush=True)
         assert "Traceback" not in said, said
@@ -293,7 +302,10 @@ class Chaos:
             "node killed": self._kill_node,
             "file truncated": self._truncate,
             "file removed": self._remove,
-            "writes fail": self._fail_writes,
+            "worker slowed": self._slow_worker,
+            "worker out of memory": self._take_memory,
+            "writes fail": lambda: self._fail_writes("no-writes"),
+            "store full": lambda: self._fail_writes("full"),
             "driver killed": self._kill_driver,
             "node cut off": self._cut,
         }[kind]()
@@ -328,7 +340,8 @@ class Chaos:
         raise NotImplementedError
 
     def _awake(self) -> psutil.Process | None:
-        found = [process for process in self._workers() if process not in self.asleep]
+        left = [process for process in self._workers() if process not in self.asleep]
+        found = [process for process in left if process not in self.slow]
         return self.random.choice(found) if found else None
 
     def _kill_worker(self) -> str:
@@ -349,14 +362,35 @@ class Chaos:
         self.asleep[process] = time.monotonic() + seconds
         return f"pid {process.pid} for {seconds:.1f} s"
 
+    def _slow_worker(self) -> str:
+        process = self._awake()
+        if process is None:
+            return ""
+        seconds = self.random.uniform(0.3, 1.0) * self.pace.suspended
+        self.slow[process] = time.monotonic() + seconds
+        return f"pid {process.pid} for {seconds:.1f} s"
+
+    def _take_memory(self) -> str:
+        if (self.folder / "no-memory").exists() or not self._workers():
+            return ""
+        (self.folder / "no-memory").touch()
+        return "the next that writes"
+
     def _wake(self, now: float) -> None:
         for process in [p for p, until in self.asleep.items() if until <= now]:
             del self.asleep[process]
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-        if self.writable_at and now > self.writable_at:
-            self.writable_at = 0.0
-            (self.folder / "no-writes").unlink()
+        for process, until in list(self.slow.items()):
+            # Awake for a tenth of the time.
+            awake = until <= now or now % 0.4 < 0.04
+            if until <= now:
+                del self.slow[process]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume() if awake else process.suspend()
+        for name in [name for name, until in self.over_at.items() if until <= now]:
+            del self.over_at[name]
+            (self.folder / name).unlink()
 
     def _kill_node(self) -> str:
         nodes = sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)
@@ -403,12 +437,14 @@ class Chaos:
         path.unlink(missing_ok=True)
         return str(path.relative_to(self.store))
 
-    def _fail_writes(self) -> str:
-        if self.writable_at or not self._workers():
+    def _fail_writes(self, how: str) -> str:
+        if self.over_at or not self._workers():
             return ""
-        (self.folder / "no-writes").touch()
-        self.writable_at = time.monotonic() + self.pace.unwritable
-        return f"for {self.pace.unwritable:.1f} s"
+        # Of a full disk a run is told at the next write, and stops; it is free again for the next.
+        seconds = math.inf if how == "full" else self.pace.unwritable
+        (self.folder / how).touch()
+        self.over_at[how] = time.monotonic() + seconds
+        return f"for {seconds:.1f} s"
 
     def _kill_driver(self) -> str:
         if self.driver is None or not self.driver.is_alive() or not self._workers():

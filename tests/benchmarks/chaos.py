@@ -3,7 +3,8 @@
     python tests/benchmarks/chaos.py [--faults 60] [--seed 1] [--model FOLDER] [--between 5]
 
 Three local nodes with a worker of one thread each; workers, nodes and the driver are killed,
-workers suspended, files of the store truncated and removed, writes fail (``tests/chaos.py``).
+workers suspended, slowed to a tenth and left without memory, files of the store truncated and
+removed, writes fail, the store is full (``tests/chaos.py``).
 Both runs must leave the same checkpoint. Without ``--model`` a tiny one is made; ``random_moe.py``
 makes larger ones, which are only rounded to nearest. With ``--cut`` two of the nodes are in network
 namespaces and are cut off by the network as well, for up to so many seconds, and come back
