@@ -20,6 +20,7 @@ from moesaic.kernels.discovery import UnknownName
 from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
+from moesaic.orchestrator.foreign import printable
 from moesaic.orchestrator.process import collect_rarely, leave, open_streams
 from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
@@ -108,7 +109,8 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
 def _fail(word: str, reason: str, status: int, as_json: bool, debug: bool) -> NoReturn:
     if debug:
         stderr.print(traceback.format_exc(), markup=False)
-    stderr.print(f"{word}: {reason}", markup=False)
+    lines = "\n".join(map(printable, reason.split("\n")))  # files of others may be quoted
+    stderr.print(f"{word}: {lines}", markup=False)
     if as_json:
         _print_json({"error": reason, "exit": status})
     raise typer.Exit(status) from None

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.foreign import shown
 from moesaic.orchestrator.yardsticks import LANGUAGE, SENTENCES, Yardstick
 
 FOLDER = Path(__file__).parent / "families"
@@ -263,9 +264,10 @@ def load_family(model_type: str) -> Family:
         UserError: the type is unknown, or its file is wrong.
     """
     if model_type not in families():
+        name = shown(model_type)
         raise UserError(
-            f"unknown model type {model_type!r}: known are {', '.join(families())}\n"
-            f"to add a family, put a file {model_type}.yaml that names its parts into {FOLDER}"
+            f"unknown model type '{name}': known are {', '.join(families())}\n"
+            f"to add a family, put a file {name}.yaml that names its parts into {FOLDER}"
         )
     file = FOLDER / f"{model_type}.yaml"
     try:

@@ -22,6 +22,7 @@ from moesaic.orchestrator.checkpoint import Checkpoint
 from moesaic.orchestrator.config_counts import check_counts
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.family import Family
+from moesaic.orchestrator.foreign import printable
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, put_shortcuts
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -88,10 +89,10 @@ def config_errors(file: Path) -> Iterator[None]:
         raise
     except (ValueError, StrictDataclassError) as error:  # these speak for themselves
         text = " ".join(str(error).split())
-        raise UserError(f"{file}: {text[:300]}") from error
+        raise UserError(f"{file}: {printable(text[:300])}") from error
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{file}: transformers cannot build this model: {text[:300]}") from error
+        text = printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise UserError(f"{file}: transformers cannot build this model: {text}") from error
 
 
 class Skeleton:

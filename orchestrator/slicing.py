@@ -27,6 +27,7 @@ from moesaic.methods.base import Event, Unit
 from moesaic.orchestrator.checkpoint import Checkpoint, Entry
 from moesaic.orchestrator.dtypes import DTYPES
 from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.foreign import printable
 from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
@@ -202,7 +203,7 @@ def _refused(model: StreamedModel, width: int) -> str | None:
     try:
         type(model.config).from_dict(sliced_config(model, width, shortcuts=False))
     except Exception as error:
-        return " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
+        return printable(" ".join(str(error.__cause__ or error).split())[:200].rstrip("."))
     return None
 
 

@@ -200,7 +200,7 @@ class Study:
         else:
             with journal_errors(self.journal):
                 check_same(self.journal, self.name, known, self.made_of, self._resume)
-            _give_back_all(study)
+                _give_back_all(study)
         # Not the same draws again after a resume.
         draws = self.seed + 7919 * len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(
@@ -266,7 +266,11 @@ class Study:
         _give_back_all(self._study)
 
     def told(self) -> list[Told]:
-        """All finished trials that count, in order of their numbers."""
+        """All finished trials that count, in order of their numbers.
+
+        Raises:
+            UserError: the journal is damaged.
+        """
         from optuna.trial import TrialState
 
         states = {
@@ -274,11 +278,12 @@ class Study:
             TrialState.PRUNED: "pruned",
             TrialState.FAIL: "failed",
         }
-        return [
-            self._told(frozen, states[frozen.state])
-            for frozen in self._study.get_trials(deepcopy=False, states=tuple(states))
-            if frozen.user_attrs.get(_REASON) != _INTERRUPTED
-        ]
+        with journal_errors(self.journal):  # a line may have been altered into another one
+            return [
+                self._told(frozen, states[frozen.state])
+                for frozen in self._study.get_trials(deepcopy=False, states=tuple(states))
+                if frozen.user_attrs.get(_REASON) != _INTERRUPTED
+            ]
 
     def _told(self, frozen: "FrozenTrial", state: str) -> Told:
         kl = None

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
-from moesaic.orchestrator.foreign import parse_json, shown
+from moesaic.orchestrator.foreign import parse_json, printable, shown
 from moesaic.orchestrator.recipe_sections import Source, Texts
 
 # Enough text for any calibration set; a larger file is read only so far.
@@ -70,7 +70,7 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare ones
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         raise UserError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
     # Without files, transformers gives an empty tokenizer of the model's class.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

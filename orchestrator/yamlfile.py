@@ -19,6 +19,7 @@ _MOST_BYTES = 1 << 20
 _MOST_VALUES = 100_000
 # Python writes out no number of more than 4,300 decimal digits; hexadecimal ones count for more.
 _MOST_DIGITS = 3500
+_BYTES = "tag:yaml.org,2002:binary"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -59,11 +60,13 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         known: of other nodes, by identity; 0 while they are being counted.
 
     Raises:
-        ValueError: too many, a part that holds itself, or a number of too many digits.
+        ValueError: too many, a part that holds itself, bytes, or a number of too many digits.
     """
     if isinstance(node, yaml.ScalarNode):
+        line = node.start_mark.line + 1
+        if node.tag == _BYTES:  # would pass for a text, and be read as one only afterwards
+            raise ValueError(f"line {line}: bytes (!!binary): write a text")
         if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
-            line = node.start_mark.line + 1
             raise ValueError(f"line {line}: a number of {len(node.value)} characters")
         return 1
     count = known.get(id(node))

@@ -183,6 +183,13 @@ def test_unknown_model_type_is_answered_with_the_list(altered: Path) -> None:
     assert "put a file t5.yaml" in text
 
 
+def test_what_a_configuration_says_steers_no_terminal(altered: Path) -> None:
+    edit_config(altered, model_type="\x1b[31mred")
+    assert r"unknown model type '\x1b[31mred'" in message(altered)
+    edit_config(altered, model_type="qwen3_moe", dtype="\x1b[31mred")
+    assert r"no attribute '\x1b[31mred'" in message(altered)
+
+
 def test_missing_model_type_is_told(altered: Path) -> None:
     edit_config(altered, model_type=None)
     assert "model_type is missing" in message(altered)

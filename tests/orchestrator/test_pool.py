@@ -463,5 +463,5 @@ def test_sigterm_while_ray_starts_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch
 
 
 def test_functions_are_found_by_name() -> None:
-    assert resolve("sums:reduce").__module__ == "moesaic.orchestrator.calibrate"
+    assert resolve("sums:reduce").__module__ == "moesaic.orchestrator.sums"
     assert resolve(f"{TASKS}:note").__name__ == "note"

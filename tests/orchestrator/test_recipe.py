@@ -323,6 +323,15 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path)[0]
 
 
+def test_bytes_are_no_text(tmp_path: Path, model: Path) -> None:
+    file = make_recipe(tmp_path, model)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("publish: !!binary aGVsbG8=\n")
+    line = file.read_text(encoding="utf-8").count("\n")
+    told = f"{file}: not valid YAML: line {line}: bytes (!!binary): write a text"
+    assert refusal(file) == [told]
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -258,6 +258,20 @@ def test_garbage_in_the_middle_is_told_and_nothing_is_lost(garbage: bytes, tmp_p
     assert journal.read_bytes() == content
 
 
+@pytest.mark.parametrize("key", ["user_attrs", "system_attrs"])
+def test_a_trial_without_its_attributes_is_damage(key: str, tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    journal = tmp_path / "journal.log"
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    started = next(line for line in lines if line.get(key))
+    started[key] = None
+    content = "".join(f"{json.dumps(line)}\n" for line in lines)
+    journal.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"journal.log: is damaged"), study(tmp_path) as opened:
+        opened.told()
+
+
 def test_a_lock_that_a_dead_process_left_in_the_journal_is_waited_for_and_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
