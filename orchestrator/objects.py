@@ -17,13 +17,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.process import answered
 from moesaic.orchestrator.store import disk_is_full
 
 T = TypeVar("T")
@@ -101,26 +101,6 @@ def check_url(url: str) -> None:
         raise ValueError(f"{url[:80]!r} names no folder: write PROTOCOL://BUCKET/FOLDER")
 
 
-def _answered(work: Callable[[], T], seconds: float) -> T:
-    """``work()`` in a thread of its own; TimeoutError where that takes longer."""
-    answer: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:  # also who interrupts, for the one that waits
-            answer.set_exception(error)
-
-    # One that hangs must not keep the process from ending.
-    threading.Thread(target=call, name="moesaic-objects", daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        if answer.done():  # just so, or the driver's own
-            return answer.result()
-        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
-
-
 class Objects:
     """The files below one URL, by names relative to it.
 
@@ -146,7 +126,7 @@ class Objects:
         try:
             # Others write there, too: a listing that was kept would be out of date.
             options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
-            self.fs, self.root = _answered(
+            self.fs, self.root = answered(
                 lambda: fsspec.core.url_to_fs(self.url, **options), ANSWER_SECONDS
             )
         except ValueError as error:
@@ -172,7 +152,7 @@ class Objects:
         pause = PAUSE_SECONDS
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return _answered(work, ANSWER_SECONDS + seconds)
+                return answered(work, ANSWER_SECONDS + seconds)
             except (FileNotFoundError, RunError, UserError):
                 raise
             except Exception as error:

@@ -204,7 +204,8 @@ class Tracker:
             self.mlflow.send(child, points, pairs)
             if plan is not None:
                 # As one text, and not indented: by log_dict it takes ten times as long.
-                self.mlflow.client.log_text(child, redacted(json.dumps(plan())), "plan.json")
+                text = json.dumps(redacted_tree(plan()))
+                self.mlflow.client.log_text(child, text, "plan.json")
             status = "FAILED" if outcome == "failed" else "FINISHED"
             self.mlflow.client.set_terminated(child, status, at)
             self._trials[name] = child, at
