@@ -365,9 +365,11 @@ def evaluated(
     ]
     all_plans: dict[str, Mapping[str, str]] = {"dense": {}, **plans}
     keys = {name: _score_key(experiment, name, pieces) for name, pieces in all_plans.items()}
-    view.stage("evaluate", len(all_plans) * len(rows))
-    hidden_known = all(store.get("hidden", judge.hidden_key(part)) for part in rows)
-    scores: dict[str, dict[str, Any]] = {}
+    found = {name: store.get_json("scores", key) for name, key in keys.items()}
+    if not all(store.get("hidden", judge.hidden_key(part)) for part in rows):
+        found["dense"] = None  # the others are compared with its hidden states
+    scores: dict[str, dict[str, Any]] = {n: known for n, known in found.items() if known}
+    view.stage("evaluate", len(all_plans) * len(rows), len(scores) * len(rows))
     parts: dict[str, dict[int, Mapping[str, Any]]] = {}
 
     def task(name: str, index: int) -> Task:
@@ -385,15 +387,8 @@ def evaluated(
         label = f"{name} {rows[index][0]}"
         return Task("evaluate:evaluate_rows", arguments, label, done=done)
 
-    def tasks(name: str, again: bool) -> list[Task]:
-        known = None if again else store.get_json("scores", keys[name])
-        if known is None:
-            return [task(name, index) for index in range(len(rows))]
-        scores[name] = known
-        view.advance("evaluate", len(rows))
-        return []
-
-    # The others are compared with the dense model's hidden states.
-    pool.run(tasks("dense", again=not hidden_known), view.tick)
-    pool.run([t for name in plans for t in tasks(name, again=False)], view.tick)
+    missing = [name for name in all_plans if name not in scores]
+    for names in (["dense"], list(plans)):
+        left = [task(n, index) for n in names if n in missing for index in range(len(rows))]
+        pool.run(left, view.tick)
     return {name: scores[name] for name in all_plans}
