@@ -18,6 +18,8 @@ BLOCKS, HEADS, LABELS = "num_hidden_layers", "num_attention_heads", "num_labels"
 # Far more than any model has. Each block takes transformers milliseconds, and each label has a
 # name; StableLM can have a norm for each head of each block.
 MOST_BLOCKS, MOST_HEADS_OF_ALL_BLOCKS, MOST_LABELS = 4096, 200_000, 100_000
+# So many are built where the files have none at all: then it is told which tensors are missing.
+_FEW_BLOCKS = 256
 # Of a model of which only the configuration is there, whose experts have a tensor each.
 MOST_PLANNED_EXPERTS = 1_000_000
 
@@ -34,15 +36,17 @@ def check_counts(checkpoint: Checkpoint, family: Family) -> None:
             " the one that fits this version of transformers into config.json itself"
         )
     asked: float = 0
-    blocks = MOST_BLOCKS
+    found, blocks = None, MOST_BLOCKS
     if checkpoint.names():
         names, others = group_names(family, checkpoint)
         check_naming(family, checkpoint, names, others)
-        blocks = min(len(names), MOST_BLOCKS)
+        found = len(names)
+        blocks = min(found or _FEW_BLOCKS, MOST_BLOCKS)
     for key, value in _counts(config, family, BLOCKS):
         asked = max(asked, value)
         if value > blocks:
-            known = f"the files have {blocks}" if blocks < MOST_BLOCKS else f"at most {blocks}"
+            few = found is not None and found < value
+            known = f"the files have {found}" if few else f"at most {MOST_BLOCKS}"
             raise UserError(f"{file}: asks for {value} blocks ({key}): {known}")
     limits = {HEADS: MOST_HEADS_OF_ALL_BLOCKS // max(int(asked), 1), LABELS: MOST_LABELS}
     if not checkpoint.names() and family.router is not None:

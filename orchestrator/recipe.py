@@ -304,7 +304,7 @@ def _folder_path(name: str, base: Path) -> str:
     try:
         return str(absolute_path(name, base).resolve())
     except (OSError, RuntimeError) as error:  # too long, or links in a circle
-        raise ValueError(f"{name[:80]!r} cannot be looked up: {error}"[:300]) from None
+        raise ValueError(f"{name[:200]!r} cannot be looked up: {error}"[:300]) from None
 
 
 def _resolved(recipe: Recipe, base: Path) -> Recipe:

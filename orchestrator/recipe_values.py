@@ -59,7 +59,7 @@ def resolve(name: str, relative_to: Path) -> str:
     try:
         return str(absolute.resolve()) if absolute.exists() else name
     except OSError as error:
-        raise ValueError(f"{name[:80]!r} cannot be looked up: {error.strerror}") from None
+        raise ValueError(f"{name[:200]!r} cannot be looked up: {error.strerror}") from None
 
 
 def local_or_url(name: str) -> str:

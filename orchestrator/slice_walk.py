@@ -253,7 +253,8 @@ def add_up(state: WorkerState, cut: dict[str, Any]) -> dict[str, Any]:
     for step in range(1, plan.steps):
         total = total + _total(plan, step)
     sums = {_STREAM: total}
-    plan.store.put("stats", plan.sums_key, lambda p: save_stats(p, sums))
+    told = {"tokens": {_STREAM: int(total["tokens"])}, "routed": {}}
+    plan.store.put("stats", plan.sums_key, lambda p: save_stats(p, sums), told)
     return {"peak_bytes": peak_memory_bytes()}
 
 

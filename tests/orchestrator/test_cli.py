@@ -393,7 +393,7 @@ def test_a_search_without_any_plan_is_told(
     def nothing(*_: object) -> int:
         raise ValueError("nothing fits together")
 
-    monkeypatch.setattr("moesaic.orchestrator.experiment.smallest_bytes", nothing)
+    monkeypatch.setattr("moesaic.orchestrator.plan_bytes.smallest_bytes", nothing)
     recipe = make_recipe(tmp_path, model)
     words = "candidates: with search: knapsack and serve: moesaic there is no plan: nothing fits"
     assert words in refusal("check", recipe)
