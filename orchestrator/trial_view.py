@@ -1,5 +1,6 @@
 """What a person sees of a study while it goes on: the best trial, the front, pace, failures."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.trial_failures import Failures
 
 _STAGE = "trials"
-# Of a front, as many members are named.
+# Of a front, as many members are named; trials may be short, so it is told from time to time.
 _NAMED = 4
+_FRONT_SECONDS = 10.0
 
 
 class TrialView:
@@ -33,6 +35,7 @@ class TrialView:
         self.finished = 0
         self.best: Told | None = None
         self.front: list[Told] = []
+        self._front_is_new, self._front_told = False, -math.inf
         self._started = time.monotonic()
         # The figure that the KL is set against in a front.
         self._other = next((name for name in limits.objectives if name != "kl"), "")
@@ -69,10 +72,9 @@ class TrialView:
         if self._ranks(told):
             self.view.line(f"{_described(told)}, the best so far; {self._pace()}")
         before, self.front = self.front, self._sorted(front)
-        if [trial.number for trial in before] != [trial.number for trial in self.front]:
-            picked = _spread(self.front, _NAMED)
-            members = ", ".join([self._member(picked[0], True), *map(self._member, picked[1:])])
-            self.view.line(f"front of {len(self.front)}: {members}")
+        self._front_is_new |= [t.number for t in before] != [t.number for t in self.front]
+        if time.monotonic() - self._front_told >= _FRONT_SECONDS:
+            self._tell_front()
 
     def worked(self, peak_bytes: int) -> None:
         """A worker has answered."""
@@ -84,12 +86,22 @@ class TrialView:
 
     def close(self) -> None:
         """After the last one."""
+        self._tell_front()
         self.view.finish(_STAGE, self._state())
         if self.finished:
             best = "" if self.best is None else f", best {_described(self.best)}"
             self.view.line(f"trials: {self._pace()}{best}")
         for reason, count in self.failures.reasons.most_common():
             self.view.line(f"failed ×{count}: {reason}")
+
+    def _tell_front(self) -> None:
+        """A line with some members, if it is another one than was told."""
+        if not self._front_is_new:
+            return
+        picked = _spread(self.front, _NAMED)
+        members = ", ".join([self._member(picked[0], True), *map(self._member, picked[1:])])
+        self.view.line(f"front of {len(self.front)}: {members}")
+        self._front_is_new, self._front_told = False, time.monotonic()
 
     def _ranks(self, told: Told) -> bool:
         """Whether a trial is the best so far."""

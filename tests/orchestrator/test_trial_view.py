@@ -27,7 +27,7 @@ def shown(objectives: Sequence[str]) -> tuple[TrialView, io.StringIO]:
     return TrialView(view, Limits(objectives, {}), Failures()), stream
 
 
-def test_members_of_the_front_are_told_when_it_changes() -> None:
+def test_members_of_the_front_are_told_from_time_to_time_and_in_the_end() -> None:
     found, stream = shown(["bytes", "kl"])
     known = [trial(0, 0.5, bytes=2000), trial(1, 0.25, bytes=4000)]
     found.open(9, known, known)
@@ -36,12 +36,19 @@ def test_members_of_the_front_are_told_when_it_changes() -> None:
     third = [*known, trial(3, 0.75, bytes=1000)]
     found.told(third[-1], third)
     many = [trial(number, 1.0 / number, bytes=1000 * number) for number in range(4, 10)]
-    found.told(many[-1], many)
-    lines = [line for line in stream.getvalue().splitlines() if line.startswith("front")]
-    assert lines == [
-        "front of 3: 1,000 bytes → KL 0.75, 2,000 → 0.5, 4,000 → 0.25",
-        "front of 6: 4,000 bytes → KL 0.25, 6,000 → 0.1667, 7,000 → 0.1429, 9,000 → 0.1111",
-    ]
+    found.told(many[-2], many[:-1])
+    found.told(many[-1], many)  # soon after the first line
+
+    def lines() -> list[str]:
+        return [line for line in stream.getvalue().splitlines() if line.startswith("front")]
+
+    first = "front of 3: 1,000 bytes → KL 0.75, 2,000 → 0.5, 4,000 → 0.25"
+    assert lines() == [first]
+    found.close()
+    last = "front of 6: 4,000 bytes → KL 0.25, 6,000 → 0.1667, 7,000 → 0.1429, 9,000 → 0.1111"
+    assert lines() == [first, last]
+    found.close()
+    assert lines() == [first, last]
     assert found._state() == [
         "best 0.1111 (trial 9)",
         "front 6 (4,000 → 0.25 … 9,000 → 0.1111)",
