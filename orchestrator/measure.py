@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import safetensors.torch
 from torch import Tensor
 
 from moesaic.methods import chains as links
@@ -264,8 +264,8 @@ def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
 
 def read_errors(path: Path) -> dict[str, Tensor]:
     """All tensors of an ``errors`` entry."""
-    with safe_open(fetched(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # A table reads thousands of these small files: to map each takes three times as long.
+    return safetensors.torch.load(fetched(path).read_bytes())
 
 
 def predicted_losses(
