@@ -1,5 +1,6 @@
 """The user's YAML file: what to compress, into how many bytes, with what, judged on what."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -290,7 +291,8 @@ def _missing(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
         try:
             own = {"store": _store_path, "score": _store_path, "cache.folder": _folder_path}
             path = own.get(key, resolve)(value, base)
-            if key.endswith(("file", "score")) and not Path(path).is_file():
+            # That of os.path says False of a path that is too long, too.
+            if key.endswith(("file", "score")) and not os.path.isfile(path):
                 yield f"{key}: no file {path}"
         except ValueError as error:
             yield f"{key}: {error}"

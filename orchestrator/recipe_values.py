@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from moesaic.orchestrator.objects import check_url, is_url
 
 DEMO = Path(__file__).parent / "demo"
+_TEXTS = DEMO / "text"
 BUILTIN = "builtin:"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {unit + "i": 1024**power for power, unit in enumerate("kmgt", start=1)}
@@ -47,11 +48,11 @@ def parse_bytes(value: Any) -> int:
 def resolve(name: str, relative_to: Path) -> str:
     """``builtin:`` names and relative paths as absolute paths; other names unchanged."""
     if name.startswith(BUILTIN):
-        inside = name.removeprefix(BUILTIN)
-        path = DEMO / ("model" if inside == "demo" else f"text/{inside}")
-        if not path.exists():
-            known = ["demo", *sorted(p.name for p in (DEMO / "text").glob("*.txt"))]
-            raise ValueError(f"no {name!r}: there are {', '.join(BUILTIN + k for k in known)}")
+        paths = {"demo": DEMO / "model", **{p.name: p for p in sorted(_TEXTS.glob("*.txt"))}}
+        path = paths.get(name.removeprefix(BUILTIN))
+        if path is None:
+            known = ", ".join(BUILTIN + inside for inside in paths)
+            raise ValueError(f"no {shown_value(name)}: there are {known}")
         return str(path)
     if is_url(name):
         return local_or_url(name)
@@ -85,7 +86,7 @@ def portable(path: str) -> str:
     """The ``builtin:`` name of a path that belongs to the package; other names unchanged."""
     if Path(path) == DEMO / "model":
         return BUILTIN + "demo"
-    return BUILTIN + Path(path).name if Path(path).parent == DEMO / "text" else path
+    return BUILTIN + Path(path).name if Path(path).parent == _TEXTS else path
 
 
 def _writable(text: str) -> str:

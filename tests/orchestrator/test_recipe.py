@@ -95,6 +95,18 @@ def test_unknown_builtin_names_are_answered_with_the_known_ones_all_at_once(tmp_
     assert second.startswith(f"{file}: evaluation.texts.0.file: no 'builtin:x.txt'")
 
 
+@pytest.mark.parametrize("name", ["builtin:" + "[" * 300, "builtin:../model/config.json"])
+def test_builtin_names_are_names_and_no_paths(tmp_path: Path, name: str) -> None:
+    (line,) = refusal(make_recipe(tmp_path, name))
+    assert f"model: no {name[:20]!r}"[:-1] in line and "builtin:demo" in line and len(line) < 400
+
+
+@pytest.mark.parametrize("name", ["s" * 300 + ".json", "file:///" + "t" * 300 + ".json"])
+def test_files_of_names_that_are_too_long_are_not_there(tmp_path: Path, name: str) -> None:
+    (line,) = refusal(make_recipe(tmp_path, "builtin:demo", score=name))
+    assert "score: no file" in line
+
+
 def test_all_mistakes_are_told_at_once_with_the_allowed_names(tmp_path: Path, model: Path) -> None:
     file = make_recipe(
         tmp_path,
