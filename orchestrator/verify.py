@@ -143,9 +143,8 @@ def _put_constants(model: nn.Module, original: StreamedModel) -> None:
     they are rounded (Gemma's scale of embeddings) is not what is verified."""
     known = dict(model.named_buffers())
     for name, value in original.constants().items():
-        if name in known:
-            owner, _, last = name.rpartition(".")
-            model.get_submodule(owner)._buffers[last] = value.clone()
+        if name in known:  # in place: compressed-tensors copies what is assigned into the old dtype
+            known[name].data = value.clone()
 
 
 def _compute_in_float32(model: nn.Module, family: Family) -> None:

@@ -167,3 +167,12 @@ def test_a_process_that_dies_is_told(
     monkeypatch.setattr("sys.executable", str(killer))
     with pytest.raises(RunError, match="ended .killed: out of memory"):
         apart(folder, model, chosen)
+
+
+def test_constants_that_16_bits_round_make_no_difference(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("gemma", dtype=torch.bfloat16)  # multiplies embeddings by the root of their width
+    model = open_model(source)
+    chosen = make_pieces(model, lambda *_: channel(4), tmp_path / "pieces")
+    assemble(model, source, chosen, "transformers", tmp_path / "out", "card")
+    found = verify(tmp_path / "out", model.checkpoint, chosen, "transformers", IDS)
+    assert found < TOLERANCE / 100
