@@ -46,13 +46,15 @@ def journal_file(storage: str) -> Path:
     """The journal that ``--storage`` names.
 
     Raises:
-        UserError: it names a database or an object store.
+        UserError: it names a database, an object store, or no file at all.
     """
     if "://" in storage:
         raise UserError(
             f"--storage: {shown(storage)} is no file: give the path of one, which the study's"
             " journal is kept in (study.log); databases and object stores cannot hold it"
         )
+    if not Path(storage).name:
+        raise UserError(f"--storage: {shown(storage)} is no file: give the path of one (study.log)")
     return Path(storage)
 
 

@@ -9,7 +9,6 @@ from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.study import Asked, Told
 from moesaic.orchestrator.study_terms import BITS
 from moesaic.search._starts import is_greedy
-from moesaic.search.alternatives import solve
 from moesaic.search.base import Budget, Infeasible, Plan
 from moesaic.search.knobs import GREEDY, Allocator, Value
 
@@ -58,13 +57,12 @@ class TrialPlans:
         experiment = self.pipeline.experiment
         given = self.allocator.reweighted({k: v for k, v in values.items() if k != BITS})
         search = GREEDY if is_greedy(start) else experiment.recipe.search
-        if BITS not in values:
-            return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
-        size = experiment.sizes.size
-        total = size.fixed_bytes + int(float(values[BITS]) * size.weights / 8)
-        given = replace(given, budget=Budget(total, size.fixed_bytes))
-        found = solve(given, search)
-        return self.allocator.problem.plan(found.units)
+        if BITS in values:
+            size = experiment.sizes.size
+            # Rounded: the recipe's own budget in bits per weight must come to its bytes again.
+            total = size.fixed_bytes + round(float(values[BITS]) * size.weights / 8)
+            given = replace(given, budget=Budget(total, size.fixed_bytes))
+        return self.allocator.problem.plan(self.pipeline.fitted(given, search).units)
 
     def of_told(self, told: Told) -> Plan:
         """The plan of a finished trial, made again."""

@@ -83,6 +83,11 @@ class Table:
         """Bytes that the rows together may have."""
         return self.settled.budget.unit_bytes
 
+    @property
+    def smallest(self) -> int:
+        """Bytes that the rows together have at least."""
+        return int(self.bytes[:, 0].sum())
+
     def size(self, columns: Ints) -> int:
         """Bytes of the rows together."""
         return int(self.bytes[self.rows, columns].sum())

@@ -233,7 +233,7 @@ class _Descent:
                 table = self.space.table(picks)
             except ValueError:  # tied choices of these alternatives have no candidate in common
                 continue
-            if int(table.bytes.min(axis=1, initial=0).sum()) <= table.limit or not len(table.rows):
+            if table.smallest <= table.limit:
                 return self._drawn(rng, noise, picks, table, shaken)
         return self._drawn(rng, noise, best.picks, self.space.table(best.picks), shaken)
 
@@ -245,7 +245,7 @@ class _Descent:
             for bank in range(len(banks))
         ]
         forms: list[str | None] = [None]
-        if self.space.problem.one_form:
+        if self.space.problem.one_form and banks:
             forms = list(dict.fromkeys(a.form for _, found in banks for a in found))
         best: tuple[float, tuple[int, ...]] | None = None
         for form in forms:

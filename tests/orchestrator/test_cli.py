@@ -93,7 +93,8 @@ def test_tune_refuses_what_it_cannot_tune_and_needs_a_number_of_trials(
 
 
 @pytest.mark.parametrize(
-    "storage", ["sqlite:///study.db", "s3://bucket/study.log", "postgresql://me:word@host/db"]
+    "storage",
+    ["sqlite:///study.db", "s3://bucket/study.log", "postgresql://me:word@host/db", "", ".", "/"],
 )
 def test_a_storage_that_is_no_file_is_refused_before_any_work(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -356,6 +356,17 @@ def test_engines_with_ties_and_one_form_are_refined(make: Make) -> None:
     assert project.json("plan.json")["refined"]["stages"][-1]["evaluations"] > 8
 
 
+def test_an_engine_that_wants_one_form_is_refined_where_nothing_is_reduced(make: Make) -> None:
+    project = make(
+        serve="vllm",
+        candidates=[{"method": "rtn", "bits": [4, 8], "group_size": -1}],
+        budget={"bits_per_weight": 6},
+        refine={"method": "relax", "steps": 2, "draws": 2},
+    )
+    project.run(stages=SEARCH)
+    assert project.json("plan.json")["refined"]["stages"][0]["evaluations"] > 8
+
+
 def test_a_model_that_is_ruined_stops_with_advice(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,19 @@ def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) 
     assert study["best"]["kl"] == fitting["kl"].min()
 
 
+def test_with_bytes_among_the_objectives_the_first_plan_is_that_of_a_budget_in_bytes(
+    make: Make,
+) -> None:
+    budget = {"bytes": 120_000, "bits_per_weight": None}
+    found = []
+    for number, objectives in enumerate((["kl"], ["kl", "bytes"])):
+        project = make(tune={"objectives": objectives}, budget=budget)
+        project.tune(1, storage=project.folder / f"{number}.log")
+        found.append(trials(project).iloc[0])
+    assert found[0]["plan"] == found[1]["plan"]
+    assert found[0]["bytes"] > 0.99 * 120_000  # what headers did not need is spent
+
+
 def test_baselines_are_judged_once_on_the_text_of_the_trials_and_are_no_trials(make: Make) -> None:
     project = make(
         baselines={"rtn 4": {**BITS, "bits": 4}},

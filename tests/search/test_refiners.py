@@ -3,13 +3,15 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from moesaic.methods.base import Spec
 from moesaic.search import evolve, knapsack, relax, uniform
 from moesaic.search.alternatives import solve
-from moesaic.search.base import Plan, Problem
+from moesaic.search.base import Alternative, Plan, Problem
 from moesaic.search.refining import Effort, cut, refiner, refiners
 from tests.search.problems import best_by_looking_at_all, realistic
 from tests.search.refining import Driven, Quadratic, drive, with_budget
@@ -58,6 +60,31 @@ def test_every_plan_fits_and_keeps_its_ties(name: str, share: float) -> None:
         assert plan.bytes <= given.budget.total_bytes
         for tie in ties:
             assert len({plan.units[unit] for unit in tie}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_form_of_banks_is_no_matter_where_there_are_none(name: str) -> None:
+    given = replace(realistic(units=5, choices=3, share=0.4), one_form=True)
+    found = refined(name, given, knapsack.search(given))
+    assert len(found.plans) > len(TEXT.blocks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alternatives_that_no_choices_bring_within_the_budget_are_never_run(name: str) -> None:
+    given = realistic(units=6, choices=3, share=0.4)
+    names = list(given.choices)
+    bank = dict(given.choices)
+    rest = {unit: bank.pop(unit) for unit in names[:2]}
+    smallest = sum(min(m.bytes for m in found) for found in given.choices.values())
+    beyond = given.budget.unit_bytes - smallest + 1
+    # Tempting, each of them a byte too large, and many.
+    keeps = [(Spec.of("reap", {"keep": number / 40}),) for number in range(1, 40)]
+    large = [Alternative(prefix, "large", beyond, 0.0, bank) for prefix in keeps]
+    alternatives = [Alternative((), "small", 0, 1.0, bank), *large]
+    given = replace(given, choices=rest, banks={"bank": alternatives})
+    found = refined(name, given, solve(given, "knapsack"))
+    assert all(plan.bytes <= given.budget.total_bytes for plan in found.plans)
+    assert len(found.plans) > len(TEXT.blocks)
 
 
 def _smallest(given: Problem) -> Problem:
