@@ -9,6 +9,7 @@ The file is appended to: an interrupted run and its resumption stand one after t
 line says how the run ended.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -92,7 +93,9 @@ class RunLog:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         lines = redacted(text).splitlines() or [""]
         whole = "".join(f"{now} {printable(line)[:_LINE_CHARACTERS]}\n" for line in lines)
-        os.write(self._descriptor, whole.encode())
+        # A full disk: the run meets it where it matters, and is told why it ended.
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, whole.encode())
 
     def close(self) -> None:
         with self._lock:

@@ -129,3 +129,12 @@ def test_a_run_into_rays_copy_of_the_working_directory_is_refused(tmp_path: Path
     with pytest.raises(UserError, match=f"^{key}: .* lies in Ray's copy of the working directory"):
         run_recipe(recipe, output, ("search",))
     assert not output.exists()
+
+
+def test_a_full_disk_under_the_log_does_not_hide_why_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="the reason"), run_log(tmp_path, "run") as log:
+        log.line("a line that is lost")
+        raise RunError("the reason")
