@@ -41,7 +41,8 @@ class RunLog:
     """
 
     def __init__(self, file: Path, worker_bytes: int = _WORKER_BYTES) -> None:
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self._descriptor = os.open(file, flags, 0o644)
         self._lock = threading.Lock()
         self._left = worker_bytes
         # Of each worker: its last line, and how often that came again.

@@ -1,5 +1,6 @@
 """The log of a run: whose line it is, how it ends, and how much workers may write."""
 
+import os
 import re
 from pathlib import Path
 
@@ -134,7 +135,8 @@ def test_a_run_into_rays_copy_of_the_working_directory_is_refused(tmp_path: Path
 def test_a_full_disk_under_the_log_does_not_hide_why_a_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "log.txt").symlink_to("/dev/full")
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(runlog.os, "open", lambda *file: full)
     with pytest.raises(RunError, match="the reason"), run_log(tmp_path, "run") as log:
         log.line("a line that is lost")
         raise RunError("the reason")
