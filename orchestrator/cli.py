@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,7 +21,7 @@ from moesaic.orchestrator import runlog
 from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.foreign import printable
-from moesaic.orchestrator.process import collect_rarely, leave, open_streams
+from moesaic.orchestrator.process import collect_rarely, lead_nowhere, leave, open_streams
 from moesaic.orchestrator.redaction import redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
 
@@ -37,6 +37,9 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="The folder of finished pieces.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+
+# A command line that is wrong; typer has no other name for it.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 Output = Annotated[
@@ -126,8 +129,7 @@ def _print_json(value: Mapping[str, Any]) -> bool:
         if not isinstance(error, BrokenPipeError):
             reason = f"the JSON cannot be written: {error.strerror}"
             stderr.print(f"failed: {reason}", markup=False)
-        with open(os.devnull, "wb") as nothing:  # what the stream still holds goes there
-            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)  # what the stream still holds
         return False
     return True
 
@@ -449,7 +451,7 @@ def store_gc(
     everything: Annotated[
         bool, typer.Option("--all", help="Instead of --keep: no run's pieces stay.")
     ] = False,
-    minutes: Annotated[float, typer.Option(help="Keep what is younger than this.")] = 60.0,
+    minutes: Annotated[float, typer.Option(min=0, help="Keep what is younger than this.")] = 60.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -471,15 +473,29 @@ def store_gc(
 
 
 def main() -> NoReturn:
-    """Entry point. SIGTERM (Slurm, Kubernetes, timeout) ends a run in order, as Ctrl-C does."""
+    """Entry point. SIGTERM (Slurm, Kubernetes, timeout) and SIGHUP (a terminal that is gone) end a
+    run in order, as Ctrl-C does."""
     collect_rarely()
     open_streams()
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else of nohup
+        signal.signal(signal.SIGHUP, _stop)
     try:
-        app()
+        status = app(prog_name="moesaic", standalone_mode=False)
+    except _UsageError as error:
+        status = _misused(error)
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    leave(0)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    leave(status or 0)
+
+
+def _misused(error: Any) -> int:
+    """Tells what is wrong with a command line; returns the exit status."""
+    if text := error.format_message():  # else its help was printed
+        verb = error.ctx.command_path if error.ctx else "moesaic"
+        with suppress(typer.Exit):
+            _fail("error", f"{text} ({verb} --help)", 2, "--json" in sys.argv, False)
+    return 2
 
 
 # Schedulers send a signal to a process and to its group: what comes so soon is the same order.

@@ -1,11 +1,13 @@
 """What a person sees on stderr while a run works: bars on a terminal, lines in a log."""
 
+import errno
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -22,11 +24,46 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moesaic.orchestrator import runlog
+from moesaic.orchestrator.process import lead_nowhere
 from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.yardsticks import LANGUAGE, yardstick_of
 
 if TYPE_CHECKING:
     from moesaic.methods.base import Event
+
+
+# Of a pipe, or a terminal, that nobody has open any more.
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
+class _Stderr:
+    """What ``sys.stderr`` is at the moment. A run goes on where nobody reads any more what it says
+    there, or the disk takes no more of it: it stands in the run's log."""
+
+    @property
+    def _stream(self) -> TextIO:
+        stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        return stream
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _tried(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if error.errno in _GONE:  # for others that write there, too
+                lead_nowhere(self._stream)
 
 
 class Lines(Console):
@@ -40,7 +77,7 @@ class Lines(Console):
                 runlog.note(text)
 
 
-stderr = Lines(stderr=True, highlight=False, soft_wrap=True)
+stderr = Lines(file=cast(TextIO, _Stderr()), highlight=False, soft_wrap=True)
 _LOG_SECONDS = 15.0
 _LOG_WIDTH = 200
 # Of many things that are being worked on, those that are named.

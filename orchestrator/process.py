@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -43,6 +43,12 @@ def open_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
+def lead_nowhere(stream: TextIO) -> None:
+    """Has whatever is still written into a standard stream, by whomever, vanish."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
+
+
 def answered(call: Callable[[], T], seconds: float) -> T:
     """``call()`` on a thread of its own, so that signals get through, for so many seconds.
 
@@ -73,6 +79,6 @@ def leave(status: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
             stream.flush()
     os._exit(status)

@@ -31,6 +31,9 @@ from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.yamlfile import read_yaml
 
 LOCK = ".running.json"
+# What is not written under another name first, below a run's folder and those of its budgets.
+IN_PLACE = ("log.txt", "pictures", "model", ".model.partial", ".model.replaced")
+IN_PLACE += ("journal.log", "journal.log.driver")
 # Of another machine's lock: not touched for so long, its owner is dead.
 _TOUCH_SECONDS, _STALE_SECONDS = 10.0, 60.0
 _LOOK_SECONDS, _JOIN_SECONDS = 1.0, 10.0
@@ -44,12 +47,26 @@ def run_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
     """Keeps other runs out of a folder; tells what the recipe changes in it.
 
     Raises:
-        UserError: another run is writing into the folder.
+        UserError: another run is writing into the folder, or a link there leads out of it.
     """
+    _check_links(folder, recipe)
     with _Lock(folder):
         for line in changed_lines(folder, recipe):
             stderr.print(line, markup=False)
         yield
+
+
+def _check_links(folder: Path, recipe: Recipe) -> None:
+    """Raises a UserError for a link where a run would write in place: who gave away the folder
+    chose where it leads. Other files are made beside and renamed, which takes a link's place."""
+    plans = recipe.budget.each if recipe.budget.several else ()
+    for place in (folder, *(folder / label for label in plans)):
+        for path in (place, *(place / name for name in IN_PLACE)):
+            if path != folder and path.is_symlink():
+                raise UserError(
+                    f"{path}: is a symbolic link, and a run would write through it: remove it, or"
+                    " give another --output"
+                )
 
 
 def changed_lines(folder: Path, recipe: Recipe) -> list[str]:

@@ -9,6 +9,7 @@ The file is appended to: an interrupted run and its resumption stand one after t
 line says how the run ended.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -40,7 +41,8 @@ class RunLog:
     """
 
     def __init__(self, file: Path, worker_bytes: int = _WORKER_BYTES) -> None:
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self._descriptor = os.open(file, flags, 0o644)
         self._lock = threading.Lock()
         self._left = worker_bytes
         # Of each worker: its last line, and how often that came again.
@@ -92,7 +94,9 @@ class RunLog:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         lines = redacted(text).splitlines() or [""]
         whole = "".join(f"{now} {printable(line)[:_LINE_CHARACTERS]}\n" for line in lines)
-        os.write(self._descriptor, whole.encode())
+        # A full disk: the run meets it where it matters, and is told why it ended.
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, whole.encode())
 
     def close(self) -> None:
         with self._lock:

@@ -734,3 +734,30 @@ def test_json_that_nobody_takes_is_no_traceback(redirection: str, status: int, s
     assert found.returncode == status
     assert "Traceback" not in found.stderr and "llama" in found.stderr
     assert found.stderr.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run --json", "Missing argument 'RECIPE'. (moesaic run --help)"),
+        ("nosuch --json", "No such command 'nosuch'. (moesaic --help)"),
+        ("store gc x --all --minutes nan --json", "'--minutes': .*0 (moesaic store gc --help)"),
+        ("store gc x --all --minutes -1 --json", "'--minutes': .*0 (moesaic store gc --help)"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_json(
+    arguments: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["moesaic", *arguments.split()])
+    monkeypatch.setattr(cli, "leave", ended.append)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    cli.main()
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert ended == [2] and found["exit"] == 2
+    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), found["error"])
+    assert err == f"error: {found['error']}\n"

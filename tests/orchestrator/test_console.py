@@ -1,6 +1,9 @@
 """What a person sees: lines in a log, and the table at the end."""
 
 import io
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from rich.console import Console
 from moesaic.methods.base import Event
 from moesaic.orchestrator import console as module
 from moesaic.orchestrator.console import View, score_table
+from moesaic.orchestrator.runlog import run_log
 
 
 class Clock:
@@ -198,3 +202,29 @@ def test_a_stage_that_is_over_says_what_was_found_last(clock: Clock) -> None:
         view.finish("trials", ["best 0.3 (trial 1)"])
     (bar,) = view.progress.tasks
     assert bar.fields["note"] == "best 0.3 (trial 1)"
+
+
+@pytest.mark.parametrize("broken", ["pipe", "disk"])
+def test_who_reads_no_more_ends_no_run(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``moesaic run 2>&1 | head``, or a terminal that was closed: lines go into the log alone."""
+    if broken == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w", buffering=1)
+    else:
+        stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    with run_log(tmp_path, "run"):
+        module.stderr.print("first", markup=False)
+        module.show_scores({})
+        module.stderr.print("second", markup=False)
+    if broken == "pipe":
+        stream.write("who writes there directly meets no error, either\n")
+        stream.close()
+    else:
+        with pytest.raises(OSError):  # what the stream still holds
+            stream.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines[1:]] == ["first", "second", "done"]

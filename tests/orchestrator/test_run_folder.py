@@ -16,7 +16,10 @@ import pytest
 from moesaic.orchestrator import run_folder as module
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.recipe import Recipe, load_recipe
-from moesaic.orchestrator.run_folder import LOCK, changed_lines, run_folder
+from moesaic.orchestrator.run import run_recipe
+from moesaic.orchestrator.run_folder import IN_PLACE, LOCK, changed_lines, run_folder
+from moesaic.orchestrator.runlog import run_log
+from moesaic.orchestrator.study import JOURNAL
 from tests.orchestrator.projects import make_model_folder, make_recipe
 
 
@@ -227,3 +230,30 @@ def test_a_damaged_recipe_of_the_last_run_is_told(tmp_path: Path, recipe: Recipe
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe: [")
     (line,) = changed_lines(tmp_path, recipe)
     assert line.startswith(str(tmp_path / "recipe.yaml")) and "cannot be read" in line
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "2.5bpw", "2.5bpw/model"])
+def test_nothing_is_written_through_a_link_that_lay_in_the_folder(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    """The folder of a run may come from somebody else."""
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    (folder / name).parent.mkdir(parents=True)
+    outside.mkdir()
+    (folder / name).symlink_to(outside)
+    budgets = {"budget": {"bits_per_weight": [2.5, 4.6]}}
+    file = make_recipe(tmp_path / "recipe", model, **budgets)
+    with pytest.raises(UserError, match=rf"{name}: is a symbolic link"):
+        run_recipe(file, folder, ("calibrate",))
+    assert not list(outside.iterdir()) and not (folder / LOCK).exists()
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    (folder / name).unlink()
+    with run_folder(tmp_path / "link", load_recipe(file)):
+        pass
+
+
+def test_a_log_that_became_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="log.txt: cannot be written"), run_log(tmp_path, "run"):
+        pass
+    assert JOURNAL in IN_PLACE and not (tmp_path / "outside").exists()

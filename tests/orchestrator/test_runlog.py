@@ -1,5 +1,6 @@
 """The log of a run: whose line it is, how it ends, and how much workers may write."""
 
+import os
 import re
 from pathlib import Path
 
@@ -129,3 +130,13 @@ def test_a_run_into_rays_copy_of_the_working_directory_is_refused(tmp_path: Path
     with pytest.raises(UserError, match=f"^{key}: .* lies in Ray's copy of the working directory"):
         run_recipe(recipe, output, ("search",))
     assert not output.exists()
+
+
+def test_a_full_disk_under_the_log_does_not_hide_why_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(runlog.os, "open", lambda *file: full)
+    with pytest.raises(RunError, match="the reason"), run_log(tmp_path, "run") as log:
+        log.line("a line that is lost")
+        raise RunError("the reason")
