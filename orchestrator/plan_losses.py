@@ -40,6 +40,13 @@ def swap_losses(
     return plan_losses(experiment, pool, view, "swaps", plans)
 
 
+def sliced_loss(experiment: Experiment, pool: Pool, view: View) -> float:
+    """KL with nothing compressed: what making the whole model narrower loses; 0 where it is not."""
+    if experiment.cut is None:
+        return 0.0
+    return plan_losses(experiment, pool, view, "sliced", {"": {}})[""]
+
+
 def judged_rows(experiment: Experiment) -> Rows:
     """The sequences of the calibration text that plans are run on: as many as ``tune`` takes."""
     section = experiment.recipe.tune or Tune()
