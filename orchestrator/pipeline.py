@@ -39,6 +39,7 @@ from moesaic.orchestrator.expert_layers import expert_layers
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.mixtures import Mixtures
+from moesaic.orchestrator.plan_losses import sliced_loss
 from moesaic.orchestrator.plan_pieces import PlanPieces, plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
@@ -226,7 +227,8 @@ class Pipeline:
         """As :meth:`Refining.run`; writes how it was come by."""
         given = results.problem(self.experiment, self.table)
         refining = Refining(self.experiment, self.pool, self.view, self.rated(given))
-        plan, self.refinement = refining.run(start, fits, most_bytes)
+        lost = sliced_loss(self.experiment, self.pool, self.view, refining.text.blocks)
+        plan, self.refinement = refining.run(start, fits, most_bytes, lost)
         write_json(self.output / "refine.json", self.refinement.to_json())
         return given.plan(plan.units)  # with losses as they are told, whatever was searched by
 

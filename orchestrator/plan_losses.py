@@ -40,6 +40,19 @@ def swap_losses(
     return plan_losses(experiment, pool, view, "swaps", plans)
 
 
+def sliced_loss(
+    experiment: Experiment, pool: Pool, view: View, parts: Sequence[Rows] | None = None
+) -> float:
+    """KL with nothing compressed: what making the whole model narrower loses; 0 where it is not.
+
+    Args:
+        parts: as :meth:`PlanRuns.losses`.
+    """
+    if experiment.cut is None:
+        return 0.0
+    return plan_losses(experiment, pool, view, "sliced", {"": {}}, parts)[""]
+
+
 def judged_rows(experiment: Experiment) -> Rows:
     """The sequences of the calibration text that plans are run on: as many as ``tune`` takes."""
     section = experiment.recipe.tune or Tune()
@@ -52,10 +65,11 @@ def plan_losses(
     view: View,
     stage: str,
     plans: Mapping[Any, Chosen],
+    parts: Sequence[Rows] | None = None,
 ) -> dict[Any, float]:
     """As :meth:`PlanRuns.losses`; workers let go of the model when it is done."""
     runs = PlanRuns(experiment, pool, view)
-    found = runs.losses(stage, plans)
+    found = runs.losses(stage, plans, parts)
     runs.release()
     return found
 

@@ -89,14 +89,20 @@ class Refining:
         self.working = False
 
     def run(
-        self, start: Plan, fits: Callable[[Plan], bool], most_bytes: int | None = None
+        self,
+        start: Plan,
+        fits: Callable[[Plan], bool],
+        most_bytes: int | None = None,
+        lost: float = 0.0,
     ) -> tuple[Plan, Refinement]:
         """The refined plan, and how it was come by.
 
         Args:
             fits: tells of a plan whether it may be taken: its files keep to the budget.
             most_bytes: that a plan may have, where that is less than the problem's budget.
+            lost: see :class:`moesaic.search.refining.Text`.
         """
+        self.text = replace(self.text, lost=lost)
         budget = self.problem.budget
         most = budget.total_bytes if most_bytes is None else min(budget.total_bytes, most_bytes)
         # A plan may have got the bytes that headers did not need (see ``Pipeline.fitted``).

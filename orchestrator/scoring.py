@@ -19,7 +19,7 @@ from moesaic.orchestrator.choices import Choice, choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.plan_losses import Swap, swap_losses
+from moesaic.orchestrator.plan_losses import Swap, sliced_loss, swap_losses
 from moesaic.orchestrator.pool import Pool, Task
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.results import Table
@@ -208,7 +208,9 @@ def pairs_of(
         features |= _of_routers(experiment, pool, view, rows)
     if names[SWAPS]:
         kl = swap_losses(experiment, pool, view, swaps) if swapped is None else swapped
-        features["swap_kl"] = _shared_out(rows, kl)
+        # KL is to the original: what slicing has lost of that is in each of them, and no swap's.
+        lost = sliced_loss(experiment, pool, view)
+        features["swap_kl"] = _shared_out(rows, {s: max(kl[s] - lost, 0.0) for s in swaps})
     return Pairs([(m.unit, m.chain) for _, _, m in rows], features)
 
 

@@ -35,9 +35,12 @@ class Text:
 
     Attributes:
         blocks: of sequences, one after the other.
+        lost: KL that all plans have and no choice changes, nats per token: of a model that was
+            made narrower as a whole before.
     """
 
     blocks: Sequence[Rows]
+    lost: float = 0.0
 
     def sequences(self, block: int) -> int:
         low, high = self.blocks[block]

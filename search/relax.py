@@ -108,8 +108,11 @@ def refine(
 
 
 def _scale(space: Space, ledger: Ledger, best: Point) -> float:
-    """Measured over predicted loss of the best plan; 1 where that says nothing."""
-    measured = ledger.kl(best, ledger.every)
+    """Measured over predicted loss of the best plan; 1 where that says nothing.
+
+    Choices are predicted, so what is lost without any does not count as measured.
+    """
+    measured = ledger.kl(best, ledger.every) - ledger.text.lost
     predicted = space.table(best.picks).predicted(best.columns)
     known = predicted > 0 and 0 < measured < math.inf
     return measured / predicted if known else 1.0

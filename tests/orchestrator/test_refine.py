@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
@@ -16,11 +17,14 @@ from moesaic.orchestrator import latency, refine, resident
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.evaluate import evaluate_rows
+from moesaic.orchestrator.kept_limits import KeptLimits
+from moesaic.orchestrator.limits import Limits
 from moesaic.orchestrator.listing import listing
 from moesaic.orchestrator.pieces import is_cut
 from moesaic.orchestrator.plan_pieces import plan_pieces
 from moesaic.orchestrator.refinement import Watch
 from moesaic.orchestrator.run import check_recipe, open_experiment
+from moesaic.orchestrator.study import Told
 from moesaic.orchestrator.trials import Trials
 from moesaic.orchestrator.worker import WorkerState, plain
 from moesaic.search.base import Plan
@@ -306,6 +310,19 @@ def test_a_refined_plan_beyond_a_limit_is_not_taken(
     told = project.json("plan.json")["refined"]
     assert told["stages"][0]["kl"] < told["start_kl"]
     assert "refined_beyond_limits" not in {event.kind for event in project.summary.events}
+
+
+def test_a_refined_plan_whose_loss_is_no_number_is_beyond_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline: Any = MagicMock()
+    pipeline.planned.of.return_value = {}, {}
+    best = Told(0, "complete", {}, 0.1, {"bytes": 9, "fits": True}, {})
+    kept = KeptLimits(pipeline, Limits(["kl", "bytes"], {"kl": 0.2}), best)
+    for value, keeps in ((0.2, True), (0.3, False), (math.nan, False)):
+        figures = [("kl", value)]
+        monkeypatch.setattr(kept, "_figures", lambda *about, figures=figures: figures)
+        assert kept.keeps(Plan({}, 8, 0.0)) is keeps
 
 
 def test_a_budget_in_bytes_is_kept_by_the_files(make: Make) -> None:

@@ -452,3 +452,17 @@ def test_a_dense_model_has_no_score_about_experts(
     project.write(**CHAINS, score="mc_moe")
     with pytest.raises(UserError, match="score: mc_moe is about experts, and there are none"):
         project.run(stages=("search",))
+
+
+def test_what_slicing_loses_is_no_swaps_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model_folder(tmp_path / "llama", "llama")
+    project = Project(tmp_path, folder, monkeypatch)
+    sliced = {"slice": {"method": "slicegpt", "hidden": 0.7}, "score": "swap_kl"}
+    project.write(**{**CHAINS, **sliced, "budget": {"bits_per_weight": 8}})
+    project.run(stages=("search", "evaluate"))
+    scores = project.json("scores.json")
+    # Would every swap have it, whatever stays as it is would seem to save all of it.
+    assert scores["sliced"]["kl"] > 0.1
+    assert scores["plan"]["kl"] < 1.1 * scores["sliced"]["kl"]

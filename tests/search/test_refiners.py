@@ -286,6 +286,18 @@ def test_relax_with_slopes_that_are_differences_reaches_losses_that_add_up() -> 
     assert gained >= 0.95
 
 
+def test_relax_does_not_take_what_no_choice_changes_for_a_loss_of_choices() -> None:
+    made = Quadratic(seed=1)
+    start = knapsack.search(made.problem)
+    asked = []
+    for lost in (0.0, 3.0):
+        text = replace(TEXT, lost=lost)
+        search = relax.refine(made.problem, start, text, EFFORT)
+        found = drive(search, lambda plan, lost=lost: made.loss(plan) + lost, made.slopes)  # type: ignore[misc]
+        asked.append([plan.units for plan in found.plans])
+    assert asked[0] == asked[1]
+
+
 def test_relax_leaves_plans_without_finite_slopes_out() -> None:
     given = realistic(units=6, choices=4, share=0.5)
 
