@@ -97,6 +97,8 @@ def check_url(url: str) -> None:
             f"{url[:80]!r} lives in the memory of one process, and workers are others: give a"
             " folder, or the URL of a server"
         )
+    if "//" in parts.path.rstrip("/"):
+        raise ValueError(f"{url[:80]!r} is no URL of a folder: a folder in it has no name ('//')")
     if not (parts.netloc or parts.path.strip("/")):
         raise ValueError(f"{url[:80]!r} names no folder: write PROTOCOL://BUCKET/FOLDER")
 
