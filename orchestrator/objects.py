@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.process import answered
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.store import disk_is_full
 
 T = TypeVar("T")
@@ -385,6 +386,6 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200].rstrip(".")
+    text = " ".join(redacted(str(error)).split())[:200].rstrip(".")
     kind = type(error).__name__
     return text if kind in text else f"{kind}: {text}" if text else kind

@@ -32,8 +32,10 @@ from moesaic.orchestrator.yamlfile import read_yaml
 
 LOCK = ".running.json"
 # What is not written under another name first, below a run's folder and those of its budgets.
-IN_PLACE = ("log.txt", "pictures", "model", ".model.partial", ".model.replaced")
-IN_PLACE += ("journal.log", "journal.log.driver")
+IN_PLACE = (
+    *("log.txt", "pictures", "model", ".model.partial", ".model.replaced"),
+    *("journal.log", "journal.log.driver"),
+)
 # Of another machine's lock: not touched for so long, its owner is dead.
 _TOUCH_SECONDS, _STALE_SECONDS = 10.0, 60.0
 _LOOK_SECONDS, _JOIN_SECONDS = 1.0, 10.0
