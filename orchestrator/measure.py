@@ -265,7 +265,8 @@ def _reduced(plan: Job, model: StreamedModel, unit: Unit) -> ReducedBank:
 def read_errors(path: Path) -> dict[str, Tensor]:
     """All tensors of an ``errors`` entry."""
     # A table reads thousands of these small files: to map each takes three times as long.
-    return safetensors.torch.load(fetched(path).read_bytes())
+    found: dict[str, Tensor] = safetensors.torch.load(fetched(path).read_bytes())
+    return found
 
 
 def predicted_losses(
