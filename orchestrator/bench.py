@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 
 from moesaic.methods.base import Chain, Spec, Unit, compressing, link_module, methods
 from moesaic.orchestrator import file_probes, machine, probes
+from moesaic.orchestrator.bench_form import check_bench
 from moesaic.orchestrator.checkpoint import SINGLE, Checkpoint
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.machine import Crew, Load, Speeds
 from moesaic.orchestrator.overheads import measure_overheads
 from moesaic.orchestrator.pool import Pool, Task
@@ -199,6 +201,11 @@ def _plain_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _measured(dtype: torch.dtype) -> torch.dtype:
+    """The one of those measured that is as large: float16 is taken to be as fast as bfloat16."""
+    return min(_DTYPES, key=lambda own: abs(own.itemsize - dtype.itemsize))
+
+
 def _plain(size: tuple[torch.dtype, int, int]) -> list[Any]:
     return [_plain_dtype(size[0]), *size[1:]]
 
@@ -267,16 +274,17 @@ def read_bench(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, or another version wrote it.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        schema = found["schema"]
-        _ = found["host"]["call"], found["devices"]["cpu"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json(file)
+        schema = found["schema"] if isinstance(found, dict) else None
+        if schema is not None and schema != SCHEMA:
+            raise UserError(
+                f"{file}: schema {shown(schema)}, this version reads {SCHEMA}: run moesaic bench"
+                " again"
+            )
+        check_bench(found)
+    except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: no file of moesaic bench --output ({reason})") from None
-    if schema != SCHEMA:
-        raise UserError(
-            f"{file}: schema {schema!r}, this version reads {SCHEMA}: run moesaic bench again"
-        )
     return dict(found)
 
 
@@ -306,7 +314,7 @@ def bench_speeds(found: Mapping[str, Any], device: Mapping[str, Any], file: str)
 
     def speeds(experiment: Experiment, crew: Crew, load: Load) -> Speeds:
         model, host = experiment.model, found["host"]
-        dtype, few = _plain_dtype(model.dtype), load.few or load.tokens
+        dtype, few = _plain_dtype(_measured(model.dtype)), load.few or load.tokens
         hidden = model.hidden_size
         widths = [unit.shapes["gate"][1] for unit in model.units() if unit.kind == "bank"]
         # Of the three sides of an expert's products, two are the hidden size.

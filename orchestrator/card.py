@@ -1,5 +1,6 @@
 """The model card of a checkpoint: how it was made, how it is loaded, what it scores."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def model_card(
         "---",
         f"# {recipe.name}",
         "",
-        f"`{Path(portable(recipe.model)).name}` compressed by moesaic for `{recipe.serve}`:"
+        f"{_code(Path(portable(recipe.model)).name)} compressed by moesaic for `{recipe.serve}`:"
         f" {plan.bytes:,} bytes of {experiment.sizes.size.dense_bytes:,}.",
         "",
         *_loading(recipe, experiment.model.family.yardstick.task),
@@ -41,8 +42,22 @@ def model_card(
     ]
     if scores is not None:
         lines += [*score_lines(scores), ""]
-    lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    text = recipe.to_yaml().rstrip()
+    fence = _quotes(text, 3)
+    lines += ["## Recipe", "", f"{fence}yaml", text, fence, ""]
     return redacted("\n".join(lines))
+
+
+def _quotes(text: str, least: int) -> str:
+    """So many backticks that none of the text's end what is between two of them."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _code(text: str) -> str:
+    """A name as Markdown's code, whatever it holds: names of folders may be somebody else's."""
+    quotes = _quotes(text, 1)
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{quotes}{padding}{text}{padding}{quotes}"
 
 
 def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -22,7 +22,7 @@ from moesaic.orchestrator.console import show_scores, stderr
 from moesaic.orchestrator.errors import RunError, UserError, denied, passes_by
 from moesaic.orchestrator.foreign import printable
 from moesaic.orchestrator.process import collect_rarely, lead_nowhere, leave, open_streams
-from moesaic.orchestrator.redaction import redacted_tree
+from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.runlog import STOPPED
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool) -
         if isinstance(error, OSError) and passes_by(error) and error.filename:
             again = "finished work is kept: run the same command again"
             _fail("failed", f"{error.filename}: {error.strerror}; {again}", 1, as_json, debug)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        reason = " ".join(redacted(f"{type(error).__name__}: {error}").split())[:400]
         hint = "" if debug else " (--debug shows the traceback)"
         _fail("failed", reason + hint, 1, as_json, debug)
     else:

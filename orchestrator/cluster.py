@@ -21,6 +21,7 @@ from ray.exceptions import AuthenticationError, RayError
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.head import ask, interruptible
 from moesaic.orchestrator.recipe_sections import Compute
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.runlog import from_worker
 
 _CONNECT_SECONDS = 10.0
@@ -60,7 +61,7 @@ def connect(compute: Compute) -> bool:
 
 def refusal(key: str, error: BaseException) -> str:
     """Why a cluster could not be joined, and what to do about it."""
-    text = " ".join(str(error).split())
+    text = " ".join(redacted(str(error)).split())
     found = re.findall(r"Ray: (\S+) Python: (\S+)", text)
     if "Version mismatch" in text and len(found) == 2:
         (ray_there, python_there), (ray_here, python_here) = found

@@ -149,6 +149,7 @@ def safe_params(params: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an error in at most 500 characters."""
-    text = " ".join(str(error).split())
+    """Type and message of an error in at most 500 characters, without secrets: of one that is cut
+    nobody would know the rest."""
+    text = " ".join(redacted(str(error)).split())
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__

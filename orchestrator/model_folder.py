@@ -9,6 +9,7 @@ from moesaic.orchestrator.companions import COMPANIONS
 from moesaic.orchestrator.errors import RecipeError
 from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.objects import is_url
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.remote_model import copies_folder
 from moesaic.orchestrator.shared import CachePlace
 
@@ -40,7 +41,7 @@ def find_model(name: str, place: CachePlace, code: bool = False) -> Path:
     try:
         return _from_hub(name, code)
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = shorten(str(error), 160, placeholder=" …").rstrip(".")
+        reason = shorten(redacted(str(error)), 160, placeholder=" …").rstrip(".")
         raise RecipeError(
             f"model: {name} is no folder and cannot be downloaded: {reason}; check the name, or the"
             " network (HF_TOKEN for models that need a login), or give a folder"

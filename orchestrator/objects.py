@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.process import answered
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.store import disk_is_full
 
 T = TypeVar("T")
@@ -97,6 +98,8 @@ def check_url(url: str) -> None:
             f"{url[:80]!r} lives in the memory of one process, and workers are others: give a"
             " folder, or the URL of a server"
         )
+    if "//" in parts.path.rstrip("/"):
+        raise ValueError(f"{url[:80]!r} is no URL of a folder: a folder in it has no name ('//')")
     if not (parts.netloc or parts.path.strip("/")):
         raise ValueError(f"{url[:80]!r} names no folder: write PROTOCOL://BUCKET/FOLDER")
 
@@ -383,6 +386,6 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200].rstrip(".")
+    text = " ".join(redacted(str(error)).split())[:200].rstrip(".")
     kind = type(error).__name__
     return text if kind in text else f"{kind}: {text}" if text else kind

@@ -382,12 +382,9 @@ def show_outlook(found: Mapping[str, Any], console: Console) -> None:
     )
     times = found["walkers"]
     best = min(times, key=lambda count: times[count])
-    if best != next(iter(times)):
-        console.print(
-            f"compute.walkers: {best} would take {duration(times[best])} instead of"
-            f" {duration(next(iter(times.values())))}",
-            markup=False,
-        )
+    now, then = duration(next(iter(times.values()))), duration(times[best])
+    if now != then:
+        console.print(f"compute.walkers: {best} would take {then} instead of {now}", markup=False)
     for name, text in found["short"].items():
         console.print(f"event {name}: {text}", markup=False)
     for event in found["parted"]:

@@ -223,7 +223,10 @@ class RemoteCheckpoint(Checkpoint):
         if note is None or note["version"] != version_of(info):
             return False
         with contextlib.suppress(FileNotFoundError):
-            whole = path.stat().st_size == note["size"] and file_digest(path) == note["digest"]
+            whole = (
+                path.stat().st_size == note["size"]
+                and file_digest(path, own=True) == note["digest"]
+            )
             return bool(whole)
         return False
 
@@ -250,7 +253,7 @@ class RemoteCheckpoint(Checkpoint):
             note = {
                 "version": version_of(info),
                 "size": info["size"],
-                "digest": file_digest(path),
+                "digest": file_digest(path, own=True),
             }
         note_path = path.with_name(f"{path.name}{_NOTE}")
         with self.cache.writing(note_path) as temporary:

@@ -88,7 +88,7 @@ class RunLog:
     def _tell_repeats(self, source: str) -> None:
         line, times = self._last.pop(source, ("", 0))
         if times and self._left > 0:
-            self._write(f"{source} {times} times more: {line[:80]}")
+            self._write(f"{source} {times} times more: {redacted(line)[:80]}")
 
     def _write(self, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moesaic.orchestrator import experts
-from moesaic.orchestrator.checkpoint import Checkpoint
+from moesaic.orchestrator.checkpoint import Checkpoint, read_object
 from moesaic.orchestrator.config_counts import check_counts
 from moesaic.orchestrator.errors import RunError, UserError
 from moesaic.orchestrator.family import Family
@@ -72,10 +72,16 @@ class _Passthrough(nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
+_GENERATION = "generation_config.json"
+
+
 def read_config(checkpoint: Checkpoint, family: Family, trust_remote_code: bool) -> Any:
     """The configuration as transformers understands it; UserError where it does not, or where a
     count in it is absurd."""
     check_counts(checkpoint, family)
+    generation = checkpoint.path / _GENERATION
+    if generation.is_file():  # whoever loads the result reads it, too
+        read_object(generation)
     with config_errors(checkpoint.path / "config.json"):
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
 

@@ -35,6 +35,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from moesaic.orchestrator.digests import TICK_NS
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.own_folders import own_folder
@@ -55,8 +56,6 @@ SCRATCH = "scratch"
 MODELS = "models"
 # Beginning of the name of a folder that mirrors stores at URLs; see shared.py.
 MIRRORS = "moesaic-store@"
-# A file that was written so long ago at least shows a change by its time of modification.
-_TICK_NS = 2 * 10**9
 # Entries are looked at in parts. Where one of a part took longer than a turn of a thread, some more
 # parts are given to several: small files that lie near are read sooner than they are handed over.
 _TOGETHER, _TURN_SECONDS = 64, 1e-3
@@ -131,7 +130,7 @@ def _versions(*paths: Path | str) -> tuple[Version, ...] | None:
 
 def _are_settled(*versions: Version) -> bool:
     """Whether the files were written so long ago that their times change when they are altered."""
-    return time.time_ns() - max(modified for _, modified, _ in versions) > _TICK_NS
+    return time.time_ns() - max(modified for _, modified, _ in versions) > TICK_NS
 
 
 # Path → its version and digest, as far as this process has looked.

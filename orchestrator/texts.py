@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.foreign import parse_json, printable, shown
 from moesaic.orchestrator.recipe_sections import Source, Texts
+from moesaic.orchestrator.redaction import redacted
 
 # Enough text for any calibration set; a larger file is read only so far.
 _FILE_CHARACTERS = 64_000_000
@@ -174,7 +175,7 @@ def _dataset_rows(source: Source) -> Iterator[str]:
         for number, row in enumerate(rows, start=1):
             yield _text(row, source.field, f"dataset {source.dataset}, row {number}")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(redacted(str(error)).split())[:200]
         raise UserError(f"dataset {source.dataset}: cannot be read: {reason}") from None
 
 

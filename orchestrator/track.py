@@ -443,5 +443,5 @@ def _choice_counts(plan: Plan) -> dict[str, str]:
 def _reason(error: BaseException) -> str:
     """One line; errors that were written for people speak for themselves."""
     if isinstance(error, (UserError, RunError)):
-        return " ".join(str(error).split())[:500]
+        return " ".join(redacted(str(error)).split())[:500]
     return one_line(error)

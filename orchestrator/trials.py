@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.pool import Task
+from moesaic.orchestrator.redaction import redacted
 from moesaic.orchestrator.refine import release
 from moesaic.orchestrator.resident import Rows, trial_key
 from moesaic.orchestrator.stages import remember_dense
@@ -351,7 +352,7 @@ class Trials:
             RunError: there were several of the same kind one after another.
         """
         self._settle()
-        text = " ".join(f"{kind}: {reason}".split())[:500]
+        text = " ".join(redacted(f"{kind}: {reason}").split())[:500]
         for asked in failing:
             self.study.tell_failed(asked, text)
             self.failures.reasons[text] += 1

@@ -1,8 +1,10 @@
 """Reading safetensors folders against the safetensors library, and what is wrong with bad ones."""
 
 import json
+import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,7 +201,10 @@ def test_fingerprint_tells_content_not_place(folder: Path, tmp_path: Path) -> No
     assert Checkpoint(copied).fingerprint != original
 
 
-def test_file_digest_is_remembered_for_unchanged_file_only(tmp_path: Path) -> None:
+def test_file_digest_is_remembered_for_unchanged_file_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "TICK_NS", -1)
     file = tmp_path / "data"
     file.write_bytes(b"one")
     first = digests.file_digest(file)
@@ -212,6 +217,25 @@ def test_file_digest_is_remembered_for_unchanged_file_only(tmp_path: Path) -> No
     file.unlink()
     file.write_bytes(b"one")
     assert digests.file_digest(file) == first
+
+
+@pytest.mark.parametrize("tick", [-1, digests.TICK_NS])
+def test_another_file_of_the_same_size_and_time_has_its_own_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tick: int
+) -> None:
+    """A model that took another's place, as rsync and tar leave it; or within a clock's tick."""
+    monkeypatch.setattr(digests, "TICK_NS", tick)
+    file = tmp_path / "data"
+    found = set()
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        os.utime(file, ns=(10**18, 10**18))
+        found.add(digests.file_digest(file))
+        time.sleep(0.02 if tick < 0 else 0.0)  # longer than a tick of the system's clock
+    assert len(found) == 2
+    own = digests.file_digest(file, own=True)
+    os.utime(file, ns=(10**18 + 5, 10**18))  # used
+    assert digests.file_digest(file, own=True) == own
 
 
 def test_file_digest_works_when_cache_is_not_writable(

@@ -488,6 +488,10 @@ def test_text_without_words_is_told_as_such(model: Path, tmp_path: Path) -> None
         (lambda m: (m / "config.json").unlink(), "config.json: no such file"),
         (lambda m: change(m / "config.json", num_attention_heads=0), "config.json: transformers"),
         (lambda m: (m / "tokenizer.json").write_text("{"), "model: .* tokenizer cannot be loaded"),
+        (
+            lambda m: (m / "generation_config.json").write_text("[]"),
+            "must hold a JSON object",
+        ),
     ],
 )
 def test_broken_model_folders_are_refused(

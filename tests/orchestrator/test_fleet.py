@@ -238,11 +238,41 @@ def test_memory_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "needs" in found["short"]["calibrate host memory"]
 
 
-@pytest.mark.parametrize("change", [{"schema": 1}, {"devices": {}}])
-def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 1}, "schema 1, this version reads"),
+        ({"devices": {}}, "devices.cpu: Field required"),
+        ({"devices": {"cpu": []}}, "devices.cpu"),
+        ({"machine": None}, "machine"),
+        ({"host": {**unit_costs()["host"], "read": -1.0}}, "host.read: .* greater than 0"),
+        ({"host": {**unit_costs()["host"], "read": math.nan}}, "host.read: "),
+        ({"host": {**unit_costs()["host"], "overheads": {}}}, "host.overheads.start: "),
+        (unit_costs(sums=[]), "devices.cpu.sums: "),
+        (unit_costs(matmul=[["float32", 4, 64]]), "devices.cpu.matmul.0"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     file = written(tmp_path, {**unit_costs(), **change})
-    with pytest.raises(UserError, match=r"bench\.json: "):
+    with pytest.raises(UserError, match=rf"bench\.json: .*{said}"):
         bench.read_bench(file)
+
+
+def test_a_file_that_never_ends_is_no_file_of_costs() -> None:
+    with pytest.raises(UserError, match="no regular file"):
+        bench.read_bench(Path("/dev/zero"))
+
+
+def test_float16_is_as_fast_as_bfloat16(tmp_path: Path) -> None:
+    """Which many models are in, and nobody measures."""
+    times = []
+    for dtype in (torch.float16, torch.bfloat16):
+        folder = make_model_folder(tmp_path / str(dtype), dtype=dtype)
+        recipe = make_recipe(tmp_path, folder, compute={"workers": None, "dtype": "auto"})
+        costs = unit_costs(matmul=[["float32", 4, 64, 1e7], ["bfloat16", 4, 64, 1e9]])
+        found = predict_on(recipe, tmp_path / "out", "1cpu", written(tmp_path, costs))
+        times.append(found["time"]["calibrate and measure"])
+    assert times[0] == pytest.approx(times[1])
 
 
 def test_a_chain_that_was_not_measured_is_told(tmp_path: Path) -> None:

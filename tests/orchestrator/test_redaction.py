@@ -24,7 +24,8 @@ from mlflow import MlflowClient
 from moesaic.orchestrator import cli, redaction
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
-from moesaic.orchestrator.mlflow_text import place
+from moesaic.orchestrator.mlflow_text import one_line, place
+from moesaic.orchestrator.objects import _reason
 from moesaic.orchestrator.redaction import clean_streams, keep_secret, redacted, redacted_tree
 from moesaic.orchestrator.store import write_json
 from tests.orchestrator.inline import Project
@@ -296,3 +297,12 @@ def test_a_run_whose_addresses_hold_secrets_leaves_none_of_them(
     assert rows == [("FINISHED",)]
     assert [model.name for model in client.search_registered_models()] == ["small"]
     assert f"{USER}:***@127.0.0.1" in (project.output / "recipe.yaml").read_text()
+
+
+def test_what_is_cut_off_is_cleaned_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a secret is none that anybody knows, but tells half of it."""
+    monkeypatch.setenv("DEMO_TOKEN", secret := "correct-horse-battery-staple")
+    for tell, length in ((one_line, 500), (_reason, 200)):
+        for shift in range(60):
+            text = tell(OSError("x" * (length - shift) + secret))
+            assert secret[:8] not in text

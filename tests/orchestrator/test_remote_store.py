@@ -372,6 +372,7 @@ def test_a_package_that_is_missing_is_named(
         ({"store": "s3://key:secret@bucket/x"}, "store: a URL must not hold a password"),
         ({"store": "s3://"}, "store: 's3://' names no folder"),
         ({"store": "simplecache::s3://b/x"}, "store: .* is no URL of a folder"),
+        ({"store": "s3://b//x"}, "store: 's3://b//x' is no URL of a folder"),
         ({"model": "s3://b/x#y"}, "model: 's3://b/x#y' is no URL of a folder"),
         ({"store": "file://relative"}, "file:// is followed by an absolute path"),
         ({"cache": {"size": 0}}, "cache.size: 0 is not a size"),
