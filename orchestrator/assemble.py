@@ -31,6 +31,7 @@ from moesaic.orchestrator.export import (
     quantization_config,
     replaced_names,
     resized_config,
+    stated_dtype,
     unit_tensors,
     unplaced,
 )
@@ -83,7 +84,7 @@ def assemble(
     model.checkpoint.fetch()
     with disk_errors(output), _new_folder(output) as folder:
         _write_shards(folder, tensors, int(max_shard_bytes))
-        config = {**model.checkpoint.config}
+        config = {**model.checkpoint.config, **stated_dtype(model, pieces)}
         if serve != "moesaic":
             config |= resized_config(model, pieces)
         quantization = quantization_config(model, pieces, serve)

@@ -70,6 +70,9 @@ class _Reader:
     def linear(self, part: str, group: Linears, path: str) -> None:
         self.keep(f"{path}.bias")
         weight = f"{path}.weight"
+        if weight in self.disk and 0 in self.shape(weight):
+            self.keep(weight)  # a configuration may make a part that is not wanted 0 wide
+            return
         if not self.claim(weight):
             return
         self.provided[weight] = self.shape(weight)

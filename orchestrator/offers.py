@@ -46,6 +46,7 @@ class Offering:
             UserError: a chain does not fit a unit's shape (each chain once), a baseline or what a
                 candidate makes of any bank cannot be loaded, or a unit has no candidate left.
         """
+        self._check_dtypes()
         self._check_reductions()
         self._check_gradients()
         self._check_refits()
@@ -90,6 +91,23 @@ class Offering:
         if problems:
             raise RecipeError(*problems)
         return offers
+
+    def _check_dtypes(self) -> None:
+        """Raises a RecipeError for weights of several dtypes, which transformers loads in one: it
+        would round scales otherwise than they were measured, and mix them in a bank."""
+        if self.recipe.serve == "moesaic":
+            return
+        first: dict[str, str] = {}
+        for unit in self.units:
+            for dtype in self.model.stored_dtypes(unit):
+                first.setdefault(str(dtype).removeprefix("torch."), unit.name)
+        if len(first) > 1:
+            known = ", ".join(f"{dtype} ({name} …)" for dtype, name in first.items())
+            raise RecipeError(
+                f"model: its files hold weights in {known}: serve: {self.recipe.serve} loads one"
+                " dtype: save the model in one, leave the others as they are with keep:"
+                " [pattern], or give serve: moesaic"
+            )
 
     def _useless_reductions(self, offers: Mapping[str, list[Chain]]) -> list[str]:
         """A line for every reason why candidates that reduce anything can be loaded nowhere."""

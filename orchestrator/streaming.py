@@ -60,6 +60,8 @@ class StreamedModel:
         dtype: dtype to compute in; by default the checkpoint's own.
         device: where blocks and hidden states are.
         trust_remote_code: whether code in the model folder may run.
+        rounded: dtype that the files' tensors are rounded to first, as transformers does when it
+            loads them in this one; by default none.
 
     Attributes:
         config: transformers' configuration.
@@ -77,6 +79,7 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
+        rounded: torch.dtype | None = None,
     ) -> None:
         model_type = checkpoint.config.get("model_type")
         if not isinstance(model_type, str):
@@ -91,6 +94,8 @@ class StreamedModel:
                 self.config, self.family, self.dtype, self.device, trust_remote_code
             )
         self._fp32 = self._skeleton.fp32_names(self.dtype)
+        self._rounded = rounded
+        self._not_rounded = self._skeleton.fp32_names(rounded) if rounded else ()
         self.blocks = len(self._skeleton.prototypes)
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
@@ -115,6 +120,11 @@ class StreamedModel:
     def stored_dtype(self, unit: Unit) -> torch.dtype:
         """Dtype of the unit's weights in the files."""
         return self.checkpoint.dtype(next(iter(self.unit_tensors(unit).values()))[0])
+
+    def stored_dtypes(self, unit: Unit) -> list[torch.dtype]:
+        """Dtypes of the unit's weights in the files, each once."""
+        names = (name for own in self.unit_tensors(unit).values() for name in own)
+        return list(dict.fromkeys(map(self.checkpoint.dtype, names)))
 
     def unit_module(self, unit: Unit) -> str:
         """Path of the unit's module within its block."""
@@ -310,12 +320,20 @@ class StreamedModel:
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
         self.checkpoint.check_finite(name, tensor)
-        return tensor
+        return self._as_loaded(name, tensor)
+
+    def _as_loaded(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a file, rounded where that is asked for; its dtype stays."""
+        if self._rounded is None or not tensor.is_floating_point():
+            return tensor
+        if any(part in name for part in self._not_rounded):
+            return tensor
+        return tensor.to(self._rounded).to(tensor.dtype)
 
     def _read_rows(self, name: str, low: int, high: int) -> Tensor:
         tensor = self.checkpoint.read_rows(name, low, high)
         self.checkpoint.check_finite(name, tensor)
-        return tensor
+        return self._as_loaded(name, tensor)
 
     def _stack(self, names: list[str]) -> Tensor:
         """``[len(names), …]``, each read into its place."""
@@ -327,6 +345,8 @@ class StreamedModel:
 
     def _read_into(self, name: str, place: Tensor) -> None:
         self.checkpoint.check_finite(name, self.checkpoint.read(name, out=place))
+        if self._rounded is not None:
+            place.copy_(self._as_loaded(name, place))
 
     def _unit_state(self, unit: Unit, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of the unit's module."""

@@ -71,12 +71,24 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare ones
-        reason = printable(" ".join(str(error).split())[:200])
-        raise UserError(f"{model}: its tokenizer cannot be loaded: {reason}") from None
+        raise UserError(f"{model}: its tokenizer cannot be loaded: {_reason(error)}") from None
     # Without files, transformers gives an empty tokenizer of the model's class.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if not _tokens(tokenizer, "a", model):
         raise UserError(f"{model}: no tokenizer: put its tokenizer.json into this folder")
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:200])
+
+
+def _tokens(tokenizer: Any, text: str, where: str) -> list[int]:
+    """Tokens of a text by themselves; raises UserError where the tokenizer cannot make any."""
+    try:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # as above; of words that are unknown, for one
+        raise UserError(f"{where}: the tokenizer fails on {text!r:.40}: {_reason(error)}") from None
+    return found
 
 
 def beyond_vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, int]:
@@ -160,6 +172,11 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is not text but {text!r:.60}")
+    try:
+        text.encode()  # JSON can hold halves of surrogate pairs, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        wrong = ascii(text[error.start])
+        raise UserError(f"{where}: field {field!r} is not text: it holds {wrong} alone") from None
     return text
 
 
@@ -190,14 +207,16 @@ def allotment(total: int, weights: list[float]) -> list[int]:
 
 
 def _token_stream(tokenizer: Any, source: Source, wanted: int) -> list[int]:
-    """Tokens of the source, documents separated by the end-of-text token."""
+    """Tokens of the source, documents separated by the end-of-text token; blank ones are none."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     limit = wanted * _DATASET_OVERSAMPLING if source.file is None else None
     tokens: list[int] = []
     for document in documents(source):
+        if not document or document.isspace():
+            continue
         for start in range(0, len(document), _PIECE_CHARACTERS):
             piece = document[start : start + _PIECE_CHARACTERS]
-            tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += _tokens(tokenizer, piece, source.label)
         tokens += separator
         if limit is not None and len(tokens) >= limit:
             break
@@ -299,9 +318,9 @@ def _windows(
             f" around a text: give {texts.length - body + 1} or more"
         )
     tokens = _token_stream(tokenizer, source, count * body)
+    if all(token == tokenizer.eos_token_id for token in tokens):
+        raise RecipeError(f"{what}.texts: {source.label} holds no text: give another file")
     if len(tokens) // body < count:
-        if set(tokens) <= {tokenizer.eos_token_id}:
-            raise RecipeError(f"{what}.texts: {source.label} holds no text: give another file")
         raise RecipeError(
             f"{what}.texts: {source.label} has {len(tokens):,} tokens, but {count} sequences of"
             f" {texts.length} tokens need {count * body:,}: give more text, or lower"

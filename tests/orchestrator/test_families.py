@@ -20,7 +20,7 @@ from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.family import Bank, Family, families, load_family
 from moesaic.orchestrator.streaming import StreamedModel
 from tests.orchestrator.conftest import Tiny
-from tests.orchestrator.tiny import SETTINGS
+from tests.orchestrator.tiny import SETTINGS, save_tiny
 
 
 def test_families_are_those_that_the_tests_cover() -> None:
@@ -173,6 +173,17 @@ def message(folder: Path) -> str:
         StreamedModel(Checkpoint(folder))
     assert str(caught.value).count("\n") <= 1
     return str(caught.value)
+
+
+def test_a_part_that_is_0_wide_is_no_unit(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "qwen3_next", shared_expert_intermediate_size=0)
+    model = StreamedModel(Checkpoint(folder))
+    shared = "model.layers.1.mlp.shared_expert.down_proj"
+    assert f"{shared}.weight" in model.fixed_names()
+    assert shared not in {unit.name for unit in model.units()}
+    assert "model.layers.1.mlp.experts" in {unit.name for unit in model.units()}
+    block = model.load_block(1)
+    assert block.get_parameter("mlp.shared_expert.down_proj.weight").shape == (48, 0)
 
 
 def test_unknown_model_type_is_answered_with_the_list(altered: Path) -> None:

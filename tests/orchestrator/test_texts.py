@@ -11,6 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from moesaic.orchestrator import texts as module
@@ -121,6 +124,40 @@ def test_empty_text_is_refused(tmp_path: Path) -> None:
         draw(section(numbered(tmp_path / "a", 0)), TOKENIZER, VOCABULARY, "evaluation")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b" \n\t" * 900), ("a.txt", b"<eos>" * 900), ("a.jsonl", b'{"text": " "}\n' * 900)],
+)
+def test_text_of_nothing_but_blanks_and_ends_is_refused(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    source = write_raw(tmp_path / name, content)
+    with pytest.raises(UserError, match=rf"evaluation\.texts: {name} holds no text"):
+        draw(section(source), TOKENIZER, VOCABULARY, "evaluation")
+
+
+def test_blank_documents_between_others_leave_no_trace(tmp_path: Path) -> None:
+    rows = [f'{{"text": "number {i} of many"}}\n' for i in range(40)]
+    plain = write_raw(tmp_path / "a.jsonl", "".join(rows).encode())
+    blank = write_raw(tmp_path / "b.jsonl", '{"text": "\\n "}\n'.join(rows).encode())
+    first, second = (draw(section(s), TOKENIZER, VOCABULARY, "calibration") for s in (plain, blank))
+    assert np.array_equal(first.ids, second.ids)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_told(tmp_path: Path) -> None:
+    def words(*known: str) -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(known)}))
+        tokenizer.pre_tokenizer = Whitespace()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+    source = write_raw(tmp_path / "a", b"number of pieces")
+    with pytest.raises(UserError, match=r"texts: a: the tokenizer fails on 'number of pieces': W"):
+        draw(section(source), words("a", "number", "of"), 3, "calibration")
+    words("number", "of").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model: the tokenizer fails on 'a': WordLevel error"):
+        load_tokenizer(str(tmp_path / "model"), False)
+
+
 def test_a_source_that_would_get_no_sequence_is_refused(tmp_path: Path) -> None:
     a = numbered(tmp_path / "a", 100)
     b = numbered(tmp_path / "b", 100).model_copy(update={"weight": 0.001})
@@ -173,6 +210,7 @@ def write_raw(path: Path, content: bytes) -> Source:
         ("a.jsonl", b'["text"]\n', ["line 1", "not a JSON object"]),
         ("a.jsonl", b'"text"\n', ["line 1", "not a JSON object"]),
         ("a.jsonl", b'{"text": null}\n', ["line 1", "'text' is not text but None"]),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', ["line 1", "not text", "'\\ud800' alone"]),
         ("a.jsonl.gz", b"not gzip at all", ["a.jsonl.gz", "cannot be read"]),
         ("a.jsonl.gz", CUT, ["a.jsonl.gz", "cannot be"]),
     ],
