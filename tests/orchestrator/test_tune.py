@@ -317,6 +317,8 @@ def test_trials_that_fall_behind_stop_early(make: Make, monkeypatch: pytest.Monk
     assert pruned["kl"].min() > complete["kl"].min()
     steps = project.tracked[0][3]
     assert list(steps) == [2, 3, 6, 12]
+    for _, _, metrics, steps, outcome, *_ in project.tracked:  # whoever sorts by KL finds no parts
+        assert ("kl" in metrics) == (outcome == "complete") == (12 in steps)
 
 
 def test_two_objectives_give_a_front_and_the_plan_within_the_budget(make: Make) -> None:
