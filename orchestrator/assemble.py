@@ -31,11 +31,11 @@ from moesaic.orchestrator.export import (
     quantization_config,
     replaced_names,
     resized_config,
-    stated_dtype,
     unit_tensors,
     unplaced,
 )
 from moesaic.orchestrator.pieces import piece_header
+from moesaic.orchestrator.stated_dtype import stated_dtype
 from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, can_be_packed

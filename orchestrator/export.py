@@ -165,24 +165,6 @@ def resized_config(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[st
     return changed if width == before[1] else {**changed, router.width: width}
 
 
-def stated_dtype(model: StreamedModel, pieces: Mapping[str, Piece]) -> dict[str, str]:
-    """Keys of ``config.json`` that must say which dtype was compressed, where they say another.
-
-    Transformers loads everything in the dtype that the configuration states, scales too, and would
-    round otherwise than what was measured. Where several dtypes were compressed, nothing changes.
-    """
-    members = [
-        (unit, name) for unit in model.units() if unit.name in pieces for name in unit.shapes
-    ]
-    found = {pieces[unit.name][name].dtype for unit, name in members}
-    if len(found) != 1:
-        return {}
-    name = str(found.pop()).removeprefix("torch.")
-    config = model.checkpoint.config
-    known = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
-    return {key: name for key in known or ["dtype"] if config.get(key) != name}
-
-
 def unit_tensors(model: StreamedModel, unit: Unit, piece: Piece, serve: Serve) -> list[Blob]:
     """Everything that the file holds of a compressed unit, and of what comes with it."""
     side = _side_tensors(model, unit, piece) if is_reduced(piece) else []

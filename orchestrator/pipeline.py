@@ -52,6 +52,7 @@ from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
+from moesaic.orchestrator.stated_dtype import dtype_change
 from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verifier import VerifierProcess
@@ -502,6 +503,8 @@ class Pipeline:
             raise RunError(f"{reason}; what was written is removed{earlier}") from error
         outputs = experiment.model.family.yardstick.outputs
         self.view.line(f"{folder}: reloaded, {outputs} differ by {difference:.1e} of their scale")
+        if changed := dtype_change(checkpoint, written):
+            self.view.line(changed)
 
     def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
         """Everything that the run has to tell."""

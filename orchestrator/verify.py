@@ -34,6 +34,7 @@ from moesaic.orchestrator.export import PACKED, is_dense, replaced_names, scheme
 from moesaic.orchestrator.family import Family
 from moesaic.orchestrator.pieces import piece_header, read_piece
 from moesaic.orchestrator.skeleton import model_class
+from moesaic.orchestrator.stated_dtype import loaded_dtype
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, plan_problem
 from moesaic.orchestrator.tensorfile import Stored, read_file
@@ -65,7 +66,7 @@ def verify(
         RunError: the folder does not load, has tensors too few or too many, or the difference is
             above :data:`TOLERANCE`.
     """
-    exact = StreamedModel(checkpoint, dtype=torch.float32, rounded=_loaded_dtype(folder))
+    exact = StreamedModel(checkpoint, dtype=torch.float32, rounded=loaded_dtype(folder))
     pieces = {name: path for name, path in chosen.items() if path is not None}
 
     def planned(unit: Unit) -> Weights:
@@ -89,14 +90,6 @@ def verify(
         gc.collect()  # hooks hold the model, and it holds them
         difference = max(difference, compared("transformers", reloaded))
     return difference
-
-
-def _loaded_dtype(folder: Path) -> torch.dtype | None:
-    """What transformers loads a folder in by itself; None where only the tensors say it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = config.get("dtype") or config.get("torch_dtype")
-    found = getattr(torch, stated, None) if isinstance(stated, str) else None
-    return found if isinstance(found, torch.dtype) else None
 
 
 def _compare(folder: Path, reader: str, what: str, reference: Tensor, found: Tensor) -> float:

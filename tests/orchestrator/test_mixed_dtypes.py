@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from moesaic.orchestrator.assemble import assemble
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.run import open_experiment
+from moesaic.orchestrator.stated_dtype import dtype_change
 from moesaic.orchestrator.targets import Serve
 from moesaic.orchestrator.verify import TOLERANCE, verify
 from tests.orchestrator.planning import IDS, channel, make_pieces, open_model
@@ -57,6 +58,13 @@ def test_what_is_loaded_is_what_was_planned(case: str, serve: Serve, tmp_path: P
     chosen = make_pieces(model, lambda *_: channel(4), tmp_path / "pieces")
     assemble(model, source, chosen, serve, tmp_path / "out", "card")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
+    told = dtype_change(model.checkpoint, tmp_path / "out")
+    assert told == (
+        None
+        if stated == written
+        else f"config.json said dtype {stated}, the compressed weights are {written}: it says"
+        f" {written} now"
+    )
     difference = verify(tmp_path / "out", model.checkpoint, chosen, serve, IDS)
     assert difference < TOLERANCE / 100
 
