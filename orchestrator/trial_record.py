@@ -61,7 +61,8 @@ class TrialRecord:
     def _log(self, told: Told, made: Made | None) -> None:
         notes = told.attributes
         metrics = {name: float(v) for name, v in notes.items() if isinstance(v, int | float)}
-        if told.kl is not None and told.state == "complete":  # else it is that of a part of the text
+        # One that was given up has the KL of a part of the text.
+        if told.kl is not None and told.state == "complete":
             metrics["kl"] = told.kl
         params = {name: str(value) for name, value in told.values.items()}
         params |= {name: str(notes[name]) for name in ("plan", "start") if name in notes}
