@@ -34,9 +34,9 @@ from moesaic.orchestrator.export import (
     unit_tensors,
     unplaced,
 )
+from moesaic.orchestrator.files import disk_errors
 from moesaic.orchestrator.pieces import piece_header
 from moesaic.orchestrator.stated_dtype import stated_dtype
-from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.targets import Serve, can_be_packed
 from moesaic.orchestrator.tensorfile import DTYPE_NAMES, Blob, Stored, file_bytes, write_file

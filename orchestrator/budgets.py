@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator import fronts, stages
 from moesaic.orchestrator.card import score_lines
+from moesaic.orchestrator.files import disk_errors, write_json
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.pipeline import BEFORE, Pipeline
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.recipe_values import portable
-from moesaic.orchestrator.store import disk_errors, write_json
 from moesaic.orchestrator.track import Tracker
 from moesaic.search.base import Plan
 

@@ -37,7 +37,7 @@ from typing import IO
 
 from moesaic.orchestrator import objects
 from moesaic.orchestrator.errors import RunError
-from moesaic.orchestrator.store import disk_errors, make_folder
+from moesaic.orchestrator.files import disk_errors, make_folder
 from moesaic.orchestrator.turns import turn
 
 _LOCK, _PINS, _TURNS = ".lock", ".pins", ".turns"

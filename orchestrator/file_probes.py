@@ -12,16 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.orchestrator import shared
+from moesaic.orchestrator.files import write_atomically
 from moesaic.orchestrator.probes import shortest
 from moesaic.orchestrator.shared import RemoteStore
-from moesaic.orchestrator.store import (
-    Store,
-    digest,
-    file_digest,
-    scratch_folder,
-    seal_path,
-    write_atomically,
-)
+from moesaic.orchestrator.store import Store, digest, file_digest, scratch_folder, seal_path
 
 _LARGE_BYTES, _SMALL_BYTES = 16 << 20, 4096
 

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moesaic.orchestrator.files import write_text
 from moesaic.orchestrator.front_pictures import Evaluated, bytes_and_loss
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.pictures import byte_scale, save
 from moesaic.orchestrator.report import PREDICTED, captioned, page
-from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.yardsticks import Yardstick
 
 _TEMPLATE = "front.html.j2"

@@ -13,7 +13,7 @@ from typing import Any
 
 from moesaic.orchestrator import results
 from moesaic.orchestrator.experiment import Experiment
-from moesaic.orchestrator.store import write_json
+from moesaic.orchestrator.files import write_json
 from moesaic.search.base import Plan, search_module
 from moesaic.search.front import Front, predicted_front
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.files import disk_errors, disk_is_full
 from moesaic.orchestrator.mlflow_database import make_database, open_client, try_database
 from moesaic.orchestrator.mlflow_text import one_line
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.redaction import redacted
-from moesaic.orchestrator.store import disk_errors, disk_is_full
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.files import disk_is_full
 from moesaic.orchestrator.process import answered
 from moesaic.orchestrator.redaction import redacted
-from moesaic.orchestrator.store import disk_is_full
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from matplotlib.image import imread
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
+from moesaic.orchestrator.files import write_atomically
 from moesaic.orchestrator.front_pictures import Evaluated, bytes_and_loss
-from moesaic.orchestrator.store import write_atomically
 from moesaic.orchestrator.summary import RunSummary, module_names
 
 STYLE: Any = {

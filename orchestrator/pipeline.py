@@ -36,6 +36,7 @@ from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_layers import expert_layers
+from moesaic.orchestrator.files import write_atomically, write_json, write_text
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
 from moesaic.orchestrator.mixtures import Mixtures
@@ -53,7 +54,6 @@ from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
 from moesaic.orchestrator.stated_dtype import dtype_change
-from moesaic.orchestrator.store import write_atomically, write_json, write_text
 from moesaic.orchestrator.summary import RunSummary
 from moesaic.orchestrator.verifier import VerifierProcess
 from moesaic.orchestrator.walk import Walk

@@ -16,8 +16,8 @@ from ray.exceptions import AuthenticationError
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.cluster import cluster_address, connect, refusal, try_address
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.files import make_folder
 from moesaic.orchestrator.recipe_sections import Compute, Tracking
-from moesaic.orchestrator.store import make_folder
 
 _SECONDS = 5.0
 _SQLITE_MAGIC = b"SQLite format 3\0"

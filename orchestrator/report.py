@@ -10,9 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moesaic.methods.base import Event
 from moesaic.orchestrator.expert_pictures import draw_experts
+from moesaic.orchestrator.files import write_text
 from moesaic.orchestrator.pictures import byte_scale, draw, shown_width
 from moesaic.orchestrator.refinement_pictures import draw_refinement
-from moesaic.orchestrator.store import write_text
 from moesaic.orchestrator.study_pictures import draw_study
 from moesaic.orchestrator.summary import RunSummary
 

@@ -44,11 +44,7 @@ from moesaic.orchestrator.shared import (
     write_shared,
 )
 from moesaic.orchestrator.stages import remember_dense
-from moesaic.orchestrator.store import (
-    code_digest,
-    digest,
-    scratch_folder,
-)
+from moesaic.orchestrator.store import code_digest, digest, scratch_folder
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.walk import read_ids
 from moesaic.orchestrator.worker import WorkerState, peak_memory_bytes

@@ -19,6 +19,7 @@ from moesaic.orchestrator.card import score_lines
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import Mistakes, RecipeError, UserError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.files import make_folder
 from moesaic.orchestrator.fronts import FRONT
 from moesaic.orchestrator.machine import crew, describe_machine
 from moesaic.orchestrator.model_source import ModelPlace
@@ -34,7 +35,6 @@ from moesaic.orchestrator.run_folder import run_folder
 from moesaic.orchestrator.runlog import run_log
 from moesaic.orchestrator.scoring import check_score
 from moesaic.orchestrator.shared import found_store
-from moesaic.orchestrator.store import make_folder
 from moesaic.orchestrator.track import Tracker
 from moesaic.orchestrator.widening import added_text, widened
 

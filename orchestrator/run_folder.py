@@ -25,9 +25,9 @@ import yaml
 
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.files import disk_errors
 from moesaic.orchestrator.foreign import printable, read_json, shown
 from moesaic.orchestrator.recipe import Recipe
-from moesaic.orchestrator.store import disk_errors
 from moesaic.orchestrator.yamlfile import read_yaml
 
 LOCK = ".running.json"

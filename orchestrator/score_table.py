@@ -25,13 +25,13 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.files import write_atomically, write_json
 from moesaic.orchestrator.pictures import save
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.plan_losses import Swap, judged_rows, plan_losses, swap_losses
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.score_pictures import scatter
 from moesaic.orchestrator.scoring import all_rules, obstacle, pairs_of
-from moesaic.orchestrator.store import write_atomically, write_json
 from moesaic.search.base import Plan, Problem
 from moesaic.search.emq import Evolved, Observed, evolve, rank_correlations
 from moesaic.search.features import FEATURES, SWAPS, Floats, Pairs, Rule

@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote
 from moesaic.orchestrator import objects
 from moesaic.orchestrator.cache import Cache, cache_at
 from moesaic.orchestrator.errors import RecipeError, RunError
+from moesaic.orchestrator.files import write_atomically
 from moesaic.orchestrator.objects import Objects, OtherSizeError, Refusal, is_url, version_of
 from moesaic.orchestrator.seals import (
     MOST_BYTES,
@@ -50,7 +51,6 @@ from moesaic.orchestrator.store import (
     is_own,
     remove_scratch,
     seal_path,
-    write_atomically,
 )
 
 _PATTERN = re.compile(rf"(/.*?)/({MIRRORS}\d+)/([^/]+)(?:/(.*))?")
@@ -282,7 +282,7 @@ def remove(path: Path) -> None:
 
 
 def write_shared(path: Path, fill: Callable[[Path], None]) -> None:
-    """As :func:`moesaic.orchestrator.store.write_atomically`, for all nodes to see."""
+    """As :func:`moesaic.orchestrator.files.write_atomically`, for all nodes to see."""
     found = _inside(path)
     if found is None:
         write_atomically(path, fill)

@@ -32,12 +32,7 @@ from moesaic.orchestrator.pieces import tensor_blob
 from moesaic.orchestrator.shared import fetched, open_store
 from moesaic.orchestrator.shortcuts import CONFIG_KEY, shortcut_name
 from moesaic.orchestrator.statistics import Node
-from moesaic.orchestrator.store import (
-    Store,
-    code_digest,
-    digest,
-    scratch_folder,
-)
+from moesaic.orchestrator.store import Store, code_digest, digest, scratch_folder
 from moesaic.orchestrator.stored_model import model_folder, shard_file, write_stored
 from moesaic.orchestrator.streaming import StreamedModel
 from moesaic.orchestrator.tensorfile import Blob, file_bytes, write_file

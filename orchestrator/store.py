@@ -16,7 +16,6 @@ Whoever shares the store may have put links into it. None of these folders may b
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -26,20 +25,18 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from moesaic.orchestrator.digests import TICK_NS
-from moesaic.orchestrator.errors import RecipeError, RunError, UserError
+from moesaic.orchestrator.errors import RunError
+from moesaic.orchestrator.files import TEMPORARY, disk_errors, fill, make_folder, write_atomically
 from moesaic.orchestrator.foreign import read_json, shown
 from moesaic.orchestrator.own_folders import own_folder
-from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.seals import (
     UnfitError,
     check_metadata,
@@ -50,7 +47,6 @@ from moesaic.orchestrator.seals import (
 
 _CHUNK = 1 << 20
 SEAL = ".seal.json"
-_TEMPORARY = ".tmp-"
 SCRATCH = "scratch"
 # Model folders of entries.
 MODELS = "models"
@@ -60,8 +56,6 @@ MIRRORS = "moesaic-store@"
 # parts are given to several: small files that lie near are read sooner than they are handed over.
 _TOGETHER, _TURN_SECONDS = 64, 1e-3
 _THREADS, _AT_ONCE = 4, 16
-# Where the disk is full.
-_ADVICE = "free space (moesaic store gc STORE --keep RUN removes what RUN does not need)"
 KINDS = (
     "ids",
     "stats",
@@ -82,7 +76,7 @@ KINDS = (
 _OWN = re.compile(
     rf"(?:(?:{'|'.join(KINDS)})/([0-9a-f]{{2}})/\1[0-9a-f]{{38}}"
     rf"|(?:{SCRATCH}|{MODELS})/[0-9a-f]{{40}}/[^/]+?)"
-    rf"\.(?:safetensors|json|seal\.json)(?:{re.escape(_TEMPORARY)}[0-9a-f]+)?"
+    rf"\.(?:safetensors|json|seal\.json)(?:{re.escape(TEMPORARY)}[0-9a-f]+)?"
 )
 
 
@@ -168,101 +162,6 @@ def code_digest(*folders_or_files: str) -> str:
         paths = sorted(root.glob("*.py")) if not inside else [root / inside]
         sources += [(f"{top}/{path.name}", file_digest(path)) for path in paths]
     return digest(sources)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether the system refused for want of space."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, advice: str = _ADVICE) -> Iterator[None]:
-    """A full or read-only disk as one line that names the path; everything finished is kept.
-
-    Args:
-        advice: what to do where it is full, before the same command is run again.
-    """
-    try:
-        yield
-    except OSError as error:
-        if disk_is_full(error):
-            raise RunError(
-                f"{path}: the disk is full; {advice} and run the same command again, finished work"
-                " is kept"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        raise
-    except SafetensorError as error:
-        # Its message is all that it keeps of the system's error.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        with disk_errors(path, advice):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], None], flush: bool = True) -> None:
-    """Lets ``write`` fill a temporary file, flushes it to disk and renames it to ``path``.
-
-    Args:
-        flush: False where whoever reads the file can tell whether it is whole.
-    """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            write(temporary)
-            if flush:
-                with temporary.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def make_folder(path: Path, what: str, advice: str = _ADVICE) -> None:
-    """Makes a folder that files can be written into, if it is not there.
-
-    Args:
-        what: key of the recipe, or option of the command line, that names it.
-        advice: see :func:`disk_errors`.
-
-    Raises:
-        RecipeError: it cannot be made or written.
-        RunError: the disk is full.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"{_TEMPORARY}{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # to who cleans up there, it is a leftover
-    except (FileExistsError, NotADirectoryError):
-        raise RecipeError(f"{what}: {path} must be a folder: a file is in its place") from None
-    except OSError as error:
-        if disk_is_full(error):
-            with disk_errors(path, advice):
-                raise
-        shown = str(path) if len(str(path)) < 300 else f"{str(path)[:300]} …"
-        raise RecipeError(
-            f"{what}: {shown} cannot be written ({error.strerror}): name a folder that can be"
-        ) from None
-
-
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A whole text file in UTF-8, as :func:`write_atomically` does it, without secrets."""
-    clean = redacted(text)
-    write_atomically(path, lambda temporary: _fill(temporary, clean))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, without secrets, the same bytes for the same value."""
-    text = json.dumps(redacted_tree(value), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _fill(temporary, text))
 
 
 @dataclass(frozen=True)
@@ -401,12 +300,12 @@ class Store:
         write_atomically(path, write_and_measure, flush=False)
         metadata = dict(metadata or {})
         text = seal_text(size, own, metadata)
-        write_atomically(seal_path(path), lambda p: _fill(p, text), flush=False)
+        write_atomically(seal_path(path), lambda p: fill(p, text), flush=False)
         return Entry(path, size, metadata)
 
     def put_json(self, kind: str, key: str, value: Any) -> Entry:
         """An entry that holds JSON; read back by :meth:`get_json`."""
-        return self.put(kind, key, lambda p: _fill(p, json.dumps(value)), suffix="json")
+        return self.put(kind, key, lambda p: fill(p, json.dumps(value)), suffix="json")
 
     def _readable(self, path: Path) -> Path:
         """The file of an entry, where this node can read it."""
@@ -464,7 +363,7 @@ class Store:
 
     def _now(self) -> float:
         """The time by the clock that the files' own times are of, which need not be this node's."""
-        probe = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        probe = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
         with disk_errors(probe):
             probe.touch()
             try:
@@ -486,8 +385,8 @@ class Store:
     def _files(self, folders: Iterable[Path]) -> list[Path]:
         """Every file of the store, temporary ones included."""
         inside = (path for folder in folders for path in folder.iterdir() if _is_own_file(path))
-        tops = self.root.glob(f"{_TEMPORARY}*")
-        left = (path for path in tops if re.fullmatch(f"{_TEMPORARY}[0-9a-f]+", path.name))
+        tops = self.root.glob(f"{TEMPORARY}*")
+        left = (path for path in tops if re.fullmatch(f"{TEMPORARY}[0-9a-f]+", path.name))
         # Links of models may lead to what is not made yet, or no more.
         return sorted(p for p in (*inside, *left) if p.is_file() or p.is_symlink())
 

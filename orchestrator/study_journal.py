@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.files import disk_errors, make_folder
 from moesaic.orchestrator.foreign import parse_json, shown
-from moesaic.orchestrator.store import disk_errors, make_folder
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage

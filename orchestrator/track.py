@@ -18,6 +18,7 @@ from moesaic.methods.base import Event, chain_text
 from moesaic.orchestrator import mlflow_text
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import RunError, UserError
+from moesaic.orchestrator.files import write_text
 from moesaic.orchestrator.foreign import read_json
 from moesaic.orchestrator.mlflow_connection import Connection, default_place, now_ms, pages
 from moesaic.orchestrator.mlflow_models import external_model, mark_models, register
@@ -25,7 +26,6 @@ from moesaic.orchestrator.mlflow_text import choice_name, legal_name, numbers, o
 from moesaic.orchestrator.recipe_sections import Tracking
 from moesaic.orchestrator.redaction import redacted, redacted_tree
 from moesaic.orchestrator.refinement import Refinement
-from moesaic.orchestrator.store import write_text
 from moesaic.search.base import Plan
 
 if TYPE_CHECKING:

@@ -19,10 +19,11 @@ from moesaic.orchestrator.choices import choices
 from moesaic.orchestrator.console import View, stderr
 from moesaic.orchestrator.errors import RunError
 from moesaic.orchestrator.experiment import Experiment
+from moesaic.orchestrator.files import write_atomically, write_json
 from moesaic.orchestrator.kept_limits import KeptLimits
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Pool
-from moesaic.orchestrator.store import digest, write_atomically, write_json
+from moesaic.orchestrator.store import digest
 from moesaic.orchestrator.study import JOURNAL, Study, Told, facts
 from moesaic.orchestrator.study_baselines import judged_baselines
 from moesaic.orchestrator.study_journal import ASIDE, KNOBS, MEASUREMENTS, check_journal

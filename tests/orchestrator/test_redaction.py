@@ -24,10 +24,10 @@ from mlflow import MlflowClient
 from moesaic.orchestrator import cli, redaction
 from moesaic.orchestrator.console import stderr
 from moesaic.orchestrator.errors import UserError
+from moesaic.orchestrator.files import write_json
 from moesaic.orchestrator.mlflow_text import one_line, place
 from moesaic.orchestrator.objects import _reason
 from moesaic.orchestrator.redaction import clean_streams, keep_secret, redacted, redacted_tree
-from moesaic.orchestrator.store import write_json
 from tests.orchestrator.inline import Project
 from tests.orchestrator.projects import make_model_folder
 

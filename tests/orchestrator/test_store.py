@@ -16,14 +16,8 @@ from safetensors.torch import save_file
 
 from moesaic.orchestrator import store as module
 from moesaic.orchestrator.errors import RecipeError, RunError, UserError
-from moesaic.orchestrator.store import (
-    Store,
-    digest,
-    file_digest,
-    remove_scratch,
-    scratch_folder,
-    write_atomically,
-)
+from moesaic.orchestrator.files import write_atomically
+from moesaic.orchestrator.store import Store, digest, file_digest, remove_scratch, scratch_folder
 
 KEY = "ab" + "0" * 38
 OTHER = "cd" + "1" * 38
@@ -135,7 +129,7 @@ def test_an_entry_does_not_exist_before_its_seal(
     def killed(path: Path, text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_fill", killed)
+    monkeypatch.setattr(module, "fill", killed)
     with pytest.raises(KeyboardInterrupt):
         store.put("mosaics", KEY, writing(b"some bytes"))
     assert files(store.root) == [f"mosaics/ab/{KEY}.safetensors"]
@@ -204,7 +198,7 @@ def test_a_full_disk_is_recognised_when_safetensors_meets_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library raises its own error, with the system's number only in its text."""
-    monkeypatch.setattr(module.errno, "EDQUOT", errno.EFBIG)  # a limit that a test may set
+    monkeypatch.setattr(errno, "EDQUOT", errno.EFBIG)  # a limit that a test may set
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
