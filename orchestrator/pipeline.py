@@ -12,7 +12,6 @@ OUTPUT/report.html           all of it to look at, pictures beside it
 Where the recipe has a list of budgets, see :mod:`moesaic.orchestrator.budgets`.
 """
 
-import json
 import shlex
 import sys
 import time
@@ -23,28 +22,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from moesaic.methods.base import Chain, Event, Unit, chain_text, reducing
+from moesaic.methods.base import Chain, Event, reducing
 from moesaic.orchestrator import finalists, fronts, results, stages
-from moesaic.orchestrator.assemble import assemble, folder_bytes
+from moesaic.orchestrator.assemble import folder_bytes
 from moesaic.orchestrator.cache import release_pins
 from moesaic.orchestrator.card import model_card
-from moesaic.orchestrator.choices import chains_of, choices
+from moesaic.orchestrator.choices import chains_of
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import RecipeError, RunError
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.expert_layers import expert_layers
-from moesaic.orchestrator.files import write_atomically, write_json, write_text
+from moesaic.orchestrator.files import write_json, write_text
+from moesaic.orchestrator.finished_model import finish_model
 from moesaic.orchestrator.fronts import FrontPoint
 from moesaic.orchestrator.machine import describe_machine
+from moesaic.orchestrator.measurement_table import write_measurements
 from moesaic.orchestrator.mixtures import Mixtures
 from moesaic.orchestrator.plan_losses import sliced_loss
 from moesaic.orchestrator.plan_pieces import PlanPieces, plan_pieces
 from moesaic.orchestrator.pool import Pool
 from moesaic.orchestrator.propagate import Propagation
-from moesaic.orchestrator.publish import publish
 from moesaic.orchestrator.recipe import Recipe
 from moesaic.orchestrator.recipe_values import portable
 from moesaic.orchestrator.refine import Refining
@@ -53,40 +50,18 @@ from moesaic.orchestrator.router_training import RouterTraining, Trained
 from moesaic.orchestrator.scoring import rated
 from moesaic.orchestrator.slice_stage import Slicing
 from moesaic.orchestrator.slicing import dropped_share, slicing_events
-from moesaic.orchestrator.stated_dtype import dtype_change
 from moesaic.orchestrator.summary import RunSummary
-from moesaic.orchestrator.verifier import VerifierProcess
 from moesaic.orchestrator.walk import Walk
 from moesaic.search.alternatives import solve
-from moesaic.search.base import Infeasible, Measurement, Plan, Problem
+from moesaic.search.base import Infeasible, Plan, Problem
 from moesaic.search.front import Front
 
-# Tokens that the written folder is compared on.
-_VERIFY_SEQUENCES, _VERIFY_LENGTH = 2, 64
 # A budget in bytes may stay unused by this share, and is searched again so often at most.
 _SPARE, _REFINEMENTS = 0.001, 6
 # Added to the name of a plan for its scores before the routers learnt.
 BEFORE = " before router calibration"
 # What a sliced model is called that is compressed no further.
 _SLICED = "sliced"
-
-
-def _row(found: Measurement, unit: Unit, weights: int, predicted: str) -> dict[str, Any]:
-    """A row of ``measurements.parquet``; ``weights`` is how many the bytes stand for, ``predicted``
-    the name of the loss's column."""
-    return {
-        "unit": found.unit,
-        "block": unit.block,
-        "part": unit.part,
-        "chain": chain_text(found.chain),
-        "specs": json.dumps([spec.to_json() for spec in found.chain]),
-        "bytes": found.bytes,
-        "bits_per_weight": found.bytes * 8 / weights,
-        "error": found.error,
-        predicted: found.score,
-        "seconds": found.seconds,
-        "events": json.dumps(dict(found.events)),
-    }
 
 
 class Pipeline:
@@ -155,21 +130,7 @@ class Pipeline:
         return results.measurements(self.experiment)
 
     def _write_table(self) -> None:
-        owners = {c.name: (unit, c) for unit in self.experiment.units for c in choices(unit)}
-        predicted = self.experiment.model.family.yardstick.predicted
-        rows = []
-        shaping = self.experiment.shaping
-        for (owner, prefix), m in self.table.reductions.items():
-            units = shaping.units_of(owner)
-            weights = sum(shaping.reduced(unit, prefix).parameters for unit in units)
-            rows.append(_row(m, units[0], weights, predicted))
-        for m in self.table.measurements:
-            unit, choice = owners[m.unit]
-            shaped = shaping.reduced(unit, reducing(m.chain)[0])
-            out, inputs = shaped.shapes[choice.member][-2:]
-            rows.append(_row(m, unit, out * inputs, predicted))
-        table = pa.Table.from_pylist(rows)
-        write_atomically(self.output / "measurements.parquet", lambda p: pq.write_table(table, p))
+        write_measurements(self.experiment, self.table, self.output / "measurements.parquet")
 
     @cached_property
     def plans(self) -> dict[str, Plan]:
@@ -458,53 +419,15 @@ class Pipeline:
         Raises:
             RunError: what was written does not compute what the pieces say; it is removed.
         """
-        experiment, recipe = self.experiment, self.experiment.recipe
-        folder = self.output / "model"
+        experiment, folder = self.experiment, self.output / "model"
         pieces = {unit: Path(path) for unit, path in self.pieces("plan").items()}
         if scores is None:
             scores = self._sized(stages.known_scores(experiment, self.judged()) or {})
         self.view.events(self._plan_events())
-        self.view.stage("assemble", 2)
         card = model_card(experiment, self.plans["plan"], scores or None)
-        with VerifierProcess() as verifier:
-            self.pool.close()  # nothing comes after this that needs workers
-            assemble(
-                experiment.model,
-                experiment.folder,
-                pieces,
-                recipe.serve,
-                folder,
-                card,
-                check=lambda written: self._verify(verifier, written, folder, pieces),
-            )
-        release_pins()
-        self.view.advance("assemble")
-        if recipe.publish is not None:
-            done = "copied" if publish(folder, recipe.publish) else "is there already"
-            self.view.line(f"{recipe.publish}: {done}")
+        # Nothing comes after this that needs workers.
+        finish_model(experiment, self.view, pieces, card, folder, self.pool.close)
         return folder
-
-    def _verify(
-        self, verifier: VerifierProcess, written: Path, folder: Path, pieces: Mapping[str, Path]
-    ) -> None:
-        """Compares what is ``written`` with the pieces; ``folder`` is where it is to be."""
-        import torch
-
-        self.view.advance("assemble")
-        experiment = self.experiment
-        beginning = experiment.evaluation.beginning(_VERIFY_SEQUENCES, _VERIFY_LENGTH)
-        ids = torch.from_numpy(beginning)
-        serve, checkpoint = experiment.recipe.serve, experiment.model.checkpoint
-        try:
-            difference = verifier.verify(written, checkpoint, pieces, serve, ids.long())
-        except RunError as error:
-            reason = str(error).replace(str(written), str(folder))
-            earlier = "; the earlier one is still there" if folder.exists() else ""
-            raise RunError(f"{reason}; what was written is removed{earlier}") from error
-        outputs = experiment.model.family.yardstick.outputs
-        self.view.line(f"{folder}: reloaded, {outputs} differ by {difference:.1e} of their scale")
-        if changed := dtype_change(checkpoint, written):
-            self.view.line(changed)
 
     def summary(self, scores: Mapping[str, Mapping[str, Any]]) -> RunSummary:
         """Everything that the run has to tell."""

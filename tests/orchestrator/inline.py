@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.orchestrator import cache, pipeline, report, run, score_table
+from moesaic.orchestrator import cache, finished_model, report, run, score_table
 from moesaic.orchestrator.experiment import Experiment
 from moesaic.orchestrator.pipeline import Pipeline
 from moesaic.orchestrator.pool import Task
@@ -146,7 +146,7 @@ class Project:
         pool = InlinePool(size, kill_at)
         self.calls = pool.calls
         self.patch.setattr(run, "Pool", lambda *given: pool)
-        self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
+        self.patch.setattr(finished_model, "VerifierProcess", InlineVerifier)
         result = run.run_recipe(self.folder / "recipe.yaml", self.output, stages)
         return dict(result), pool.calls
 
@@ -165,7 +165,7 @@ class Project:
         self.tracked: list[tuple[Any, ...]] = []
         self.patch.setattr(run, "Pool", lambda *given: pool)
         self.patch.setattr(run, "Tracker", lambda *about: InlineTracker(self.tracked))
-        self.patch.setattr(pipeline, "VerifierProcess", InlineVerifier)
+        self.patch.setattr(finished_model, "VerifierProcess", InlineVerifier)
         self.patch.setattr(report, "write_report", self._report)
         if not assemble:
             self.patch.setattr(Pipeline, "assemble", lambda this, scores: self.output / "model")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moesaic.orchestrator import pipeline
+from moesaic.orchestrator import finished_model
 from moesaic.orchestrator.console import View
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.experiment import Experiment
@@ -170,7 +170,7 @@ def test_a_report_tells_of_the_slice(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = project(tmp_path, models["llama"], monkeypatch, BITS, slice={"hidden": 32})
-    monkeypatch.setattr(pipeline, "VerifierProcess", InlineVerifier)
+    monkeypatch.setattr(finished_model, "VerifierProcess", InlineVerifier)
     experiment = Experiment(load_recipe(made.folder / "recipe.yaml"), made.output)
     with View() as view:
         own: Any = InlinePool()
