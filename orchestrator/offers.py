@@ -93,16 +93,24 @@ class Offering:
         return offers
 
     def _check_dtypes(self) -> None:
-        """Raises a RecipeError for weights of several dtypes, which transformers loads in one: it
-        would round scales otherwise than they were measured, and mix them in a bank."""
-        if self.recipe.serve == "moesaic":
-            return
-        first: dict[str, str] = {}
-        for unit in self.units:
-            for dtype in self.model.stored_dtypes(unit):
-                first.setdefault(str(dtype).removeprefix("torch."), unit.name)
-        if len(first) > 1:
-            known = ", ".join(f"{dtype} ({name} …)" for dtype, name in first.items())
+        """Raises a RecipeError for weights of several dtypes: those of a unit are compressed in
+        one, and transformers loads all in one, which rounds scales otherwise than they were
+        measured."""
+        held = {
+            unit.name: [
+                str(dtype).removeprefix("torch.") for dtype in self.model.stored_dtypes(unit)
+            ]
+            for unit in self.units
+        }
+        for name, dtypes in held.items():
+            if len(dtypes) > 1:
+                raise RecipeError(
+                    f"model: its files hold {name} in {' and '.join(dtypes)}: save the model in one"
+                    f" dtype, or leave this part as it is with keep: [{name}]"
+                )
+        first = {dtype: name for name, (dtype,) in reversed(held.items())}
+        if len(first) > 1 and self.recipe.serve != "moesaic":
+            known = ", ".join(f"{dtype} ({name} …)" for dtype, name in reversed(first.items()))
             raise RecipeError(
                 f"model: its files hold weights in {known}: serve: {self.recipe.serve} loads one"
                 " dtype: save the model in one, leave the others as they are with keep:"

@@ -95,3 +95,13 @@ def test_weights_of_several_dtypes_are_refused_where_all_are_loaded_in_one(tmp_p
         tmp_path / "three", model, serve="transformers", budget=budget, keep=["down_proj"]
     )
     assert len(open_experiment(kept, None).units) == 12
+
+
+def test_experts_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "model", "qwen3_moe", dtype=torch.float32)
+    round_files(model, lambda name: "layers.0.mlp.experts.1." not in name, "bfloat16")
+    bank = "model.layers.0.mlp.experts"
+    with pytest.raises(UserError, match=f"{bank} in bfloat16 and float32: .* keep: .{bank}.$"):
+        open_experiment(make_recipe(tmp_path / "one", model), None)
+    kept = make_recipe(tmp_path / "two", model, keep=[bank], budget={"bits_per_weight": 8})
+    assert bank not in {unit.name for unit in open_experiment(kept, None).units}
