@@ -94,6 +94,13 @@ def _take(lock: IO[str], journal: Path) -> None:
         ) from None
 
 
+# What Optuna meets in a journal that it did not write so: it checks nothing.
+_NOT_AS_WRITTEN = (
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, RecursionError),
+)
+
+
 @contextmanager
 def journal_errors(journal: Path) -> Iterator[None]:
     """Tells what Optuna finds wrong with a journal as a UserError."""
@@ -101,7 +108,7 @@ def journal_errors(journal: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{journal}: cannot be used: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except _NOT_AS_WRITTEN as error:
         raise UserError(_damaged(journal, str(error))) from None
 
 

@@ -258,6 +258,20 @@ def test_garbage_in_the_middle_is_told_and_nothing_is_lost(garbage: bytes, tmp_p
     assert journal.read_bytes() == content
 
 
+@pytest.mark.parametrize("low", ["[" * 5000, "1e999"])
+def test_a_range_that_is_none_is_damage(low: str, tmp_path: Path) -> None:
+    with study(tmp_path) as opened:
+        opened.tell(opened.ask(), {"kl": 1.0})
+    journal = tmp_path / "journal.log"
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    drawn = next(line for line in lines if "distribution" in line)
+    attributes = f'{{"log": false, "step": 1, "low": {low}, "high": 2}}'
+    drawn["distribution"] = f'{{"name": "IntDistribution", "attributes": {attributes}}}'
+    journal.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    with pytest.raises(UserError, match=r"journal.log: is damaged"), study(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("key", ["user_attrs", "system_attrs"])
 def test_a_trial_without_its_attributes_is_damage(key: str, tmp_path: Path) -> None:
     with study(tmp_path) as opened:
