@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moesaic.orchestrator.errors import UserError
 from moesaic.orchestrator.files import disk_errors, make_folder
-from moesaic.orchestrator.foreign import parse_json, shown
+from moesaic.orchestrator.foreign import parse_json, printable, shown
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
@@ -40,6 +40,8 @@ _DIFFER = {
 _ADDED = frozenset({CALIBRATION})
 # Candidates that are named, and characters of each.
 _NAMED, _CHARACTERS = 3, 80
+# Of all differences together.
+_MOST_CHARACTERS = 1200
 
 
 def journal_file(storage: str) -> Path:
@@ -249,11 +251,11 @@ def check_same(
     where = f"{journal}: the study {name!r}"
     if not resume:
         raise UserError(f"{where} is there already: take another --output or --storage")
-    found = list(differences(known, wanted))
-    if found:
+    if found := printable("; ".join(differences(known, wanted))):
+        told = found if len(found) <= _MOST_CHARACTERS else f"{found[:_MOST_CHARACTERS]} …"
         raise UserError(
-            f"{where} was made with something else: {'; '.join(found)}. Undo that, or"
-            " take another --output or --storage"
+            f"{where} was made with something else: {told}. Undo that, or take another --output or"
+            " --storage"
         )
 
 

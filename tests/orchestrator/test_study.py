@@ -258,6 +258,17 @@ def test_garbage_in_the_middle_is_told_and_nothing_is_lost(garbage: bytes, tmp_p
     assert journal.read_bytes() == content
 
 
+def test_what_a_study_says_that_it_was_made_of_is_told_short_and_without_escapes(
+    tmp_path: Path,
+) -> None:
+    made_of = {"model": "a", **{f"\x1b[2J{number}": "\n" * 500 for number in range(500)}}
+    with study(tmp_path, made_of=made_of):
+        pass
+    with pytest.raises(UserError, match="made with something else") as error, study(tmp_path):
+        pass
+    assert len(str(error.value)) < 2000 and str(error.value).isprintable()
+
+
 @pytest.mark.parametrize("low", ["[" * 5000, "1e999"])
 def test_a_range_that_is_none_is_damage(low: str, tmp_path: Path) -> None:
     with study(tmp_path) as opened:
